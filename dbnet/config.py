@@ -1,0 +1,391 @@
+"""One flat configuration: dataclasses with a docstring a field, the presets, and the command-line flags made of both.
+
+The groups (`ModelConfig`, `DataConfig`, ...) exist so that `--help` has chapters and a function can say which part
+it reads; a `Config` is all of them, flat, so that every field is one flag and one keyword of `Config.from_preset`.
+"""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import json
+import math
+import sys
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
+
+from dbnet.errors import UserError
+
+STRIDE = 32  # image sides are multiples of the coarsest stride of the backbone
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values a number may take, both ends included."""
+
+    low: float
+    high: float = math.inf
+
+    def __str__(self) -> str:
+        return f"from {self.low:g} up" if self.high == math.inf else f"from {self.low:g} to {self.high:g}"
+
+
+Count = Annotated[int, Range(1)]
+Fraction = Annotated[float, Range(0, 1)]
+Weight = Annotated[float, Range(0)]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What decides the shape of the network."""
+
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large", "efficientnet_b3"] = (
+        "resnet18"
+    )
+    """network of torchvision that the features at strides 4, 8, 16 and 32 are taken from"""
+
+    weights: str = "imagenet"
+    """what the backbone starts from: imagenet (torchvision's weights, downloaded once), none, or a FILE that holds a
+    torchvision state_dict"""
+
+    pyramid_channels: Annotated[int, Range(32)] = 256
+    """channels inside the feature pyramid; each of its four levels gives a quarter of them (a multiple of 4)"""
+
+    binarization_k: Annotated[float, Range(1)] = 50.0
+    """steepness k of the differentiable binarization 1 / (1 + exp(-k (P - T)))"""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images are and how they become samples."""
+
+    data: str = "data/datasets"
+    """folder with images/{train,val,test}/ and jsons/{train,val,test}.json"""
+
+    image_size: Annotated[int, Range(STRIDE, 8192)] = 640
+    """side in pixels of the square that images are letterboxed into, everywhere (rounded up to a multiple of 32)"""
+
+    workers: Annotated[int, Range(-1)] = -1
+    """processes that load images; 0 loads in the main process, -1 takes one a core, at most 8"""
+
+    strict: bool = False
+    """stop at the first image that cannot be read, instead of going on without it and counting it"""
+
+    shrink_ratio: Annotated[float, Range(0.05, 0.95)] = 0.4
+    """ratio r of the paper: text kernels are polygons shrunk by area x (1 - r^2) / perimeter"""
+
+    thresh_min: Fraction = 0.3
+    """value of the threshold map away from outlines"""
+
+    thresh_max: Fraction = 0.7
+    """value of the threshold map on outlines"""
+
+    flip_p: Fraction = 0.5
+    """probability of a horizontal flip"""
+
+    rotate90_p: Fraction = 0.0
+    """probability of a rotation by 90, 180 or 270 degrees"""
+
+    brightness_contrast_p: Fraction = 0.0
+    """probability of a change of brightness and contrast"""
+
+    brightness: Fraction = 0.2
+    """largest change of brightness, as a fraction of the full range"""
+
+    contrast: Fraction = 0.2
+    """largest change of contrast, as a fraction"""
+
+    clahe_p: Fraction = 0.0
+    """probability of contrast-limited adaptive histogram equalization on 8 x 8 tiles"""
+
+    clahe_clip: Annotated[float, Range(0.1)] = 2.0
+    """clip limit of that equalization"""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the loss w_p BCE(P) + w_b dice(B) + w_t L1(T)."""
+
+    prob_loss_weight: Weight = 5.0
+    """weight of the balanced cross entropy of the probability map"""
+
+    thresh_loss_weight: Weight = 10.0
+    """weight of the L1 distance of the threshold map"""
+
+    binary_loss_weight: Weight = 1.0
+    """weight of the dice loss of the approximate binary map"""
+
+    negative_ratio: Weight = 3.0
+    """hardest negative pixels that count in the cross entropy, for each positive one"""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the network is trained."""
+
+    epochs: Count = 10
+    """passes over the training images"""
+
+    batch_size: Count = 16
+    """images that go through the network together (the micro-batch); out of memory halves it"""
+
+    accumulate: Count = 1
+    """micro-batches whose gradients make one optimizer step; the effective batch is batch_size x accumulate"""
+
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """adam, or adamw (decoupled weight decay)"""
+
+    lr: Annotated[float, Range(1e-8, 10)] = 1e-3
+    """learning rate at the start"""
+
+    weight_decay: Weight = 1e-4
+    """weight decay of the optimizer"""
+
+    schedule: Literal["step", "cosine"] = "step"
+    """learning rate by epoch: step (times step_gamma every step_epochs) or cosine (down to min_lr)"""
+
+    step_epochs: Count = 100
+    """epochs between two steps of the step schedule"""
+
+    step_gamma: Annotated[float, Range(0.001, 1)] = 0.1
+    """factor of each step of the step schedule"""
+
+    min_lr: Weight = 1e-6
+    """learning rate that the cosine schedule ends at"""
+
+    clip_grad_norm: Weight = 5.0
+    """largest norm of the gradient of an optimizer step; 0 does not clip"""
+
+    patience: Annotated[int, Range(0)] = 0
+    """stop after so many epochs in a row without a better validation H-Mean; 0 never stops early"""
+
+    seed: Annotated[int, Range(0, 2**31)] = 42
+    """seed of the initial weights, the order of samples and the augmentation"""
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """Where and in which precision the network runs."""
+
+    device: str = "auto"
+    """auto (the GPU where there is one), cpu, cuda or cuda:N"""
+
+    amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
+    """automatic mixed precision; auto is bf16 where the GPU has it, else fp16, and off on a CPU"""
+
+
+@dataclass(frozen=True)
+class PostprocessConfig:
+    """How a probability map becomes polygons."""
+
+    use_polygon: bool = False
+    """polygons that follow the contour; false gives minimum-area rectangles"""
+
+    thresh: Fraction = 0.3
+    """probability from which a pixel is text"""
+
+    box_thresh: Fraction = 0.4
+    """mean probability inside a region from which it is kept"""
+
+    max_candidates: Count = 300
+    """regions that are kept in an image at most, the best ones"""
+
+    min_size: Weight = 3.0
+    """shortest side of a region before it is grown, in pixels of the map"""
+
+    box_unclip_ratio: Annotated[float, Range(0, 10)] = 1.5
+    """how far rectangles are grown: by area x ratio / perimeter"""
+
+    polygon_unclip_ratio: Annotated[float, Range(0, 10)] = 2.0
+    """how far polygons are grown: by area x ratio / perimeter"""
+
+
+_GROUPS = (ModelConfig, DataConfig, LossConfig, TrainConfig, DeviceConfig, PostprocessConfig)
+
+
+@dataclass(frozen=True)
+class Config(PostprocessConfig, DeviceConfig, TrainConfig, LossConfig, DataConfig, ModelConfig):
+    """All of a run's settings, checked and immutable; change one with `dataclasses.replace`.
+
+    Raises UserError, naming the flag and the allowed values, when a value is of the wrong type or out of range.
+    """
+
+    def __post_init__(self) -> None:
+        for name, hint in _hints().items():
+            _check(name, hint, getattr(self, name))
+        if self.thresh_min >= self.thresh_max:
+            raise UserError(f"--thresh-min {self.thresh_min:g} must be below --thresh-max {self.thresh_max:g}")
+        if self.pyramid_channels % 4:
+            raise UserError(f"--pyramid-channels {self.pyramid_channels} must be a multiple of 4")
+        if self.image_size % STRIDE:
+            rounded = math.ceil(self.image_size / STRIDE) * STRIDE
+            print(f"image size {self.image_size} is rounded up to {rounded}, a multiple of {STRIDE}", file=sys.stderr)
+            object.__setattr__(self, "image_size", rounded)
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> Self:
+        """The preset `name` with some fields changed, e.g. `Config.from_preset("v1", batch_size=4)`."""
+        if name not in PRESETS:
+            raise UserError(f"--preset {name}: no such preset; there are {', '.join(PRESETS)}")
+        return PRESETS[name].changed(**changes)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The configuration that `to_dict` made; fields it lacks get their defaults, unknown ones are refused."""
+        return cls().changed(**values)
+
+    def changed(self, **changes: Any) -> Self:
+        """A copy with some fields changed. Raises UserError for a field that does not exist."""
+        unknown = sorted(changes.keys() - _hints().keys())
+        if unknown:
+            raise UserError(f"unknown configuration field {unknown[0]!r}; --help lists all of them")
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Field names and plain values, group by group, ready for JSON."""
+        return {name: getattr(self, name) for name in _hints()}
+
+    @property
+    def effective_batch(self) -> int:
+        """Samples of one optimizer step."""
+        return self.batch_size * self.accumulate
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    """Field names and type hints in the order of the groups."""
+    return {
+        field.name: get_type_hints(group, include_extras=True)[field.name]
+        for group in _GROUPS
+        for field in dataclasses.fields(group)
+    }
+
+
+def _check(name: str, hint: Any, value: Any) -> None:
+    flag = f"--{name.replace('_', '-')} {value}"
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise UserError(f"{flag}: takes one of {', '.join(get_args(hint))}")
+        return
+    kind = _value_type(hint)
+    allowed = (int, float) if kind is float else kind
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{flag}: takes a value of type {kind.__name__}")
+    if get_origin(hint) is Annotated:
+        bounds = get_args(hint)[1]
+        if not (math.isfinite(value) and bounds.low <= value <= bounds.high):
+            raise UserError(f"{flag}: must be {bounds}")
+
+
+def _value_type(hint: Any) -> type:
+    """The plain type that a flag's text is converted to."""
+    if get_origin(hint) is Literal:
+        return str
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+BASELINE = Config()
+V0 = BASELINE.changed(
+    backbone="resnet34",
+    use_polygon=True,
+    box_thresh=0.3,
+    max_candidates=500,
+    optimizer="adamw",
+    schedule="cosine",
+    epochs=20,
+    rotate90_p=0.2,
+    brightness_contrast_p=0.5,
+    clahe_p=0.3,
+)
+V1 = V0.changed(image_size=1024, batch_size=8, accumulate=2, box_thresh=0.25, prob_loss_weight=7.0)
+V3 = V1.changed(backbone="resnet50", batch_size=4, accumulate=4, thresh=0.22, box_thresh=0.35)
+LITE = V1.changed(
+    backbone="mobilenet_v3_large", pyramid_channels=96, image_size=640, batch_size=8, accumulate=1, rotate90_p=0.0
+)
+DEMO = LITE.changed(data="demo/data", weights="none", image_size=448, epochs=6)
+
+PRESETS: dict[str, Config] = {"baseline": BASELINE, "v0": V0, "v1": V1, "v3": V3, "lite": LITE, "demo": DEMO}
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argparse parser whose mistakes are one-line UserErrors, with a flag for every field of the configuration."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> None:
+        """Raise UserError in place of argparse's usage text and exit."""
+        raise UserError(f"{message} (see --help)")
+
+    def add_config_flags(self) -> None:
+        """Add `--field-name VALUE` for every field of Config, a group of the help for each of its parts."""
+        for group in _GROUPS:
+            chapter = self.add_argument_group(group.__doc__.strip().rstrip(".").lower())
+            documentation = _field_docstrings(group)
+            for field in dataclasses.fields(group):
+                hint = _hints()[field.name]
+                kind = _value_type(hint)
+                chapter.add_argument(
+                    f"--{field.name.replace('_', '-')}",
+                    type=_parse_bool if kind is bool else kind,
+                    choices=get_args(hint) if get_origin(hint) is Literal else None,
+                    metavar=None if get_origin(hint) is Literal else kind.__name__.upper(),
+                    default=argparse.SUPPRESS,
+                    help=" ".join(documentation[field.name].split()).replace("%", "%%"),
+                )
+
+    def parse(self, arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
+        """Split the command line into the script's own arguments and the configuration fields that it changes.
+
+        A boolean field may stand alone (`--strict`) or with a value (`--use-polygon false`).
+        """
+        tokens = list(sys.argv[1:] if arguments is None else arguments)
+        switches = {f"--{name.replace('_', '-')}" for name, hint in _hints().items() if hint is bool}
+        for i in range(len(tokens) - 1, -1, -1):
+            if tokens[i] in switches:
+                value = tokens.pop(i + 1) if i + 1 < len(tokens) and tokens[i + 1].lower() in _BOOLEANS else "true"
+                tokens[i] += f"={value}"
+        namespace = self.parse_args(tokens)
+        changes = {name: vars(namespace).pop(name) for name in _hints() if name in namespace}
+        return namespace, changes
+
+
+_BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() not in _BOOLEANS:
+        raise argparse.ArgumentTypeError(f"takes true or false, not {text!r}")
+    return _BOOLEANS[text.lower()]
+
+
+def _field_docstrings(group: type) -> dict[str, str]:
+    """The string under each field of a dataclass, read from its source."""
+    body = ast.parse(inspect.getsource(group)).body[0].body
+    return {
+        field.target.id: docstring.value.value
+        for field, docstring in pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(docstring, ast.Expr)
+    }
+
+
+def print_config(config: Config) -> None:
+    """Print the configuration as JSON on stdout."""
+    print(json.dumps(config.to_dict(), indent=2))
+
+
+def print_difference(config: Config, name: str, reference: Config) -> None:
+    """Print a line for each field in which `config` differs from the preset `reference` called `name`."""
+    values, others = config.to_dict(), reference.to_dict()
+    differing = [field for field in values if values[field] != others[field]]
+    if not differing:
+        print(f"no difference from {name}")
+        return
+    rows = [("field", name, "here"), *((field, str(others[field]), str(values[field])) for field in differing)]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

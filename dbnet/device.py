@@ -1,0 +1,38 @@
+"""Which device the network runs on, and in which precision."""
+
+import os
+
+import torch
+
+from dbnet.config import Config
+from dbnet.errors import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `--device`: auto, cpu, cuda or cuda:N. Raises UserError where it does not exist."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name}: not available here; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: takes auto, cpu, cuda or cuda:N")
+    return device
+
+
+def pick_amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
+    """The type of mixed precision on `device`, None for float32 throughout."""
+    if config.amp == "auto":
+        if device.type == "cpu":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.amp]
+
+
+def count_workers(config: Config) -> int:
+    """Loader processes of `--workers`, where -1 means one a core, at most 8."""
+    if config.workers >= 0:
+        return config.workers
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

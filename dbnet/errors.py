@@ -1,0 +1,23 @@
+"""What a user can mend, told in one line: the error class and the wrapper of the scripts that prints it."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A user's mistake. The message is one line, names the file or flag, and says what to do about it."""
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main` and exit: 0 on success, 2 with one line on stderr for a `UserError`, 130 on Ctrl-C.
+
+    Anything else is a fault of the program and keeps its traceback (exit status 1).
+    """
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

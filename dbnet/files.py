@@ -1,0 +1,58 @@
+"""Files that appear whole or not at all, and folders that are known to be writable before the work begins."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from dbnet.errors import UserError
+
+
+@contextmanager
+def write_whole(path: Path, mode: str = "wb") -> Iterator[IO]:
+    """Open a temporary file beside `path` that takes its place when the block ends well and goes when it does not.
+
+    Text is UTF-8 with the newlines as written. Raises UserError, with the file that was there kept, where it cannot be
+    written.
+    """
+    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    try:
+        with temporary.open(mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another place or make room") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write plain values as indented JSON, whole or not at all."""
+    with write_whole(path, "w") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError unless a file can be written at `path`; for before the work that would be lost."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file")
+    probe = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another place") from None
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder where there is none. Raises UserError where files cannot be written in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be created ({error.strerror}); name another folder") from None
+    check_writable(folder / "probe")

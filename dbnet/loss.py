@@ -1,0 +1,102 @@
+"""The training loss of DBNet: balanced cross entropy, dice and L1 (arXiv 1911.08947, section 3.3)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dbnet.config import Config
+from dbnet.model import Maps
+
+_EPSILON = 1e-6
+_FLOAT32_BITS = 31  # of a number that is not negative
+
+
+class Losses(NamedTuple):
+    """The weighted sum and its three unweighted parts, 0-d float32 tensors."""
+
+    total: Tensor
+    prob: Tensor
+    binary: Tensor
+    thresh: Tensor
+
+
+def db_loss(maps: Maps, prob_map: Tensor, thresh_map: Tensor, mask: Tensor, config: Config) -> Losses:
+    """w_p BCE(P) + w_b dice(B) + w_t L1(T) over the pixels that are not don't-care.
+
+    Args:
+        maps: logits of the network, (N, H, W) each, of any float type; all arithmetic here is float32.
+        prob_map: (N, H, W), 1 on text kernels and 0 elsewhere.
+        thresh_map: (N, H, W) float, config.thresh_min to config.thresh_max; the L1 distance counts inside the dilated
+            polygons, which is where thresh_map is above thresh_min, and the kernels that this band goes around.
+        mask: (N, H, W), 0 on don't-care text and 1 elsewhere.
+
+    Nothing here waits for the device.
+    """
+    with torch.autocast(maps.prob_logits.device.type, enabled=False):
+        prob_logits, thresh_logits = maps.prob_logits.float(), maps.thresh_logits.float()
+        target, mask, thresh_map = prob_map.float(), mask.float(), thresh_map.float()
+        thresh = thresh_logits.sigmoid()
+        binary = torch.sigmoid(config.binarization_k * (prob_logits.sigmoid() - thresh))
+        near_text = mask * torch.maximum(target, (thresh_map > config.thresh_min).float())
+        prob_loss = balanced_cross_entropy(prob_logits, target, mask, config.negative_ratio)
+        binary_loss = dice_loss(binary, target, mask)
+        thresh_loss = ((thresh - thresh_map).abs() * near_text).sum() / (near_text.sum() + _EPSILON)
+        total = (
+            config.prob_loss_weight * prob_loss
+            + config.binary_loss_weight * binary_loss
+            + config.thresh_loss_weight * thresh_loss
+        )
+    return Losses(total, prob_loss, binary_loss, thresh_loss)
+
+
+def balanced_cross_entropy(logits: Tensor, target: Tensor, mask: Tensor, negative_ratio: float) -> Tensor:
+    """Mean cross entropy of the positives and, for each of them, the `negative_ratio` hardest negatives.
+
+    Args:
+        logits: (N, H, W) float32.
+        target: (N, H, W) float32, 0 or 1.
+        mask: (N, H, W) float32, 0 where a pixel does not count.
+        negative_ratio: negatives for a positive; with fewer in the batch, all count. Without any positive the loss
+            is 0.
+
+    Negatives that tie at the border share the places left, so that the result does not depend on their order.
+    """
+    losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    positive = target * mask
+    negative = (1 - target) * mask
+    positive_count = positive.sum()
+    negative_count = torch.minimum(negative.sum(), (positive_count * negative_ratio).floor())
+    weights = positive + hardest(losses.detach() * negative, negative_count) * negative
+    return (losses * weights).sum() / (positive_count + negative_count + _EPSILON)
+
+
+def dice_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """1 - 2 |P T| / (|P| + |T|) over the pixels in `mask`; all (N, H, W) float32 in 0..1."""
+    overlap = (prediction * target * mask).sum()
+    return 1 - 2 * overlap / ((prediction * mask).sum() + (target * mask).sum() + _EPSILON)
+
+
+def hardest(losses: Tensor, count: Tensor) -> Tensor:
+    """Weights that pick the `count` largest of `losses`.
+
+    Args:
+        losses: float32 of any shape, none negative; zeros are never picked.
+        count: 0-d tensor, so that the host need not know it, as topk would ask.
+
+    Returns:
+        weights of the shape of `losses` that sum to `count` (or to the number of losses above 0): 1 above the value of
+        rank `count`, 0 below, and an equal share on that value itself.
+
+    The value is found by bisection over the bits: floats that are not negative compare like their bit patterns.
+    """
+    bits = losses.contiguous().view(torch.int32)
+    value = torch.zeros((), dtype=torch.int32, device=losses.device)
+    for bit in reversed(range(_FLOAT32_BITS)):
+        candidate = value | (1 << bit)
+        value = torch.where((bits >= candidate).sum() >= count, candidate, value)
+    above = bits > value
+    level = (bits == value) & (losses > 0)
+    share = (count - above.sum()) / level.sum().clamp(min=1)
+    return above + level * share.clamp(0, 1)

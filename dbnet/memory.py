@@ -1,0 +1,120 @@
+"""What happens when memory runs out: one plan of the batch in force, and one way to run a piece of work until it fits.
+
+    plan = BatchPlan(batch_size=8, accumulate=2, image_size=1024)
+    losses = run_until_it_fits(lambda: optimizer_step(samples, plan.micro_batch, plan.image_size), plan)
+
+Training shrinks the micro-batch at a constant effective batch (8 x 2 -> 4 x 4 -> 2 x 8 -> 1 x 16), then the image
+(1024 -> 896 -> 800, at the batch that it started with). Inference shrinks the batch alone, because another image
+size would be another result.
+"""
+
+import dataclasses
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar
+
+import torch
+
+from dbnet.errors import UserError
+
+Result = TypeVar("Result")
+
+SMALLER_SIZES = (896, 800)
+_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "failed to allocate")
+
+
+@dataclass
+class BatchPlan:
+    """How the samples of an optimizer step go through the network, and every fallback so far."""
+
+    batch_size: int
+    """micro-batch that the run was asked for"""
+
+    accumulate: int = 1
+    """accumulation that the run was asked for"""
+
+    image_size: int | None = None
+    """side of the images in force, in pixels; None where it must not change (inference)"""
+
+    halvings: int = 0
+    """how often the micro-batch in force is halved"""
+
+    fallbacks: list[str] = field(default_factory=list)
+    """a line for each fallback, oldest first"""
+
+    @property
+    def micro_batch(self) -> int:
+        """Images that go through the network together now."""
+        return max(1, self.batch_size >> self.halvings)
+
+    @property
+    def in_force(self) -> str:
+        """Micro-batch x accumulation now, e.g. `4 x 4`."""
+        return f"{self.micro_batch} x {-(-self.batch_size * self.accumulate // self.micro_batch)}"
+
+    def shrink(self) -> None:
+        """Go to the next smaller plan and say so in one line on stderr.
+
+        Raises UserError, which says what was tried, when there is none.
+        """
+        before = self._describe()
+        smaller = [size for size in SMALLER_SIZES if self.image_size is not None and size < self.image_size]
+        if self.micro_batch > 1:
+            self.halvings += 1
+        elif smaller:
+            self.image_size, self.halvings = smaller[0], 0
+        else:
+            tried = "; ".join([*self.fallbacks, f"{before} does not fit either"])
+            raise UserError(
+                f"out of memory: {tried}; lower --image-size, take a smaller --backbone, or use --device cpu"
+            )
+        self.fallbacks.append(f"{before} -> {self._describe()}")
+        print(f"\nout of memory: {self.fallbacks[-1]}", file=sys.stderr)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for checkpoints and logs."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The plan that `to_dict` made."""
+        return cls(**values)
+
+    def _describe(self) -> str:
+        if self.image_size is None:
+            return f"batch {self.micro_batch}"
+        return f"{self.in_force} at {self.image_size} px"
+
+
+def run_until_it_fits(work: Callable[[], Result], plan: BatchPlan, reset: Callable[[], None] = lambda: None) -> Result:
+    """Call `work` until memory suffices, and `plan.shrink()` after each time that it does not.
+
+    `work` must start from the beginning at each call and read the plan then. `reset` undoes what a half-done call
+    left behind; it runs after the memory that the call held is free.
+    """
+    while True:
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Only here, past the except block, are the traceback and the tensors in its frames gone.
+        reset()
+        free_memory()
+        plan.shrink()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is the GPU's, the CPU allocator's or Python's way to say that memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error).lower() for message in _MESSAGES)
+
+
+def free_memory() -> None:
+    """Give what no tensor uses back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,58 @@
+"""Pictures to look at: polygons over images, and a sheet of training samples with their target maps."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from dbnet.dataset import TextDataset, make_targets
+from dbnet.errors import UserError
+
+TEXT_COLOR = (0, 158, 115)  # bluish green and vermilion stay apart for the colour-blind (Okabe and Ito)
+DONT_CARE_COLOR = (213, 94, 0)
+
+
+def draw_polygons(
+    image: np.ndarray, polygons: Iterable[np.ndarray], color: tuple[int, int, int] = TEXT_COLOR
+) -> np.ndarray:
+    """A copy of (height, width, 3) uint8 RGB pixels with the outlines of (n, 2) polygons on it, in an RGB color."""
+    canvas = image.copy()
+    thickness = max(1, round(max(image.shape[:2]) / 800))
+    outlines = [np.round(polygon).astype(np.int32) for polygon in polygons]
+    cv2.polylines(canvas, outlines, isClosed=True, color=color, thickness=thickness, lineType=cv2.LINE_AA)
+    return canvas
+
+
+def sample_sheet(dataset: TextDataset, count: int = 4, side: int = 480) -> np.ndarray:
+    """Augmented training samples, a row each: image with polygons, probability map, threshold map over the image.
+
+    Returns (count x side, 3 x side, 3) uint8 RGB. Unreadable images raise ImageError.
+    """
+    config = dataset.config
+    rows = []
+    for index in range(min(count, len(dataset))):
+        image, text, illegible = dataset.augmented(index)
+        prob_map, thresh_map = make_targets(
+            text, *image.shape[:2], config.shrink_ratio, config.thresh_min, config.thresh_max
+        )
+        heat = (thresh_map - config.thresh_min) / (config.thresh_max - config.thresh_min)
+        panels = [
+            draw_polygons(draw_polygons(image, text), illegible, DONT_CARE_COLOR),
+            cv2.cvtColor(prob_map * 255, cv2.COLOR_GRAY2RGB),
+            cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_VIRIDIS)[..., ::-1],
+        ]
+        rows.append(np.hstack([cv2.resize(panel, (side, side), interpolation=cv2.INTER_AREA) for panel in panels]))
+    return np.vstack(rows)
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write (height, width, 3) uint8 RGB pixels as .png or .jpg. Raises UserError where it cannot."""
+    suffix = path.suffix.lower()
+    if suffix not in (".png", ".jpg", ".jpeg"):
+        raise UserError(f"{path}: pictures are written as .png or .jpg; name such a file")
+    _, data = cv2.imencode(suffix, np.ascontiguousarray(image[..., ::-1]))
+    try:
+        path.write_bytes(data.tobytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another file") from None

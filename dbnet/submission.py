@@ -1,0 +1,67 @@
+"""Submission files: a CSV `filename,polygons`, a row an image, polygons as `x1 y1 x2 y2 ...` separated by `|`."""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+
+from dbnet.errors import UserError
+from dbnet.files import write_whole
+
+HEADER = ["filename", "polygons"]
+_MAX_FIELD = 1 << 28  # a row of 500 polygons with many points is longer than the csv module's default
+
+
+def write_submission(path: Path, rows: dict[str, list[np.ndarray]]) -> None:
+    """Write a row for each file name and its (n, 2) int polygons, in order; the file appears whole or not at all."""
+    with write_whole(path, "w") as file:
+        writer = csv.writer(file)
+        writer.writerow(HEADER)
+        for name, polygons in rows.items():
+            writer.writerow([name, "|".join(" ".join(map(str, polygon.ravel())) for polygon in polygons)])
+
+
+def read_submission(path: Path) -> dict[str, list[np.ndarray]]:
+    """File names and their polygons, (n, 2) float64 arrays, in the order of the file.
+
+    Raises UserError, naming the file and the row, for anything else than a submission.
+    """
+    csv.field_size_limit(_MAX_FIELD)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.reader(file))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a CSV in UTF-8 ({error})") from None
+    if not rows or any(column not in rows[0] for column in HEADER):
+        raise UserError(f"{path}: the first row must name the columns filename and polygons")
+    name_column, polygons_column = (rows[0].index(column) for column in HEADER)
+    submission: dict[str, list[np.ndarray]] = {}
+    for number, row in enumerate(rows[1:], start=2):
+        if not row:
+            continue
+        if len(row) != len(rows[0]):
+            raise UserError(f"{path}: row {number} has {len(row)} columns, not {len(rows[0])}")
+        name = row[name_column]
+        if name in submission:
+            raise UserError(f"{path}: row {number}: {name} is there twice; keep one row an image")
+        submission[name] = [
+            _parse_polygon(path, number, text) for text in row[polygons_column].split("|") if text.strip()
+        ]
+    return submission
+
+
+def _parse_polygon(path: Path, number: int, text: str) -> np.ndarray:
+    try:
+        values = [float(word) for word in text.split()]
+    except ValueError:
+        raise UserError(f"{path}: row {number}: coordinates must be numbers, not {text[:40]!r}") from None
+    if not all(map(math.isfinite, values)):
+        raise UserError(f"{path}: row {number}: a coordinate is not a finite number")
+    if len(values) % 2:
+        raise UserError(f"{path}: row {number}: a polygon has {len(values)} coordinates; x and y come in pairs")
+    return np.array(values).reshape(-1, 2)

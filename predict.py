@@ -1,0 +1,83 @@
+"""Detect text in images and write a submission file.
+
+    python predict.py --out submission.csv                         newest runs/*/best.pt on DATA/images/test
+    python predict.py runs/NAME/best.pt --images photos/ --overlays overlays/
+    python predict.py runs/NAME/best.pt --images a.jpg b.png --box-thresh 0.35
+
+The CSV has a row for each image, `filename,polygons`: polygons separated by `|`, each `x1 y1 x2 y2 ...` in whole
+pixels of the image as a viewer shows it. It is written whole or not at all.
+"""
+
+from pathlib import Path
+
+from dbnet.config import ArgumentParser
+from dbnet.errors import UserError, run_script
+
+
+def main() -> None:
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("checkpoint", nargs="?", type=Path, metavar="CKPT", help="checkpoint (newest runs/*/best.pt)")
+    parser.add_argument(
+        "--images", nargs="+", type=Path, metavar="DIR|FILE", help="folders or files (DATA/images/test)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("submission.csv"), metavar="FILE.csv", help="where to (submission.csv)"
+    )
+    parser.add_argument("--overlays", type=Path, metavar="DIR", help="also write each image with its polygons here")
+    parser.add_config_flags()
+    args, changes = parser.parse()
+    checkpoint = args.checkpoint or newest_checkpoint()
+
+    # Imported here, so that --help and a mistaken command line answer at once.
+    import torch
+    from tqdm import tqdm
+
+    from dbnet.annotations import find_images_at, read_image_paths
+    from dbnet.checkpoint import load_model
+    from dbnet.dataset import ImageDataset
+    from dbnet.device import pick_device
+    from dbnet.files import check_writable, make_folder
+    from dbnet.images import read_image
+    from dbnet.inference import detect
+    from dbnet.overlay import draw_polygons, write_image
+    from dbnet.submission import write_submission
+
+    model, config, _ = load_model(checkpoint, changes)
+    paths = find_images_at(args.images) if args.images else read_image_paths(Path(config.data), "test")
+    device = pick_device(config.device)
+    check_writable(args.out)
+    if args.overlays:
+        make_folder(args.overlays)
+    model.to(device, memory_format=torch.channels_last)
+    print(f"{checkpoint} ({config.backbone}, {config.image_size} px) on {len(paths)} images, {device}")
+
+    rows = {path.name: [] for path in paths}
+    unreadable = []
+    dataset = ImageDataset(paths, config)
+    for detection in tqdm(detect(model, dataset, config, device), total=len(paths), unit="img", dynamic_ncols=True):
+        path = paths[detection.index]
+        rows[path.name] = detection.polygons
+        if detection.error:
+            unreadable.append(detection.error)
+        elif args.overlays:
+            pixels, _ = read_image(path)
+            write_image(args.overlays / f"{path.stem}.jpg", draw_polygons(pixels, detection.polygons))
+    write_submission(args.out, rows)
+    for line in unreadable:
+        print(f"no polygons: {line}")
+    found = sum(map(len, rows.values()))
+    print(f"{args.out}: {len(rows)} images, {found} polygons, {len(unreadable)} images could not be read")
+    if args.overlays:
+        print(f"{args.overlays}: the images with their polygons")
+
+
+def newest_checkpoint() -> Path:
+    """The best checkpoint of the run that wrote one last."""
+    found = sorted(Path("runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError("runs/: holds no best.pt; train first, or name a checkpoint: python predict.py CKPT")
+    return found[-1]
+
+
+if __name__ == "__main__":
+    run_script(main)

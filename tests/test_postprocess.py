@@ -1,0 +1,231 @@
+"""Probability maps to polygons (DESIGN section 9): the baseline's answers, round trips, and maps without sense."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from shapely import STRtree, make_valid
+from shapely.geometry import Polygon
+
+from dbnet.postprocess import extract_polygons, region_score, unclip
+from dbnet.targets import make_targets
+
+CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
+BOTH_MODES = pytest.mark.parametrize("use_polygon", [True, False], ids=["polygon", "quad"])
+
+
+def settings_of(**changes):
+    defaults = {
+        "use_polygon": True,
+        "thresh": 0.3,
+        "box_thresh": 0.4,
+        "max_candidates": 300,
+        "min_size": 3,
+        "box_unclip_ratio": 1.5,
+        "polygon_unclip_ratio": 2.0,
+    }
+    return SimpleNamespace(**(defaults | changes))
+
+
+def iou(one, other):
+    one, other = make_valid(Polygon(one)), make_valid(Polygon(other))
+    return one.intersection(other).area / max(one.union(other).area, 1e-9)
+
+
+def best_ious(expected, found):
+    """For each expected polygon, the IoU of the found one that fits best."""
+    tree = STRtree([Polygon(polygon) for polygon in found])
+    near = [tree.query(Polygon(polygon)) for polygon in expected]
+    return [
+        max((iou(polygon, found[k]) for k in candidates), default=0)
+        for polygon, candidates in zip(expected, near, strict=True)
+    ]
+
+
+def map_with_blobs(*probabilities, side=20):
+    """A row of squares, one of each probability, 40 pixels apart."""
+    prob_map = np.zeros((60, 40 * len(probabilities) + 20), np.float32)
+    for index, probability in enumerate(probabilities):
+        prob_map[20 : 20 + side, 20 + 40 * index : 20 + 40 * index + side] = probability
+    return prob_map
+
+
+@pytest.fixture(scope="module")
+def baseline_cases():
+    if not (CASES / "postprocess.json").exists():
+        pytest.skip(f"{CASES} is not there")
+    cases = json.loads((CASES / "postprocess.json").read_text())
+    names = {case["name"] for case in cases}
+    maps = {name: cv2.imread(str(CASES / f"{name}.png"), cv2.IMREAD_GRAYSCALE) / np.float32(255) for name in names}
+    return [(case, maps[case["name"]]) for case in cases]
+
+
+def test_polygons_and_scores_are_those_of_the_baseline(baseline_cases):
+    for case, prob_map in baseline_cases:
+        polygons, scores = extract_polygons(prob_map, SimpleNamespace(**case), (case["scale"], case["scale"]))
+        assert abs(len(polygons) - len(case["polygons"])) <= 0.02 * len(case["polygons"])
+        assert np.mean(np.array(best_ious(case["polygons"], polygons)) >= 0.95) >= 0.98
+        if len(scores) == len(case["scores"]):
+            np.testing.assert_allclose(scores, sorted(case["scores"], reverse=True), atol=1e-4)
+
+
+@BOTH_MODES
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_rectangles_survive_being_shrunk_and_extracted(use_polygon, data):
+    width, height = data.draw(st.integers(70, 140)), data.draw(st.integers(24, 60))
+    angle = data.draw(st.integers(-45, 45))
+    original = np.rint(cv2.boxPoints(((100, 100), (width, height), angle)))
+    # r of the offset that undoes a shrinking by 0.4 depends on the shape: A and L are those of the shrunk polygon
+    distance = width * height * (1 - 0.4**2) / (2 * (width + height))
+    inner_width, inner_height = width - 2 * distance, height - 2 * distance
+    ratio = distance * 2 * (inner_width + inner_height) / (inner_width * inner_height)
+    assume(min(inner_width, inner_height) > 3.5)
+    prob_map = make_targets([original], 200, 200)[0].astype(np.float32)
+    config = settings_of(use_polygon=use_polygon, box_unclip_ratio=ratio, polygon_unclip_ratio=ratio)
+    polygons, scores = extract_polygons(prob_map, config)
+    assert len(polygons) == 1 and scores[0] > 0.85
+    assert polygons[0].dtype == np.int32 and polygons[0].shape[1] == 2
+    assert iou(polygons[0], original) >= 0.8
+    # the pixels that the shrunk polygon loses or gains by rounding are multiplied by the offset; without them:
+    assert iou(unclip(_exactly_shrunk(original, distance), ratio), original) >= 0.9
+
+
+def _exactly_shrunk(polygon, distance):
+    return np.array(Polygon(polygon).buffer(-distance, join_style="mitre").exterior.coords[:-1], np.float32)
+
+
+@BOTH_MODES
+def test_scale_multiplies_x_and_y(use_polygon):
+    config = settings_of(use_polygon=use_polygon)
+    prob_map = map_with_blobs(0.9, 0.8, 0.7)
+    plain, plain_scores = extract_polygons(prob_map, config)
+    scaled, scores = extract_polygons(prob_map, config, scale=(2.0, 3.0))
+    assert scores == plain_scores
+    for polygon, bigger in zip(plain, scaled, strict=True):
+        assert np.abs(polygon * (2, 3) - bigger).max() <= (0 if use_polygon else 2)
+
+
+@BOTH_MODES
+def test_max_candidates_keeps_the_best_wherever_they_are(use_polygon):
+    probabilities = [0.5, 0.9, 0.6, 0.95, 0.7]
+    config = settings_of(use_polygon=use_polygon, max_candidates=2)
+    polygons, scores = extract_polygons(map_with_blobs(*probabilities), config)
+    assert scores == pytest.approx([0.95, 0.9])
+    assert [polygon[:, 0].mean() // 40 for polygon in polygons] == [3, 1]
+
+
+def test_regions_that_are_dropped_take_no_place_among_the_candidates():
+    prob_map = map_with_blobs(0.9, 0.6)
+    prob_map[50:52, 5:7] = 1.0  # the best score, but too small
+    config = settings_of(max_candidates=2, polygon_unclip_ratio=0.5)
+    assert extract_polygons(prob_map, config)[1] == pytest.approx([0.9, 0.6])
+
+
+@given(st.lists(st.floats(0.35, 1), min_size=1, max_size=12), st.integers(1, 12))
+@settings(max_examples=40, deadline=None)
+def test_scores_are_the_highest_in_descending_order(probabilities, max_candidates):
+    config = settings_of(box_thresh=0.31, max_candidates=max_candidates)
+    _, scores = extract_polygons(map_with_blobs(*probabilities), config)
+    assert scores == pytest.approx(sorted(probabilities, reverse=True)[:max_candidates])
+
+
+@BOTH_MODES
+def test_regions_below_box_thresh_are_dropped(use_polygon):
+    config = settings_of(use_polygon=use_polygon, box_thresh=0.6)
+    assert extract_polygons(map_with_blobs(0.5, 0.7), config)[1] == pytest.approx([0.7])
+
+
+@BOTH_MODES
+def test_small_regions_are_dropped(use_polygon):
+    config = settings_of(use_polygon=use_polygon)
+    assert extract_polygons(map_with_blobs(0.9, side=2), config) == ([], [])
+
+
+@BOTH_MODES
+def test_an_empty_map_gives_nothing(use_polygon):
+    config = settings_of(use_polygon=use_polygon)
+    for shape in [(64, 64), (1, 1), (0, 10), (0, 0)]:
+        assert extract_polygons(np.zeros(shape, np.float32), config) == ([], [])
+
+
+@BOTH_MODES
+def test_a_full_map_gives_one_polygon_that_max_size_clips_to_the_image(use_polygon):
+    config = settings_of(use_polygon=use_polygon)
+    polygons, scores = extract_polygons(np.ones((40, 60), np.float32), config)
+    assert len(polygons) == 1 and scores == [1.0]
+    assert polygons[0].min() < 0
+    clipped, _ = extract_polygons(np.ones((40, 60), np.float32), config, scale=(2.0, 2.0), max_size=(119, 79))
+    assert clipped[0].min(axis=0).tolist() == [0, 0] and clipped[0].max(axis=0).tolist() == [119, 79]
+
+
+@BOTH_MODES
+def test_nan_counts_as_zero(use_polygon):
+    config = settings_of(use_polygon=use_polygon)
+    with_zeros = map_with_blobs(0.9, 0.8)
+    with_zeros[25:28, 25:28] = 0
+    with_nan = np.where(with_zeros == 0, np.float32("nan"), with_zeros)
+    expected, expected_scores = extract_polygons(with_zeros, config)
+    found, scores = extract_polygons(with_nan, config)
+    assert scores == pytest.approx(expected_scores)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert extract_polygons(np.full((20, 20), np.nan, np.float32), config) == ([], [])
+
+
+@BOTH_MODES
+@given(seed=st.integers(0, 10**6), coarseness=st.sampled_from([1, 2, 6]), min_size=st.sampled_from([0, 3]))
+@settings(max_examples=25, deadline=None)
+def test_noise_never_raises_and_keeps_the_promises(use_polygon, seed, coarseness, min_size):
+    noise = np.random.default_rng(seed).random((48, 64)).astype(np.float32)
+    prob_map = cv2.resize(noise, None, fx=coarseness, fy=coarseness, interpolation=cv2.INTER_CUBIC).clip(0, 1)
+    config = settings_of(use_polygon=use_polygon, thresh=0.6, box_thresh=0.3, min_size=min_size, max_candidates=50)
+    height, width = prob_map.shape
+    polygons, scores = extract_polygons(prob_map, config, max_size=(width, height))
+    assert len(polygons) == len(scores) <= 50
+    assert scores == sorted(scores, reverse=True) and all(0.3 <= score <= 1 for score in scores)
+    for polygon in polygons:
+        assert len(polygon) == 4 or use_polygon
+        assert (polygon >= 0).all() and (polygon <= (width, height)).all()
+
+
+def test_quads_start_at_the_top_left_and_go_clockwise():
+    polygons, _ = extract_polygons(map_with_blobs(0.9), settings_of(use_polygon=False))
+    (left, top), (right, upper), (rightmost, bottom), (leftmost, lower) = polygons[0].tolist()
+    assert left == leftmost < right == rightmost and top == upper < bottom == lower
+
+
+def test_a_hole_is_a_contour_of_its_own_and_scores_what_is_in_it():
+    prob_map = np.zeros((80, 80), np.float32)
+    prob_map[10:70, 10:70] = 0.9
+    prob_map[25:55, 25:55] = 0.1
+    polygons, _ = extract_polygons(prob_map, settings_of(box_thresh=0.0))
+    assert len(polygons) == 2
+    assert len(extract_polygons(prob_map, settings_of(box_thresh=0.4))[0]) == 1
+
+
+def test_score_is_the_mean_inside_the_polygon_only():
+    prob_map = np.zeros((30, 30), np.float32)
+    prob_map[10:20, 10:20] = 0.5
+    prob_map[12, 12] = 1.0
+    inside = np.array([[10, 10], [19, 10], [19, 19], [10, 19]], np.int32)
+    assert region_score(prob_map, inside) == pytest.approx(0.505)
+    assert region_score(prob_map, inside + 100) == 0
+
+
+def test_a_region_whose_offset_closes_around_a_hole_is_dropped():
+    prob_map = np.zeros((120, 120), np.float32)
+    prob_map[20:100, 20:100] = 0.9
+    prob_map[36:84, 36:84] = 0
+    prob_map[58:62, 84:100] = 0  # a ring with a gap that the offset bridges
+    assert extract_polygons(prob_map, settings_of(polygon_unclip_ratio=0.5)) == ([], [])
+
+
+def test_a_map_of_the_wrong_shape_is_refused():
+    with pytest.raises(ValueError, match="height, width"):
+        extract_polygons(np.zeros((1, 8, 8), np.float32), settings_of())

@@ -1,0 +1,169 @@
+"""Target maps (DESIGN section 8): the baseline's maps, what the definition implies, and polygons nobody should draw."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyclipper
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dbnet.targets import make_targets, polygon_mask, shrink_distances, thresh_mask
+
+CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
+
+coordinates = st.integers(-40, 120) | st.floats(-40, 120)
+any_polygon = st.lists(st.tuples(coordinates, coordinates), min_size=0, max_size=9).map(
+    lambda points: np.array(points, np.float64).reshape(-1, 2)
+)
+
+
+def rectangle(left, top, right, bottom):
+    return np.array([[left, top], [right, top], [right, bottom], [left, bottom]])
+
+
+@pytest.fixture(scope="module")
+def baseline_cases():
+    if not (CASES / "targets.json").exists():
+        pytest.skip(f"{CASES} is not there")
+    maps = np.load(CASES / "targets.npz")
+    cases = json.loads((CASES / "targets.json").read_text())
+    return [(case, maps[case["name"] + "_prob"], maps[case["name"] + "_thresh"].astype(np.float32)) for case in cases]
+
+
+def test_maps_are_those_of_the_baseline(baseline_cases):
+    for case, expected_prob, expected_thresh in baseline_cases:
+        polygons = [np.array(polygon) for polygon in case["polygons"]]
+        prob_map, thresh_map = make_targets(polygons, case["size"], case["size"])
+        assert np.mean(prob_map != expected_prob) <= 0.001, case["name"]
+        assert np.abs(thresh_map - expected_thresh).max() < 0.001, case["name"]
+
+
+def test_threshold_mask_is_the_dilated_polygons(baseline_cases):
+    for case, _, _ in baseline_cases:
+        polygons = [np.array(polygon) for polygon in case["polygons"]]
+        filled = np.zeros((case["size"], case["size"]), np.uint8)
+        for polygon, distance in zip(polygons, shrink_distances(np.array(polygons), 0.4), strict=True):
+            if distance > 0:
+                offset = pyclipper.PyclipperOffset()
+                offset.AddPath(polygon.tolist(), pyclipper.JT_ROUND, pyclipper.ET_CLOSEDPOLYGON)
+                cv2.fillPoly(filled, [np.array(offset.Execute(distance)[0], np.int32)], 1)
+        mask = thresh_mask(*make_targets(polygons, case["size"], case["size"]))
+        without_border = cv2.erode(filled, np.ones((3, 3), np.uint8), borderValue=1)
+        assert not (mask & (filled == 0)).mean() > 0.0005, case["name"]
+        assert not ((without_border == 1) & ~mask).mean() > 0.002, case["name"]
+
+
+def test_a_rectangle_has_the_area_and_the_distances_of_the_formula():
+    left, top, width, height = 30, 40, 120, 40
+    distance = width * height * (1 - 0.4**2) / (2 * (width + height))  # 12.6
+    prob_map, thresh_map = make_targets([rectangle(left, top, left + width, top + height)], 128, 192)
+    shrunk = (width - 2 * round(distance) + 1) * (height - 2 * round(distance) + 1)
+    assert prob_map.sum() == shrunk
+    for steps, x in [(0, left), (3, left - 3), (3, left + 3), (12, left - 12), (13, left - 13), (20, left + 20)]:
+        expected = 0.3 + 0.4 * max(0, 1 - steps / distance)
+        assert thresh_map[top + height // 2, x] == pytest.approx(expected, abs=1e-5)
+
+
+@given(st.integers(6, 90), st.integers(6, 90), st.sampled_from([0.2, 0.4, 0.6]))
+@settings(max_examples=60, deadline=None)
+def test_shrunk_area_of_any_rectangle_equals_the_formula(width, height, shrink_ratio):
+    distance = width * height * (1 - shrink_ratio**2) / (2 * (width + height))
+    prob_map, _ = make_targets([rectangle(20, 20, 20 + width, 20 + height)], 128, 128, shrink_ratio)
+    sides = [side - 2 * distance + 1 for side in (width, height)]  # both border pixels are drawn
+    expected = sides[0] * sides[1]
+    assert abs(int(prob_map.sum()) - expected) <= sides[0] + sides[1] + 1  # half a pixel of rounding all around
+
+
+@given(st.lists(any_polygon, max_size=5))
+@settings(max_examples=150, deadline=None)
+def test_no_polygon_raises_and_the_maps_stay_in_range(polygons):
+    prob_map, thresh_map = make_targets(polygons, 60, 80)
+    assert prob_map.shape == thresh_map.shape == (60, 80)
+    assert prob_map.dtype == np.uint8 and set(np.unique(prob_map)) <= {0, 1}
+    assert thresh_map.dtype == np.float32
+    assert thresh_map.min() >= np.float32(0.3) and thresh_map.max() <= np.float32(0.7)
+    assert set(np.unique(polygon_mask(polygons, 60, 80))) <= {0, 1}
+
+
+@given(st.lists(any_polygon, max_size=5), st.randoms())
+@settings(max_examples=50, deadline=None)
+def test_the_order_of_polygons_does_not_matter(polygons, random):
+    maps = make_targets(polygons, 60, 80)
+    random.shuffle(polygons)
+    for expected, found in zip(maps, make_targets(polygons, 60, 80), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+@given(st.integers(-30, 30), st.integers(-30, 30))
+@settings(max_examples=30, deadline=None)
+def test_what_is_outside_the_image_is_cut_off_and_the_rest_stays(right, down):
+    polygon = np.array([[20, 22], [70, 12], [75, 30], [24, 43]])
+    maps = make_targets([polygon + (50, 50)], 200, 200)
+    moved = make_targets([polygon + (right, down)], 60, 80)
+    for whole, part in zip(maps, moved, strict=True):
+        np.testing.assert_allclose(part, whole[50 - down :, 50 - right :][:60, :80], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "polygon",
+    [
+        [[10, 10], [30, 10], [50, 10], [20, 10]],
+        [[10, 10]] * 4,
+        [[10, 10], [30, 30]],
+        [[10, 10], [float("nan"), 10], [30, 30]],
+        [[10, 10], [float("inf"), 10], [30, 30]],
+        [[10, 10], [1e12, 10], [30, 30]],
+        [],
+    ],
+    ids=["flat", "one point", "two points", "nan", "inf", "far away", "empty"],
+)
+def test_a_polygon_that_is_none_leaves_no_trace(polygon):
+    prob_map, thresh_map = make_targets([polygon], 50, 50)
+    assert not prob_map.any()
+    assert (thresh_map == np.float32(0.3)).all()
+
+
+def test_an_image_without_text_has_no_threshold_to_learn():
+    prob_map, thresh_map = make_targets([], 8, 8)
+    assert not thresh_mask(prob_map, thresh_map).any()
+    assert not thresh_mask(torch.from_numpy(prob_map), torch.from_numpy(thresh_map)).any()
+
+
+def test_the_threshold_mask_of_tensors_is_that_of_arrays():
+    maps = make_targets([rectangle(10, 10, 60, 30)], 48, 72)
+    of_tensors = thresh_mask(*map(torch.from_numpy, maps))
+    np.testing.assert_array_equal(of_tensors.numpy(), thresh_mask(*maps))
+
+
+def test_neighbours_keep_the_higher_threshold():
+    alone, beside = rectangle(10, 10, 60, 30), rectangle(60, 10, 110, 30)
+    both = make_targets([alone, beside], 48, 128)[1]
+    each = [make_targets([polygon], 48, 128)[1] for polygon in (alone, beside)]
+    np.testing.assert_array_equal(both, np.maximum(*each))
+
+
+def test_a_polygon_larger_than_a_block_of_rows_has_no_seams():
+    polygon = rectangle(40, 30, 1000, 700)
+    thresh_map = make_targets([polygon], 720, 1040)[1]
+    np.testing.assert_allclose(thresh_map[:, ::-1], thresh_map, atol=2e-3)
+    distance = shrink_distances(polygon[None], 0.4)[0]
+    inside = np.arange(0, 200)
+    np.testing.assert_allclose(thresh_map[365, 40:240], 0.7 - 0.4 * inside / distance, atol=1e-3)
+
+
+def test_other_bounds_and_ratio_are_used():
+    prob_map, thresh_map = make_targets([rectangle(10, 10, 60, 30)], 48, 72, 0.8, thresh_min=0.1, thresh_max=0.9)
+    assert thresh_map.max() == pytest.approx(0.9) and thresh_map.min() == pytest.approx(0.1)
+    assert prob_map.sum() > make_targets([rectangle(10, 10, 60, 30)], 48, 72)[0].sum()
+
+
+def test_polygon_mask_covers_the_polygons_and_nothing_else():
+    mask = polygon_mask([rectangle(-5, 2, 4, 6), rectangle(8, 1, 9, 3)], 10, 12)
+    expected = np.zeros((10, 12), np.uint8)
+    expected[2:7, :5] = 1
+    expected[1:4, 8:10] = 1
+    np.testing.assert_array_equal(mask, expected)
