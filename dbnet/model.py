@@ -20,6 +20,7 @@ BACKBONES = {
     "efficientnet_b3": (zoo.efficientnet_b3, zoo.EfficientNet_B3_Weights.IMAGENET1K_V1),
 }
 STRIDES = (4, 8, 16, 32)
+BATCH_NORM_MOMENTUM = 0.1  # torchvision gives its mobile networks 0.01, too slow for the few steps of a short run
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -46,6 +47,9 @@ class DBNet(nn.Module):
         self.pyramid = FeaturePyramid(self.backbone.channels, config.pyramid_channels)
         self.prob_branch = _branch(config.pyramid_channels)
         self.thresh_branch = _branch(config.pyramid_channels)
+        for layer in self.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = BATCH_NORM_MOMENTUM
         self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
 
