@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, read without running code, refused in one line when they do not fit."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols: what matters is whether it can be read
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, encoding and storage errors of many kinds
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: not a checkpoint, or a damaged one ({reason[:150]})") from None

@@ -2,7 +2,8 @@
 
 CLEval (arXiv 2006.06244) cuts every ground truth into pseudo-characters and asks which of their centres lie inside
 which detections. A detection may therefore cover several words, or a word several detections; each surplus piece
-costs one character. This is the variant of the competition, as DESIGN.md section 7 defines it.
+costs one character. This is the variant of the competition; the README
+defines it in full.
 
     score = score_image(gt_polygons, det_polygons)          # one image
     metric = CLEval()                                       # a data set
@@ -139,7 +140,7 @@ def score_image(
     det_polygons: Sequence[ArrayLike],
     dont_care: Sequence[bool] | None = None,
 ) -> ImageScore:
-    """CLEval of one image, by DESIGN.md section 7.
+    """CLEval of one image, as the README defines it.
 
     Args:
         gt_polygons: the words, each (n, 2) points (x, y) in pixels: along the top edge, then back along the bottom.

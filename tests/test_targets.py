@@ -102,8 +102,8 @@ def test_the_order_of_polygons_does_not_matter(polygons, random):
 @settings(max_examples=30, deadline=None)
 def test_what_is_outside_the_image_is_cut_off_and_the_rest_stays(right, down):
     polygon = np.array([[20, 22], [70, 12], [75, 30], [24, 43]])
-    maps = make_targets([polygon + (50, 50)], 200, 200)
-    moved = make_targets([polygon + (right, down)], 60, 80)
+    maps = make_targets([np.add(polygon, (50, 50))], 200, 200)
+    moved = make_targets([np.add(polygon, (right, down))], 60, 80)
     for whole, part in zip(maps, moved, strict=True):
         np.testing.assert_allclose(part, whole[50 - down :, 50 - right :][:60, :80], atol=1e-5)
 

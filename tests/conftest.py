@@ -1,0 +1,35 @@
+"""What several tests share: the real receipts where they are at hand, and a small data set that is rendered."""
+
+from pathlib import Path
+
+import pytest
+
+from dbnet.config import Config
+from dbnet.synth import write_dataset
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def receipts() -> Path:
+    """The real receipts in the layout of the README."""
+    folder = SHARED / "data" / "sroie"
+    if not folder.is_dir():
+        pytest.skip("the real receipts (../shared/data/sroie) are not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six training, two validation and two test receipts of 192 px. Tests copy it before they change anything."""
+    folder = tmp_path_factory.mktemp("rendered") / "data"
+    write_dataset(folder, train=6, val=2, test=2, size=192, seed=3, workers=1)
+    return folder
+
+
+@pytest.fixture
+def small(rendered: Path) -> Config:
+    """A network and images small enough for a step in a fraction of a second."""
+    return Config.from_preset(
+        "lite", data=str(rendered), weights="none", image_size=128, batch_size=4, accumulate=1, workers=0, epochs=1
+    )

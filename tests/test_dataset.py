@@ -1,0 +1,161 @@
+"""Annotations, letterbox, augmentation and samples."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dbnet import augment
+from dbnet.annotations import read_annotations, read_split
+from dbnet.dataset import ShuffledBatches, TextDataset, make_loader
+from dbnet.errors import UserError
+from dbnet.geometry import Letterbox, area, clip_polygons
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([32, 640, 1024]), st.integers(0, 2**32))
+def test_letterbox_there_and_back_is_exact(width, height, side, seed):
+    letterbox = Letterbox(width, height, side)
+    points = np.random.default_rng(seed).uniform(0, (width, height), (20, 2))
+    inside = letterbox.to_square(points)
+    assert (inside >= 0).all() and (inside <= side + 1e-9).all()
+    np.testing.assert_allclose(letterbox.to_image(inside), points, atol=1e-6)
+
+
+def test_letterbox_moves_pixels_with_points():
+    """A white square drawn in the original lies where its points are moved, within half a pixel."""
+    pixels = np.zeros((700, 300, 3), np.uint8)
+    pixels[200:400, 100:200] = 255
+    letterbox = Letterbox(300, 700, 640)
+    resized = letterbox.resize(pixels)[..., 0] > 127
+    ys, xs = np.nonzero(resized)
+    corners = letterbox.to_square(np.array([[100, 200], [200, 400]]))
+    found = np.array([[xs.min(), ys.min()], [xs.max() + 1, ys.max() + 1]])
+    assert np.abs(found - corners).max() <= 0.5
+
+
+MOVES = [augment.flip, *(lambda image, polygons, k=k: augment.rotate90(image, polygons, k) for k in (1, 2, 3))]
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_augmentation_moves_polygons_with_the_pixels(move):
+    image = np.zeros((50, 80, 3), np.uint8)
+    image[10:20, 30:60] = 255
+    moved, [polygon] = move(image, [np.array([[30.0, 10], [60, 10], [60, 20], [30, 20]])])
+    ys, xs = np.nonzero(moved[..., 0])
+    assert polygon.min(axis=0).tolist() == [xs.min(), ys.min()]
+    assert polygon.max(axis=0).tolist() == [xs.max() + 1, ys.max() + 1]
+
+
+def test_photometric_augmentation_keeps_shape_and_changes_values():
+    image = np.random.default_rng(0).integers(60, 120, (64, 64, 3), dtype=np.uint8)
+    brighter = augment.change_brightness_contrast(image, 0.2, 0.0)
+    assert np.array_equal(brighter, image + 51)
+    assert augment.equalize(image, 2.0).std() > image.std()
+
+
+def test_points_outside_are_clipped_and_degenerate_polygons_dropped():
+    square = np.array([[-10.0, -10], [20, -10], [20, 20], [-10, 20]])
+    outside = square + 500
+    line = np.array([[0.0, 0], [10, 10], [20, 20]])
+    two_points = line[:2]
+    kept, places = clip_polygons([outside, square, line, two_points], 100, 100)
+    assert places.tolist() == [1]
+    assert area(kept[0]) == 400
+
+
+def test_a_sample_is_uint8_and_depends_on_seed_epoch_and_index_alone(small):
+    dataset = TextDataset(small, "train", train=True)
+    sample, again, next_epoch = dataset[2], dataset[2], dataset[2 + len(dataset)]
+    side = small.image_size
+    assert sample["image"].shape == (side, side, 3) and sample["image"].dtype == torch.uint8
+    assert sample["prob_map"].shape == sample["thresh_map"].shape == sample["mask"].shape == (side, side)
+    assert sample["prob_map"].any() and sample["thresh_map"].max() <= 0.7001
+    assert torch.equal(sample["image"], again["image"])
+    assert not torch.equal(sample["image"], next_epoch["image"])
+
+
+def test_batches_are_the_same_with_any_number_of_workers(small):
+    dataset = TextDataset(small, "train", train=True)
+    loads = []
+    for workers in (0, 2):
+        batches = ShuffledBatches(len(dataset), 4, small.seed)
+        loads.append(list(make_loader(dataset, workers, False, batches)))
+    for ours, theirs in zip(*loads, strict=True):
+        assert torch.equal(ours["image"], theirs["image"])
+
+
+def test_dont_care_words_are_masked_and_no_target(rendered, small, tmp_path):
+    data = Path(shutil.copytree(rendered, tmp_path / "data"))
+    path = data / "jsons" / "train.json"
+    content = json.loads(path.read_text())
+    for entry in content["images"].values():
+        for i, word in enumerate(entry["words"].values()):
+            word.update({"illegibility": True} if i % 2 else {"transcription": "###"})
+    path.write_text(json.dumps(content))
+    sample = TextDataset(small.changed(data=str(data)), "train", train=True)[0]
+    assert not sample["prob_map"].any()
+    assert (sample["mask"] == 0).any()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "not JSON"),
+        ("[]", 'lacks "images"'),
+        ('{"images": {"a.jpg": 3}}', 'a.jpg: lacks "words"'),
+        ('{"images": {"../a.jpg": {"words": {}}}}', "not a plain file name"),
+        ('{"images": {"a.jpg": {"words": {"7": {"points": [[1, 2, 3]]}}}}}', "word 7"),
+        ('{"images": {"a.jpg": {"words": {"7": {"points": [[1, "2"]]}}}}}', "word 7"),
+        ('{"images": {"a.jpg": {"words": {"7": {"points": [[1, null]]}}}}}', "word 7"),
+        ('{"images": {"a.jpg": {"words": {"7": {"points": 5}}}}}', "word 7"),
+        ('{"images": {"a.jpg": {"words": {"7": {}}}}}', "word 7"),
+        ('{"images": {"a.jpg": {"words": {"7": {"points": [[1, NaN]]}}}}}', "not a finite number"),
+        ('{"images": {"a.jpg": {"words": {"7": {"points": [[1, 1e999]]}}}}}', "not a finite number"),
+    ],
+)
+def test_broken_annotations_are_named_in_one_line(tmp_path, content, words):
+    path = tmp_path / "train.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        read_annotations(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from(["images", "words", "points", "a.jpg"]), inner, max_size=3)
+        ),
+        max_leaves=12,
+    )
+)
+def test_any_json_is_read_or_refused(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("json") / "train.json"
+    path.write_text(json.dumps(content))
+    try:
+        read_annotations(path)
+    except UserError as error:
+        assert str(path) in str(error)
+
+
+def test_missing_images_and_images_without_an_entry_are_said(rendered, tmp_path, capsys):
+    data = Path(shutil.copytree(rendered, tmp_path / "data"))
+    path = data / "jsons" / "train.json"
+    content = json.loads(path.read_text())
+    first = next(iter(content["images"]))
+    entry = content["images"].pop(first)
+    path.write_text(json.dumps(content))
+    read_split(data, "train")
+    assert "1 images have no entry" in capsys.readouterr().out
+    content["images"]["absent.jpg"] = entry
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"absent\.jpg: no such image"):
+        read_split(data, "train")
