@@ -13,7 +13,7 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 	touch $@
 
 demo: $(VENV)/.installed clean-demo
-	$(RUN) -m dbnet.synth --out demo/data --train 240 --val 20 --test 8 --size 640 --seed 1
+	$(RUN) -m dbnet.synth --out demo/data --train 300 --val 20 --test 8 --size 640 --seed 1
 	$(RUN) train.py --preset demo --run demo
 	$(RUN) evaluate.py runs/demo/best.pt --json demo/scores.json
 	$(RUN) predict.py runs/demo/best.pt --out demo/submission.csv --overlays demo/overlays

@@ -304,7 +304,7 @@ V3 = V1.changed(backbone="resnet50", batch_size=4, accumulate=4, thresh=0.22, bo
 LITE = V1.changed(
     backbone="mobilenet_v3_large", pyramid_channels=96, image_size=640, batch_size=8, accumulate=1, rotate90_p=0.0
 )
-DEMO = LITE.changed(data="demo/data", weights="none", image_size=448, epochs=6)
+DEMO = LITE.changed(data="demo/data", weights="none", image_size=448, batch_size=4, epochs=7)
 
 PRESETS: dict[str, Config] = {"baseline": BASELINE, "v0": V0, "v1": V1, "v3": V3, "lite": LITE, "demo": DEMO}
 

@@ -17,7 +17,7 @@ what there are many of is the last, since numpy is quickest along a long last ax
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 import numpy as np
@@ -78,22 +78,10 @@ class ImageScore:
 
 
 @dataclass(frozen=True)
-class DatasetScore:
-    """CLEval of a data set: means over its images of precision, recall and hmean, and sums of what was counted."""
+class DatasetScore(ImageScore):
+    """CLEval of a data set: precision, recall and hmean are means over its images, all counts are sums."""
 
-    precision: float
-    recall: float
-    hmean: float
     images: int
-    words: int
-    detections: int
-    chars_gt: int
-    chars_det: int
-    chars_tp: int
-    fp_chars: int
-    overlaps: int
-    splits: int
-    merges: int
 
 
 @dataclass
@@ -117,22 +105,9 @@ class CLEval:
     def compute(self) -> DatasetScore:
         """Means and sums over the images so far; all 0 where there were none."""
 
-        def total(name: str):
-            return sum(getattr(score, name) for score in self.images)
-
-        means = {name: total(name) / max(len(self.images), 1) for name in ("precision", "recall", "hmean")}
-        counts = (
-            "words",
-            "detections",
-            "chars_gt",
-            "chars_det",
-            "chars_tp",
-            "fp_chars",
-            "overlaps",
-            "splits",
-            "merges",
-        )
-        return DatasetScore(**means, images=len(self.images), **{name: total(name) for name in counts})
+        totals = {of.name: sum(getattr(score, of.name) for score in self.images) for of in fields(ImageScore)}
+        means = {name: totals[name] / max(len(self.images), 1) for name in ("precision", "recall", "hmean")}
+        return DatasetScore(**totals | means, images=len(self.images))
 
 
 def score_image(

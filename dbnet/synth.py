@@ -720,7 +720,7 @@ def write_dataset(
     fonts: Sequence[str] = (),
     workers: int | None = None,
 ) -> int:
-    """Write a data set of receipts in the layout of DESIGN.md, section 3, and return the number of its words.
+    """Write a data set of receipts in the layout that `dbnet.annotations` reads, and return the number of its words.
 
     `folder` must be absent or empty. The jsons come last, so that an interrupted run is no data set. Image i of a
     split depends on (seed, split, i) alone: not on `workers` (processes; default: one per CPU) nor on the counts.

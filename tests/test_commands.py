@@ -61,7 +61,7 @@ def test_a_run_writes_its_files(place):
     run = place / "runs" / "first"
     assert {path.name for path in run.iterdir()} == {"best.pt", "last.pt", "config.json", "log.jsonl"}
     [row] = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    assert row["epoch"] == 1 and row["batch"] == "2 x 2" or row["batch"] == "2 x 1"
+    assert row["epoch"] == 1 and row["batch"] == "2 x 1"
     assert {"total_loss", "prob_loss", "lr", "precision", "recall", "hmean", "images_per_second"} <= row.keys()
     assert json.loads((run / "config.json").read_text())["image_size"] == 64
 
@@ -109,11 +109,10 @@ def test_a_run_goes_on_where_it_stopped_and_its_weights_start_another_preset(pla
 
 
 def test_show_samples_draws_a_picture(place, tmp_path):
-    result = command(
-        "train.py", "--preset", "v1", "--image-size", "128", "--show-samples", tmp_path / "a.png", cwd=place
-    )
+    picture = tmp_path / "a.png"
+    result = command("train.py", "--preset", "v1", "--image-size", "128", "--show-samples", picture, cwd=place)
     assert result.returncode == 0, result.stderr
-    assert Image.open(tmp_path / "a.png").width == 3 * 480
+    assert Image.open(picture).width == 3 * 480
 
 
 def spoil_image(data, split, name="broken"):

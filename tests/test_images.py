@@ -94,7 +94,7 @@ def no_image(path):
         (truncated, "truncated"),
         (emptied, "empty"),
         (no_image, "not an image"),
-        (lambda p: p.unlink(), "cannot be read"),
+        (Path.unlink, "cannot be read"),
     ],
 )
 def test_a_broken_file_is_named_with_the_reason(tmp_path, picture, damage, words):

@@ -1,4 +1,4 @@
-"""Probability maps to polygons (DESIGN section 9): the baseline's answers, round trips, and maps without sense."""
+"""Probability maps to polygons (DBNet, section 3.5): the baseline's answers, round trips, and maps without sense."""
 
 import json
 from pathlib import Path

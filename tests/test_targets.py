@@ -1,4 +1,4 @@
-"""Target maps (DESIGN section 8): the baseline's maps, what the definition implies, and polygons nobody should draw."""
+"""Target maps (DBNet, section 3.4): the baseline's maps, what the definition implies, polygons nobody draws."""
 
 import json
 from pathlib import Path

@@ -1,0 +1,283 @@
+"""CLEval: against the competition's own scorer where its cases are there, and by hand and by property everywhere."""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shapely
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dbnet import metric
+from dbnet.metric import CLEval, score_image
+
+CASES = Path(__file__).resolve().parents[2] / "shared" / "cases" / "cleval.json"
+
+
+def box(x, y, width, height):
+    return np.array([[x, y], [x + width, y], [x + width, y + height], [x, y + height]])
+
+
+# A box of 40 x 10 begins with a horizontal edge: a = 1 / 4, so 4 characters, centred at x = 5, 15, 25 and 35.
+WORD = box(0, 0, 40, 10)
+FAR = box(500, 500, 40, 10)
+
+
+coordinates = st.integers(-30, 120)
+any_polygons = st.lists(st.lists(st.tuples(coordinates, coordinates), min_size=1, max_size=9), max_size=6)
+
+
+@st.composite
+def word_pages(draw):
+    """Boxes on a grid, so that none touches another."""
+    count = draw(st.integers(1, 12))
+    sizes = draw(st.lists(st.tuples(st.integers(2, 90), st.integers(2, 40)), min_size=count, max_size=count))
+    return [box(100 * (i % 4), 50 * (i // 4), width, height) for i, (width, height) in enumerate(sizes)]
+
+
+# ---------------------------------------------------------------------------------------------- the competition's
+
+
+def test_agrees_with_the_competitions_scorer():
+    if not CASES.exists():
+        pytest.skip(f"the cases with known answers are not at {CASES}")
+    disagreements = []
+    for case in json.loads(CASES.read_text()):
+        gt, det = ([np.reshape(flat, (-1, 2)) for flat in case[key]] for key in ("gt", "det"))
+        score = score_image(gt, det, case.get("dont_care"))
+        for name, expected in case["expected"].items():
+            if getattr(score, name) != pytest.approx(expected, abs=1e-6, rel=0):
+                disagreements.append((case["name"], name, expected, getattr(score, name)))
+    assert not disagreements
+
+
+# -------------------------------------------------------------------------------------------------------- by hand
+
+
+def test_perfect_detection_scores_one():
+    score = score_image([WORD, FAR], [WORD, FAR])
+    assert (score.precision, score.recall, score.hmean) == (1, 1, 1)
+    assert (score.chars_gt, score.chars_det, score.chars_tp) == (8, 8, 8)
+    assert (score.words, score.detections) == (2, 2)
+
+
+def test_split_word_costs_recall_one_character_for_each_extra_piece():
+    score = score_image([WORD], [box(0, 0, 20, 10), box(20, 0, 20, 10)])
+    assert (score.chars_gt, score.chars_det, score.chars_tp) == (4, 4, 4)
+    assert (score.splits, score.merges, score.gran_recall, score.gran_precision) == (1, 0, 1, 0)
+    assert (score.precision, score.recall) == (1, 3 / 4)
+
+
+def test_merged_words_cost_precision_one_character_for_each_extra_word():
+    score = score_image([WORD, box(50, 0, 40, 10)], [box(0, 0, 90, 10)])
+    assert (score.chars_gt, score.chars_det, score.chars_tp) == (8, 8, 8)
+    assert (score.splits, score.merges, score.gran_recall, score.gran_precision) == (0, 1, 0, 1)
+    assert (score.precision, score.recall) == (7 / 8, 1)
+
+
+def test_false_positive_costs_precision_as_many_characters_as_it_is_long():
+    score = score_image([WORD], [WORD, FAR])
+    assert (score.chars_det, score.chars_tp, score.fp_chars) == (8, 4, 4)
+    assert (score.precision, score.recall) == (1 / 2, 1)
+    assert score.hmean == pytest.approx(2 / 3)
+
+
+def test_upright_false_positive_counts_as_one_character_beginning_on_its_left_side():
+    # Of the four edges with the same rectangle Qhull's first decides between 4 characters and 1 / 4, which rounds to 1.
+    assert score_image([], [WORD]).fp_chars == 4
+    assert score_image([], [np.roll(WORD, 1, axis=0)]).fp_chars == 1
+
+
+def test_duplicate_detection_is_a_split_whose_characters_overlap():
+    score = score_image([WORD], [WORD, WORD])
+    assert (score.chars_gt, score.chars_det, score.chars_tp, score.overlaps) == (4, 8, 4, 4)
+    assert (score.precision, score.recall) == (1 / 2, 3 / 4)
+
+
+def test_missed_characters_cost_recall_only():
+    score = score_image([WORD], [box(0, 0, 30, 10)])
+    assert (score.chars_gt, score.chars_det, score.chars_tp) == (4, 3, 3)
+    assert (score.precision, score.recall) == (1, 3 / 4)
+
+
+@pytest.mark.parametrize(("height", "is_match"), [(33, True), (34, False)])
+def test_detection_must_lie_on_the_word_with_three_tenths_of_its_area(height, is_match):
+    score = score_image([WORD], [box(0, 0, 40, height)])
+    assert score.chars_tp == (4 if is_match else 0)
+    assert (score.fp_chars == 0) == is_match
+
+
+def test_exactly_three_tenths_are_enough():
+    assert score_image([box(0, 0, 40, 3)], [box(0, 0, 40, 10)]).chars_tp > 0
+
+
+def test_character_centres_on_the_left_or_top_outline_are_inside_and_on_the_right_or_bottom_are_not():
+    # Centres at (5, 5), (15, 5), (25, 5), (35, 5).
+    assert score_image([WORD], [box(5, 0, 20, 10)]).chars_tp == 2
+    assert score_image([WORD], [box(0, 5, 40, 5)]).chars_tp == 4
+    assert score_image([WORD], [box(0, 0, 40, 5)]).chars_tp == 0
+
+
+def test_coordinates_are_truncated_not_rounded():
+    assert score_image([WORD + 0.9], [WORD + 0.2]) == score_image([WORD], [WORD])
+    assert score_image([WORD - 0.9], [WORD - 0.2]).words == 1
+
+
+def test_curved_word_has_its_characters_along_both_edges():
+    # An arch of 2 sections an edge: characters lie on the arch and not on the chord below it.
+    arch = np.array([[0, 40], [50, 0], [100, 40], [100, 60], [50, 20], [0, 60]])
+    score = score_image([arch], [arch])
+    assert (score.precision, score.recall) == (1, 1)
+    assert score_image([arch], [box(0, 45, 100, 15)]).chars_tp == 0
+
+
+def test_word_of_an_odd_number_of_points_is_scored():
+    pentagon = np.array([[0, 0], [40, 0], [40, 10], [20, 12], [0, 10]])
+    assert score_image([pentagon], [pentagon]).chars_tp > 0
+
+
+# ----------------------------------------------------------------------------------------------------- don't care
+
+
+def test_dont_care_word_need_not_be_found():
+    score = score_image([WORD, FAR], [WORD], [False, True])
+    assert (score.precision, score.recall, score.chars_gt) == (1, 1, 4)
+
+
+def test_detection_on_a_dont_care_word_is_no_false_positive():
+    score = score_image([WORD, FAR], [WORD, FAR], [False, True])
+    assert (score.precision, score.recall) == (1, 1)
+    assert (score.chars_det, score.fp_chars) == (4, 0)
+
+
+def test_detection_over_several_dont_care_words_is_dont_care_by_the_sum_of_their_shares():
+    several = [box(20 * k, 0, 10, 10) for k in range(4)]
+    across = box(0, 0, 70, 15)  # a share of 100 / 1050 on each: below 0.3 alone and for 3, above for 4
+    assert score_image(several, [across], [True] * 4).fp_chars == 0
+    assert score_image(several[:3], [across], [True] * 3).fp_chars > 0
+
+
+def test_words_are_cut_out_of_the_dont_care_region_around_them():
+    region = box(-20, -20, 80, 50)
+    score = score_image([region, WORD], [WORD], [True, False])
+    assert (score.chars_tp, score.chars_gt, score.chars_det) == (4, 4, 4)
+
+
+def test_flags_stay_with_their_words_when_a_polygon_before_them_is_skipped():
+    line = [[0, 0], [10, 0], [10, 10]]
+    assert score_image([line, WORD, FAR], [WORD], [False, False, True]).recall == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- edges
+
+
+def test_polygons_of_fewer_than_four_points_are_skipped():
+    triangle = [[0, 0], [30, 0], [0, 30]]
+    assert score_image([WORD, triangle], [triangle, WORD]) == score_image([WORD], [WORD])
+
+
+def test_only_the_first_500_detections_are_scored():
+    score = score_image([WORD], [FAR] * 500 + [WORD])
+    assert (score.detections, score.chars_tp, score.fp_chars) == (500, 0, 2000)
+
+
+def test_image_without_predictions_or_without_words_scores_zero():
+    for gt, det in ([WORD], []), ([], [WORD]), ([], []):
+        score = score_image(gt, det)
+        assert (score.precision, score.recall, score.hmean) == (0, 0, 0)
+
+
+def test_word_without_area_counts_as_a_hundred_characters():
+    assert score_image([[[0, 0], [10, 0], [20, 0], [30, 0]]], []).chars_gt == 100
+
+
+def test_mistaken_input_is_refused():
+    with pytest.raises(ValueError, match="dont_care has 2 flags for 1 ground truths"):
+        score_image([WORD], [WORD], [True, False])
+    with pytest.raises(ValueError, match=r"\(n, 2\)"):
+        score_image([WORD.ravel()], [WORD])
+    with pytest.raises(ValueError, match="not finite"):
+        score_image([WORD], [WORD * np.nan])
+
+
+def test_dataset_score_is_the_mean_over_images_and_not_over_characters():
+    clevel = CLEval()
+    clevel.update([WORD], [WORD])
+    clevel.update([WORD, FAR, FAR + 100], [])
+    half = clevel.update([WORD], [WORD, FAR])
+    score = clevel.compute()
+    assert score.precision == pytest.approx((1 + 0 + 1 / 2) / 3)
+    assert score.recall == pytest.approx((1 + 0 + 1) / 3)
+    assert score.hmean == pytest.approx((1 + 0 + half.hmean) / 3)
+    assert (score.images, score.words, score.detections, score.chars_gt) == (3, 5, 3, 20)
+
+
+def test_dataset_without_images_scores_zero():
+    assert CLEval().compute().hmean == 0
+
+
+# ----------------------------------------------------------------------------------------------------- properties
+
+
+@given(word_pages())
+def test_a_page_detected_perfectly_scores_one(words):
+    score = score_image(words, words)
+    assert (score.precision, score.recall, score.hmean) == (1, 1, 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(any_polygons, any_polygons, st.integers(0, 63))
+def test_any_polygons_score_between_zero_and_one_without_a_warning(gt, det, flags):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score = score_image(gt, gt + det, [bool(flags >> i & 1) for i in range(len(gt))])
+    assert all(0 <= value <= 1 for value in (score.precision, score.recall, score.hmean))
+    assert score.chars_tp <= min(score.chars_gt, score.chars_det)
+
+
+@settings(deadline=None)
+@given(word_pages(), st.randoms(use_true_random=False), st.integers(0, 30))
+def test_order_of_ground_truths_does_not_matter(words, random, shift):
+    detections = [word + shift for word in words]
+    shuffled = random.sample(words, len(words))
+    assert score_image(shuffled, detections) == score_image(words, detections)
+
+
+@settings(deadline=None)
+@given(word_pages(), st.integers(0, 30), st.integers(0, 1000), st.integers(0, 1000))
+def test_moving_a_page_of_upright_boxes_changes_nothing(words, shift, x, y):
+    detections = [word + shift for word in words]
+    moved_words, moved_detections = ([np.add(polygon, [x, y]) for polygon in page] for page in (words, detections))
+    assert score_image(moved_words, moved_detections) == score_image(words, detections)
+
+
+@st.composite
+def convex_quads(draw):
+    """(4, 2) convex quadrilaterals of small integers, which often share parts of their outlines."""
+    points = draw(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=4, max_size=12, unique=True))
+    outline = shapely.get_coordinates(shapely.convex_hull(shapely.multipoints(points)))
+    return outline[:4] if len(outline) > 4 else box(0, 0, 3, 3)
+
+
+upright_boxes = st.builds(box, *[st.integers(0, 400)] * 2, *[st.integers(1, 400)] * 2)
+
+
+@settings(max_examples=300, deadline=None)
+@given(upright_boxes | convex_quads(), st.integers(0, 3), st.booleans())
+def test_quadrilaterals_have_the_length_that_their_edges_in_the_order_of_qhull_give(quad, first, is_reversed):
+    quad = np.roll(quad, first, axis=0)[:: -1 if is_reversed else 1]
+    polygons, _ = metric._read_polygons([quad])
+    by_hull = metric._aspect_ratio_by_hull(polygons.points)
+    for length_of_ratio in (metric._word_length, metric._false_positive_length):
+        assert metric._lengths(polygons, np.array([0]), length_of_ratio) == length_of_ratio(by_hull)
+
+
+@settings(max_examples=300, deadline=None)
+@given(convex_quads(), convex_quads())
+def test_common_area_of_convex_quadrilaterals_is_their_intersections(first, second):
+    quads = [polygon if shapely.LinearRing(polygon).is_ccw else polygon[::-1] for polygon in (first, second)]
+    expected = shapely.Polygon(first).intersection(shapely.Polygon(second)).area
+    computed = metric._common_area(*(quad.T[:, :, None] for quad in quads))
+    assert computed[0] == pytest.approx(expected, abs=1e-9)
