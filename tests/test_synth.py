@@ -13,14 +13,11 @@ import pytest
 from PIL import Image, ImageFont
 
 from dbnet.errors import UserError
+from dbnet.receipt import LATIN, Typeface, has_glyph, print_page
 from dbnet.synth import (
-    LATIN,
     SPLITS,
-    Typeface,
     corners,
-    has_glyph,
     place,
-    print_page,
     render_receipt,
     transform,
     write_dataset,

@@ -1,0 +1,432 @@
+"""A receipt in ink: what it says, and how it is printed on a flat page that knows the box of each word.
+
+`compose_receipt` writes the rows of a receipt in one of the vocabularies, and `print_page` sets them in a typeface.
+`dbnet.synth` puts the page on paper and photographs it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from dbnet.errors import UserError
+
+WORD_MARGIN = 0.06  # between ink and polygon, in font sizes: what an annotator leaves
+FIXED_PITCH = 0.62  # width of a cell of the printer, in font sizes
+FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "/Library/Fonts", "C:/Windows/Fonts")
+FONT_NAMES = ("DejaVuSans", "DejaVuSerif", "Liberation", "FreeSans", "FreeMono", "Arial", "cour", "Courier New")
+
+
+# ---- what a receipt says
+
+
+def phrases(text: str) -> tuple[str, ...]:
+    return tuple(text.split("|"))
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words of receipts in one language."""
+
+    shops: tuple[str, ...]
+    places: tuple[str, ...]
+    items: tuple[str, ...]
+    notes: tuple[str, ...]
+    columns: tuple[tuple[str, ...], ...]
+    """Heads of the table of items: name, quantity, unit price, amount; one of the tuples is taken."""
+    fields: tuple[str, ...]
+    """What a line of the header may name: a counter, a cashier, a number."""
+    sums: tuple[tuple[str, ...], ...]
+    """Subtotal, tax, total, payment, change: alternatives for each."""
+    syllables: tuple[str, ...]
+    """For made-up names, so that a detector cannot learn the list by heart."""
+    cents: bool
+    currencies: tuple[str, ...]
+
+
+LATIN = Vocabulary(
+    shops=phrases("Market|Cafe|Bakery|Trading Sdn Bhd|Hardware & Tools|Pharmacy|Books|Enterprise|Mini Mart|Grill"),
+    places=phrases("Main Street|Jalan Besar|Park Avenue|Station Rd.|Taman Maju|Lot 12-A|High St|5th Floor"),
+    items=phrases(
+        "Milk 1L|Brown Bread|Coffee (L)|AA Battery x4|Green Tea|Olive Oil 500ml|Rice 5kg|Chicken Set|A4 Paper|Notebook|"
+        "USB Cable 2m|Eggs 10pcs|Orange Juice|Soap|LED Bulb 9W|Paint Brush 2in|Iced Latte|Plastic Bag|Tape 48mm|Set #3"
+    ),
+    notes=phrases(
+        "Thank you, please come again!|Goods sold are not returnable|Exchange within 7 days with receipt|Customer copy|"
+        "Strictly no cash refund|Prices include service tax|Follow us at www.shop.example|*** Have a nice day :) ***|"
+        "Please keep this receipt for your records|Opening hours 08:00 - 22:00"
+    ),
+    columns=(phrases("Item|Qty|Price|Amount"), phrases("Description|Qty|U/P|Total"), phrases("ITEM|#|@|AMT(RM)")),
+    fields=phrases("Cashier:|Counter|Bill No:|Table|Ref.|Invoice #|Terminal ID|Member|GST ID :|Order"),
+    sums=(
+        phrases("Subtotal|Sub Total :|Total Excl. Tax"),
+        phrases("Tax|GST 6% :|VAT 20%|Service Charge (10%)"),
+        phrases("TOTAL|Grand Total :|Amount Due|Total (Inclusive of GST)"),
+        phrases("Cash|VISA|Card Payment :|MASTERCARD **** 4021"),
+        phrases("Change|CHANGE DUE :|Balance|Rounding Adj."),
+    ),
+    syllables=phrases("ba|ker|lin|mo|sa|ton|vi|rel|dun|hu|an|go|tes|pra|il|wen|cho|ris|mar|el|fu"),
+    cents=True,
+    currencies=("", "", "$", "RM", "EUR ", "£"),
+)
+
+KOREAN = Vocabulary(
+    shops=phrases("마트|편의점|식당|커피|베이커리|약국|서점|치킨|문구|정육점|분식|주식회사"),
+    places=phrases("서울특별시 강남구|경기도 성남시 분당구|부산광역시 해운대구|테헤란로 152|중앙로 27번길 3|1층 101호"),
+    items=phrases(
+        "아메리카노(R)|카페라떼|김치찌개|삼겹살 200g|바나나우유|새우깡|신선한 계란 10구|햇반 210g|생수 2L|두부|비빔밥|"
+        "공기밥|콜라 500ml|종량제봉투 20L|A4 용지|칫솔 세트|참치 김밥|식빵|사과 1봉|소주"
+    ),
+    notes=phrases(
+        "감사합니다 또 오세요|교환 및 환불은 7일 이내 영수증 지참|신용카드 매출전표|고객용|부가세 포함 금액입니다|"
+        "포인트 적립은 당일에 한합니다|현금영수증 (소득공제)|이용해 주셔서 감사합니다|문의 고객센터 1588-0000"
+    ),
+    columns=(phrases("상품명|수량|단가|금액"), phrases("메뉴|수량|단가|금액"), phrases("품명|수량|가격|합계")),
+    fields=phrases("대표자:|담당자|영수증번호|POS:|테이블|사업자번호:|승인번호|가맹점|주문번호"),
+    sums=(
+        phrases("과세물품가액|공급가액|소계"),
+        phrases("부가세|부 가 세|세액"),
+        phrases("합계|총 금 액|결제금액|합 계 금 액"),
+        phrases("신용카드|현금|받은금액|카드 결제"),
+        phrases("거스름돈|할인금액|포인트"),
+    ),
+    syllables=phrases("가|나|다|라|한|솔|미|정|우|리|동|네|행|복|빛|새|봄|별|해|온"),
+    cents=False,
+    currencies=("", "", "₩"),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Text between two positions across the page (fractions of the print width); align 0 left, 0.5 centre, 1 right."""
+
+    text: str
+    left: float = 0.0
+    right: float = 1.0
+    align: float = 0.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of print, a graphic, or (with neither) a gap. `scale` is its height in lines of body text."""
+
+    cells: tuple[Cell, ...] = ()
+    scale: float = 1.0
+    bold: bool = False
+    inverted: bool = False
+    graphic: Callable[[np.random.Generator, int, int], np.ndarray] | None = None
+    """Called with (rng, height, width); returns ink (height, width) uint8, 255 = printed."""
+
+
+def pick(rng: np.random.Generator, options: Sequence):
+    """One of `options`; unlike rng.choice it neither copies nor converts them."""
+    return options[int(rng.integers(len(options)))]
+
+
+def chance(rng: np.random.Generator, probability: float) -> bool:
+    return bool(rng.random() < probability)
+
+
+def digits(rng: np.random.Generator, *patterns: str) -> str:
+    """One of `patterns` with each # replaced by a random digit: "Tel ##-### ####"."""
+    return "".join(str(rng.integers(10)) if letter == "#" else letter for letter in pick(rng, patterns))
+
+
+def made_up_name(rng: np.random.Generator, words: Vocabulary) -> str:
+    return "".join(pick(rng, words.syllables) for _ in range(rng.integers(2, 4))).capitalize()
+
+
+def money(rng: np.random.Generator, words: Vocabulary, largest: float = 100) -> str:
+    amount = largest * rng.random() ** 2 + 0.5
+    return f"{amount:,.2f}" if words.cents else f"{int(amount * 100) * 10:,}"
+
+
+def compose_header(rng: np.random.Generator, words: Vocabulary) -> list[Row]:
+    """Logo, shop name, address, phone, date and the numbers of the sale."""
+    align = pick(rng, (0.5, 0.5, 0.5, 0.0))
+
+    def line(text: str, **look) -> Row:
+        return Row((Cell(text, align=align),), **look)
+
+    rows = [Row(graphic=draw_logo, scale=rng.uniform(2.5, 5)), Row(scale=0.4)] if chance(rng, 0.3) else []
+    shop = f"{made_up_name(rng, words)} {pick(rng, words.shops)}"
+    rows.append(line(shop, scale=rng.uniform(1.2, 2.8), bold=chance(rng, 0.6), inverted=chance(rng, 0.12)))
+    for _ in range(rng.integers(1, 4)):
+        rows.append(line(f"{digits(rng, '#', '##,', 'No.##')} {pick(rng, words.places)}, {digits(rng, '#####')}"))
+    rows.append(line(digits(rng, "Tel: ##-### ####", "TEL ###-####-####", "(###) ###-####  Fax:##-#######")))
+    rows.append(Row(scale=rng.uniform(0.3, 1)))
+    date = digits(rng, "202#-1#-1#", "1#/0#/202#", "2#.1#.2#") + digits(rng, " 1#:3#", " 0#:1#:2# PM")
+    rows.append(Row((Cell(date, 0, 0.66), Cell(digits(rng, "No. ####", "####"), 0.66, 1, 1.0))))
+    for _ in range(rng.integers(0, 5)):
+        value = pick(rng, (digits(rng, "######", "###-##-#####"), made_up_name(rng, words)))
+        edge, side = pick(rng, ((0.35, 0.0), (0.45, 1.0)))
+        rows.append(Row((Cell(pick(rng, words.fields), 0, edge), Cell(value, edge, 1, side))))
+    return rows
+
+
+def compose_items(rng: np.random.Generator, words: Vocabulary, line_count: float) -> list[Row]:
+    """The table of items in about `line_count` lines (at least one item), with one or two lines an item."""
+    one_line, gap = chance(rng, 0.6), pick(rng, (0.0, 0.0, 0.3))
+    edges = (0, 0.48, 0.58, 0.79, 1) if one_line else (0, 0.35, 0.52, 0.76, 1)
+
+    def table_row(texts: Sequence[str], **look) -> Row:
+        aligns = (0.0, 1.0, 1.0, 1.0)
+        return Row(tuple(map(Cell, texts, edges[:-1], edges[1:], aligns)), **look)
+
+    rule = Row(graphic=pick(rng, (draw_rule, draw_dashes)), scale=0.6)
+    head = table_row(pick(rng, words.columns), bold=chance(rng, 0.4), inverted=chance(rng, 0.12))
+    rows, used = [rule, head, rule], 2.2
+    while used < line_count or len(rows) == 3:
+        name = f"{made_up_name(rng, words)} {pick(rng, words.items)}" if chance(rng, 0.5) else pick(rng, words.items)
+        numbers = digits(rng, "1", "2", "#", "1#"), money(rng, words), money(rng, words)
+        if one_line:
+            rows.append(table_row((name, *numbers)))
+        else:
+            rows += [Row((Cell(name),)), table_row((digits(rng, "#######", "###########"), *numbers))]
+        rows.append(Row(scale=gap))
+        used += (1 if one_line else 2) + gap
+    return [*rows, rule]
+
+
+def compose_sums(rng: np.random.Generator, words: Vocabulary) -> list[Row]:
+    """Subtotal, tax, total, payment and change; the total may be large, bold or inverted."""
+    currency, left = pick(rng, words.currencies), pick(rng, (0.0, 0.0, 0.2))
+    look = {"scale": pick(rng, (1.0, 1.2, 1.5, 1.8)), "bold": chance(rng, 0.7), "inverted": chance(rng, 0.15)}
+    rows = []
+    for kind, labels in enumerate(words.sums):
+        cells = Cell(pick(rng, labels), left, 0.64), Cell(currency + money(rng, words, 500), 0.64, 1, 1.0)
+        if kind == 2:
+            rows.append(Row(cells, **look))
+        elif chance(rng, 0.85):
+            rows.append(Row(cells))
+    return rows
+
+
+def compose_footer(rng: np.random.Generator, words: Vocabulary) -> list[Row]:
+    """Payment details, notes, small print, a barcode or a matrix code."""
+    rows = [Row(graphic=pick(rng, (draw_rule, draw_dashes)) if chance(rng, 0.5) else None, scale=0.6)]
+    for _ in range(pick(rng, (0, 0, 2, 4))):
+        cells = Cell(pick(rng, words.fields), 0, 0.5), Cell(digits(rng, "########", "#### **** ##"), 0.5, 1, 1.0)
+        rows.append(Row(cells, scale=0.9))
+    rows += [Row((Cell(pick(rng, words.notes), align=0.5),)) for _ in range(rng.integers(1, 4))]
+    if chance(rng, 0.35):
+        text = " ".join(pick(rng, words.notes) for _ in range(rng.integers(3, 7)))
+        rows.append(Row((Cell(text),), scale=rng.uniform(0.65, 0.85)))
+    if chance(rng, 0.4):
+        rows += [Row(scale=0.5), Row(graphic=draw_barcode, scale=rng.uniform(1.5, 3))]
+        rows.append(Row((Cell(digits(rng, "#############", "# ###### ######"), align=0.5),), scale=0.8))
+    elif chance(rng, 0.3):
+        rows += [Row(scale=0.5), Row(graphic=draw_matrix_code, scale=rng.uniform(3, 6))]
+    return rows
+
+
+def compose_receipt(rng: np.random.Generator, words: Vocabulary, line_count: float) -> list[Row]:
+    """The rows of a receipt of 70 to 100% of `line_count` lines, where its fixed parts leave room for items."""
+    head, sums, foot = compose_header(rng, words), compose_sums(rng, words), compose_footer(rng, words)
+    fixed = sum(row.scale for row in (*head, *sums, *foot))
+    rows = head + compose_items(rng, words, line_count * rng.uniform(0.7, 1.0) - fixed) + sums + foot
+    if chance(rng, 0.5):
+        rows = [replace(row, cells=tuple(replace(cell, text=cell.text.upper()) for cell in row.cells)) for row in rows]
+    return rows
+
+
+# ---- ink: (height, width) uint8, 255 where the printer prints
+
+
+def draw_rule(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    ink = np.zeros((height, width), np.uint8)
+    for y in np.linspace(height * 0.4, height * 0.6, rng.integers(1, 3)).astype(int):
+        ink[y : y + max(1, height // 12)] = 255
+    return ink
+
+
+def draw_dashes(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    period = max(4, round(height * rng.uniform(0.4, 1.2)))
+    dashes = np.arange(width) % period < period * rng.uniform(0.3, 0.8)
+    return draw_rule(rng, height, width) * dashes.astype(np.uint8)
+
+
+def draw_barcode(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    bars = np.repeat(rng.random(int(rng.integers(50, 96))) < 0.5, max(1, width // 130)).astype(np.uint8) * 255
+    ink = np.zeros((height, width), np.uint8)
+    left = (width - min(len(bars), width)) // 2
+    ink[:, left : left + len(bars)] = bars[:width]
+    return ink
+
+
+def draw_matrix_code(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    modules = (rng.random((25, 25)) < 0.5).astype(np.uint8) * 255
+    finder = np.pad(np.pad(np.full((3, 3), 255, np.uint8), 1), 1, constant_values=255)
+    modules[:7, :7] = modules[:7, -7:] = modules[-7:, :7] = finder
+    side = min(height, width)
+    ink = np.zeros((height, width), np.uint8)
+    left = (width - side) // 2
+    ink[:side, left : left + side] = cv2.resize(modules, (side, side), interpolation=cv2.INTER_NEAREST)
+    return ink
+
+
+def draw_logo(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A few filled and hollow shapes on top of each other around the middle."""
+    ink = np.zeros((height, width), np.uint8)
+    for shade in (255, 0, 255)[: rng.integers(1, 4)]:
+        axes = (int(height * rng.uniform(0.2, 0.9)), int(height * rng.uniform(0.15, 0.45)))
+        centre = (width // 2 + int(rng.normal(0, height / 4)), height // 2)
+        if chance(rng, 0.5):
+            cv2.ellipse(ink, centre, axes, 0, 0, 360, shade, pick(rng, (-1, 2, 3)), cv2.LINE_AA)
+        else:
+            angles = np.sort(rng.uniform(0, 2 * math.pi, rng.integers(3, 8)))
+            points = np.array(centre) + np.stack([np.cos(angles) * axes[0], np.sin(angles) * axes[1]], 1)
+            cv2.fillPoly(ink, [points.astype(np.int32)], shade, cv2.LINE_AA)
+    return ink
+
+
+@dataclass(frozen=True)
+class Typeface:
+    """A font file ("" for Pillow's own) and how the printer uses it."""
+
+    path: str
+    fixed_pitch: bool
+    """Set every glyph in a cell of the same width, as thermal printers do."""
+    stretch: float
+    """Width of the glyphs relative to the font's."""
+
+
+@lru_cache(maxsize=256)
+def load_font(path: str, size: int) -> ImageFont.FreeTypeFont:
+    """The font at `size` pixels. Raises UserError for a file that is missing or no font."""
+    try:
+        if not path:
+            return ImageFont.load_default(size)
+        return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+    except OSError as error:
+        reason = "it does not exist" if not Path(path).is_file() else str(error)
+        raise UserError(f"--font {path}: cannot be used ({reason}); give a .ttf or .otf file") from None
+    except ImportError:
+        raise UserError("this Pillow has no FreeType; mend: pip install --force-reinstall 'Pillow>=10.1'") from None
+
+
+@lru_cache(maxsize=64)
+def has_glyph(path: str, letter: str) -> bool:
+    """Whether the font draws `letter` in another way than a code point that no font has."""
+    font = load_font(path, 32)
+    return bytes(font.getmask(letter)) not in (b"", bytes(font.getmask("\U0010fffe")))
+
+
+@lru_cache(maxsize=1)
+def system_fonts() -> tuple[str, ...]:
+    """Plain text fonts in this machine's usual folders, for variety beyond Pillow's own; often none."""
+    found = (path for folder in FONT_FOLDERS for path in sorted(Path(folder).rglob("*.ttf")))
+    return tuple(str(path) for path in found if path.name.startswith(FONT_NAMES))
+
+
+def choose_typeface(rng: np.random.Generator, fonts: Sequence[str]) -> Typeface:
+    """A user's font in 3 of 4 receipts where there is one, else Pillow's own or one of the system."""
+    path = pick(rng, fonts) if fonts and chance(rng, 0.75) else pick(rng, ("", *system_fonts()))
+    if not path and chance(rng, 0.5):
+        return Typeface(path, fixed_pitch=True, stretch=rng.uniform(0.75, 1.0))
+    return Typeface(path, fixed_pitch=False, stretch=rng.uniform(0.75, 1.1))
+
+
+@lru_cache(maxsize=4096)
+def word_ink(face: Typeface, size: int, bold: bool, text: str) -> tuple[np.ndarray, int]:
+    """The ink (height, width) of a word, cropped to it, and the row of its top relative to the baseline (negative)."""
+    font = load_font(face.path, size)
+    pitch = round(size * FIXED_PITCH) if face.fixed_pitch else 0
+    length = pitch * len(text) if pitch else math.ceil(font.getlength(text))
+    canvas = Image.new("L", (length + 2 * size, 3 * size))
+    draw = ImageDraw.Draw(canvas)
+    if pitch:
+        for position, letter in enumerate(text):
+            draw.text((size + (position + 0.5) * pitch, 2 * size), letter, 255, font, anchor="ms")
+    else:
+        draw.text((size, 2 * size), text, 255, font, anchor="ls")
+    ink = cv2.resize(np.asarray(canvas), None, fx=face.stretch, fy=1.0, interpolation=cv2.INTER_AREA)
+    if bold:  # the printer strikes twice
+        strike = max(1, round(size / 16))
+        ink[:, strike:] = np.maximum(ink[:, strike:], ink[:, :-strike].copy())
+    x, y, width, height = cv2.boundingRect(ink)
+    return ink[y : y + height, x : x + width], y - 2 * size
+
+
+def letter_width(face: Typeface) -> float:
+    """The mean advance of a letter or digit in font sizes."""
+    sample = "Grand Total 12,345.67 abc"
+    natural = FIXED_PITCH if face.fixed_pitch else load_font(face.path, 100).getlength(sample) / 100 / len(sample)
+    return natural * face.stretch
+
+
+@dataclass
+class Page:
+    """Print on flat paper: ink (height, width) uint8, and for each word its box x0, y0, x1, y1 in pixels and text."""
+
+    ink: np.ndarray
+    boxes: list[tuple[float, float, float, float]]
+    texts: list[str]
+
+
+def fit_words(text: str, face: Typeface, size: int, bold: bool, room: float) -> tuple[list, int]:
+    """As many words of `text` as fit in `room` pixels: (word, ink, top, left) of each, and the width of all."""
+    space = max(3, round(size * face.stretch * (0.6 if face.fixed_pitch else 0.32)))
+    words, width = [], 0
+    for word in text.split():
+        ink, top = word_ink(face, size, bold, word)
+        left = width + space if words else 0
+        if ink.size == 0 or left + ink.shape[1] > room:
+            break
+        words.append((word, ink, top, left))
+        width = left + ink.shape[1]
+    return words, width
+
+
+def print_row(page: Page, row: Row, face: Typeface, size: int, band: tuple[int, int, int, int]) -> str:
+    """Set the cells of `row` into a band x0, y0, x1, y1 of the page; returns the text of its last cell left over."""
+    x0, y0, x1, y1 = band
+    if row.inverted:
+        page.ink[y0:y1, x0:x1] = 255
+    padding = size // 3 if row.inverted else 0
+    start, across = x0 + padding, x1 - x0 - 2 * padding
+    baseline = (y0 + y1 + round(size * 0.66)) // 2
+    margin = WORD_MARGIN * size + 0.5
+    words = []
+    for cell in row.cells:
+        room = (cell.right - cell.left) * across - (size * 0.4 if cell.right < 1 else 0)
+        words, width = fit_words(cell.text, face, size, row.bold, room)
+        origin = round(start + cell.left * across + cell.align * (room - width))
+        for text, ink, offset, shift in words:
+            left, top = origin + shift, baseline + offset
+            right, bottom = left + ink.shape[1], top + ink.shape[0]
+            spot = page.ink[top:bottom, left:right]
+            spot[:] = spot - np.minimum(ink, spot) if row.inverted else np.maximum(spot, ink)
+            page.boxes.append((left - margin, top - margin, right + margin, bottom + margin))
+            page.texts.append(text)
+    return " ".join(row.cells[-1].text.split()[len(words) :]) if words else ""
+
+
+def print_page(rng: np.random.Generator, width: int, height: int, face: Typeface, words: Vocabulary) -> Page:
+    """Set a receipt on a page `width` pixels wide and at most `height` high (rows that do not fit are left out)."""
+    size = max(8, round(width / rng.uniform(34, 62) / letter_width(face)))
+    leading = rng.uniform(1.1, 1.5)
+    margin = max(4, round(width * rng.uniform(0.03, 0.1)))
+    page = Page(np.zeros((height, width), np.uint8), [], [])
+    rows = compose_receipt(rng, words, (height - 2 * margin) / (size * leading))[::-1]
+    top = margin
+    while rows:
+        row = rows.pop()
+        row_size = max(7, round(size * row.scale))
+        bottom = top + round((row_size if row.cells else size * row.scale) * leading)
+        if bottom + margin > height:
+            break
+        if row.graphic:
+            page.ink[top:bottom, margin:-margin] = row.graphic(rng, bottom - top, width - 2 * margin)
+        elif row.cells:
+            rest = print_row(page, row, face, row_size, (margin, top, width - margin, bottom))
+            if rest and len(row.cells) == 1:
+                rows.append(replace(row, cells=(replace(row.cells[0], text=rest),)))
+        top = bottom
+    page.ink = page.ink[: top + margin]
+    return page
