@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from dbnet.config import Config
 from dbnet.model import Maps
+from dbnet.targets import thresh_mask
 
 _EPSILON = 1e-6
 _FLOAT32_BITS = 31  # of a number that is not negative
@@ -29,7 +30,7 @@ def db_loss(maps: Maps, prob_map: Tensor, thresh_map: Tensor, mask: Tensor, conf
         maps: logits of the network, (N, H, W) each, of any float type; all arithmetic here is float32.
         prob_map: (N, H, W), 1 on text kernels and 0 elsewhere.
         thresh_map: (N, H, W) float, config.thresh_min to config.thresh_max; the L1 distance counts inside the dilated
-            polygons, which is where thresh_map is above thresh_min, and the kernels that this band goes around.
+            polygons (`dbnet.targets.thresh_mask`).
         mask: (N, H, W), 0 on don't-care text and 1 elsewhere.
 
     Nothing here waits for the device.
@@ -39,7 +40,7 @@ def db_loss(maps: Maps, prob_map: Tensor, thresh_map: Tensor, mask: Tensor, conf
         target, mask, thresh_map = prob_map.float(), mask.float(), thresh_map.float()
         thresh = thresh_logits.sigmoid()
         binary = torch.sigmoid(config.binarization_k * (prob_logits.sigmoid() - thresh))
-        near_text = mask * torch.maximum(target, (thresh_map > config.thresh_min).float())
+        near_text = mask * thresh_mask(target, thresh_map, config.thresh_min)
         prob_loss = balanced_cross_entropy(prob_logits, target, mask, config.negative_ratio)
         binary_loss = dice_loss(binary, target, mask)
         thresh_loss = ((thresh - thresh_map).abs() * near_text).sum() / (near_text.sum() + _EPSILON)

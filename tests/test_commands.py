@@ -1,12 +1,14 @@
 """The commands as a user types them: the whole path, and every mistake answered in one line with exit status 2."""
 
 import csv
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dbnet.errors import UserError
+from dbnet.errors import UserError, run_script
 from dbnet.submission import read_submission, write_submission
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +39,21 @@ def refused(result, *words):
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     for word in words:
         assert word in lines[0]
-    return lines[0]
+
+
+@pytest.fixture
+def typed(monkeypatch, capfd):
+    """Run a script like `command`, but in this process: a mistake should not cost the start of another one."""
+
+    def run(script, *arguments, cwd):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_script(importlib.import_module(Path(script).stem).main)
+        return SimpleNamespace(returncode=stop.value.code, stderr=capfd.readouterr().err)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +162,14 @@ def test_prediction_goes_on_with_an_empty_row_for_a_broken_image(place, data, tm
     assert not out.exists()
 
 
-def test_mistakes_of_train(place, data, tmp_path):
+def test_a_mistake_ends_the_process_with_status_2_and_one_line(tmp_path):
+    refused(command("predict.py", "--images", tmp_path, cwd=tmp_path), "runs/: holds no best.pt")
+    refused(command("train.py", "--preset", "v9", cwd=tmp_path), "v9", "v1")
+
+
+def test_mistakes_of_train(place, data, tmp_path, typed):
     def train(*words):
-        return command("train.py", "--preset", "lite", *TINY, *words, cwd=place)
+        return typed("train.py", "--preset", "lite", *TINY, *words, cwd=place)
 
     refused(train("--data", tmp_path / "absent"), "absent", "--data")
     refused(train("--run", "first"), "runs/first: exists", "--resume")
@@ -158,7 +179,7 @@ def test_mistakes_of_train(place, data, tmp_path):
     refused(train("--batch-size", "many"), "--batch-size")
     refused(train("--no-such-flag"), "--no-such-flag")
     refused(train("--device", "cuda:99"), "--device cuda:99")
-    refused(command("train.py", "--preset", "v9", cwd=place), "v9", "v1")
+    refused(typed("train.py", "--preset", "v9", cwd=place), "v9", "v1")
     refused(train("--weights", "absent.pth"), "absent.pth", "--weights none")
     (data / "jsons" / "train.json").unlink()
     refused(train("--data", data), "train.json: no such file")
@@ -167,20 +188,20 @@ def test_mistakes_of_train(place, data, tmp_path):
     assert [path.name for path in (place / "runs").iterdir()] == ["first"]
 
 
-def test_mistakes_of_evaluate_and_predict(place, tmp_path):
+def test_mistakes_of_evaluate_and_predict(place, tmp_path, typed):
     checkpoint = place / "runs/first/best.pt"
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
-    refused(command("evaluate.py", cwd=place), "--submission")
-    refused(command("evaluate.py", checkpoint, "--split", "absent", cwd=place), "absent")
-    refused(command("evaluate.py", checkpoint, "--json", tmp_path / "file" / "a.json", cwd=place), "a.json")
-    refused(command("evaluate.py", checkpoint, "--backbone", "resnet18", cwd=place), "another architecture")
-    refused(command("predict.py", cwd=tmp_path), "runs/: holds no best.pt")
-    refused(command("predict.py", checkpoint, "--images", tmp_path / "empty", cwd=place), "holds no images")
-    refused(command("predict.py", checkpoint, "--images", tmp_path / "absent", cwd=place), "no such file or folder")
-    refused(command("predict.py", checkpoint, "--out", tmp_path / "absent" / "a.csv", cwd=place), "a.csv")
-    refused(command("predict.py", checkpoint, "--overlays", tmp_path / "file", cwd=place), "file", "another folder")
-    refused(command("predict.py", tmp_path / "file", cwd=place), "file: not a checkpoint")
+    refused(typed("evaluate.py", cwd=place), "--submission")
+    refused(typed("evaluate.py", checkpoint, "--split", "absent", cwd=place), "absent")
+    refused(typed("evaluate.py", checkpoint, "--json", tmp_path / "file" / "a.json", cwd=place), "a.json")
+    refused(typed("evaluate.py", checkpoint, "--backbone", "resnet18", cwd=place), "another architecture")
+    refused(typed("predict.py", cwd=tmp_path), "runs/: holds no best.pt")
+    refused(typed("predict.py", checkpoint, "--images", tmp_path / "empty", cwd=place), "holds no images")
+    refused(typed("predict.py", checkpoint, "--images", tmp_path / "absent", cwd=place), "no such file or folder")
+    refused(typed("predict.py", checkpoint, "--out", tmp_path / "absent" / "a.csv", cwd=place), "a.csv")
+    refused(typed("predict.py", checkpoint, "--overlays", tmp_path / "file", cwd=place), "file", "another folder")
+    refused(typed("predict.py", tmp_path / "file", cwd=place), "file: not a checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -196,12 +217,10 @@ def test_mistakes_of_evaluate_and_predict(place, tmp_path):
         ("filename,polygons\nunknown.jpg,\n", "unknown.jpg is not in"),
     ],
 )
-def test_broken_submissions_are_refused(place, tmp_path, text, words):
+def test_broken_submissions_are_refused(place, tmp_path, typed, text, words):
     path = tmp_path / "a.csv"
     path.write_text(text)
-    refused(
-        command("evaluate.py", "--submission", path, "--data", place / "data/datasets", cwd=tmp_path), "a.csv", words
-    )
+    refused(typed("evaluate.py", "--submission", path, "--data", place / "data/datasets", cwd=tmp_path), "a.csv", words)
 
 
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0/\r"), min_size=1, max_size=40)

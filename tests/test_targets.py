@@ -106,7 +106,8 @@ def test_what_is_outside_the_image_is_cut_off_and_the_rest_stays(right, down):
     whole = make_targets([np.add(polygon, (50, 50))], 200, 200)
     part = make_targets([np.add(polygon, (right, down))], 60, 80)
     prob_map, thresh_map = (full[50 - down : 110 - down, 50 - right : 130 - right] for full in whole)
-    assert np.sum(part[0] != prob_map) <= 8  # where OpenCV cuts an edge, it may come out a pixel elsewhere
+    around = np.ones((3, 3), np.uint8)  # where OpenCV cuts an edge, it may come out a pixel elsewhere
+    assert (part[0] >= cv2.erode(prob_map, around)).all() and (part[0] <= cv2.dilate(prob_map, around)).all()
     np.testing.assert_allclose(part[1], thresh_map, atol=1e-5)
 
 
