@@ -102,13 +102,15 @@ def main() -> None:
     elif args.show_samples:
         write_image(args.show_samples, sample_sheet(TextDataset(config, "train", train=True)))
         print(f"{args.show_samples}: image with polygons, probability map, threshold map")
-    elif args.resume:
-        run = find_run(args)
-        last = load_checkpoint(run / "last.pt")
-        train(last["config"].changed(**changes), run, last=last)
     else:
-        run = name_run(args)
-        train(config, run, init=args.init)
+        run = find_run(args) if args.resume else name_run(args)
+        last = load_checkpoint(run / "last.pt") if args.resume else None
+        try:
+            train(last["config"].changed(**changes) if last else config, run, args.init, last)
+        except KeyboardInterrupt:
+            if (run / "last.pt").exists():
+                print(f"\nfinished epochs are kept; go on with: python train.py --run {run.name} --resume")
+            raise
 
 
 def name_run(args: argparse.Namespace) -> Path:

@@ -1,0 +1,89 @@
+"""The training loop: schedule, precision, steps that are not finite, and learning at all."""
+
+import copy
+
+import pytest
+import torch
+from test_memory import CPU, make_training, step_batches
+
+import train
+from dbnet.config import PRESETS
+from dbnet.dataset import ShuffledBatches, TextDataset, make_loader
+from dbnet.errors import UserError
+
+
+def run_epoch(training, config):
+    dataset = TextDataset(config, "train", train=True)
+    loader = make_loader(dataset, 0, False, ShuffledBatches(len(dataset), config.batch_size, config.seed))
+    return train.train_epoch(training, loader, config, CPU, set())
+
+
+def poison(model, steps):
+    """Let the network's logits overflow in those of its calls whose number is in `steps`."""
+    calls = iter(range(1000))
+
+    def overflow(_module, _inputs, maps):
+        return maps._replace(prob_logits=maps.prob_logits * float("inf")) if next(calls) in steps else None
+
+    model.register_forward_hook(overflow)
+
+
+def test_schedules_by_epoch():
+    step = PRESETS["baseline"].changed(step_epochs=2)
+    assert [train.learning_rate(step, epoch) for epoch in range(5)] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4, 1e-5])
+    cosine = PRESETS["v0"]
+    assert train.learning_rate(cosine, 0) == 1e-3
+    assert train.learning_rate(cosine, 10) == pytest.approx((1e-3 + 1e-6) / 2)
+    assert train.learning_rate(cosine, 20) == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_a_few_steps_lower_the_loss_in_every_precision(small, amp):
+    config = small.changed(amp=amp, batch_size=2, flip_p=0.0, brightness_contrast_p=0.0, clahe_p=0.0)
+    training = make_training(config)
+    losses = []
+    for epoch in range(4):
+        training.epoch = epoch
+        losses.append(run_epoch(training, config)["total_loss"])
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(small):
+    training = make_training(small)
+    poison(training.model, {0})
+    before = copy.deepcopy(training.model.state_dict())
+    train.optimizer_step(training, step_batches(small), small, CPU)
+    for name, tensor in training.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+    training = make_training(small)
+    poison(training.model, {0})
+    row = run_epoch(training, small)  # two steps
+    assert row["skipped_steps"] == 1
+    assert row["total_loss"] > 0
+
+
+def test_training_stops_when_the_loss_stays_not_finite(small):
+    config = small.changed(batch_size=1)
+    training = make_training(config)
+    poison(training.model, set(range(1000)))
+    with pytest.raises(UserError, match=r"not finite for \d steps in a row.*--lr"):
+        run_epoch(training, config)
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(small):
+    """Four times the same sample, batch norm in eval mode: then every split has the same loss, and so the same mean."""
+    [batch] = step_batches(small)
+    maps = ("image", "prob_map", "thresh_map", "mask")
+    batch = {name: batch[name][:1].repeat_interleave(4, dim=0) for name in maps}
+    config = small.changed(clip_grad_norm=0.0)
+    together, apart = make_training(config), make_training(config)
+    apart.plan.halvings = 2
+    for training in (together, apart):
+        for layer in training.model.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.eval()
+        train.optimizer_step(training, [batch], config, CPU)
+    assert together.plan.in_force == "4 x 1" and apart.plan.in_force == "1 x 4"
+    for ours, theirs in zip(together.model.parameters(), apart.model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
