@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbnet import Detector
-from dbnet.checkpoint import load_checkpoint, load_model, save_checkpoint
+from dbnet.checkpoint import load_checkpoint, load_model, load_weights, save_checkpoint
 from dbnet.config import PRESETS, Config
 from dbnet.errors import UserError
 from dbnet.images import read_image
@@ -182,3 +182,16 @@ def test_the_detector_takes_a_path_or_pixels(checkpoint, rendered):
         assert np.array_equal(ours.polygon, theirs.polygon) and ours.score == theirs.score
     with pytest.raises(UserError, match="uint8 RGB"):
         detector.detect(np.zeros((4, 4)))
+
+
+def test_a_checkpoint_of_v0_is_a_network_of_v1(tmp_path):
+    v0, v1 = PRESETS["v0"].changed(weights="none"), PRESETS["v1"].changed(weights="none")
+    trained = DBNet(v0)
+    save_checkpoint(tmp_path / "v0.pt", v0, trained)
+    under_v1, config, content = load_model(tmp_path / "v0.pt", v1.to_dict())
+    assert config == v1
+    started = DBNet(v1)
+    load_weights(started, content, tmp_path / "v0.pt", v1)
+    for model in (under_v1, started):
+        for ours, theirs in zip(model.state_dict().values(), trained.state_dict().values(), strict=True):
+            assert torch.equal(ours, theirs)
