@@ -1,5 +1,6 @@
 """What a user can mend, told in one line: the error class and the wrapper of the scripts that prints it."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -18,6 +19,8 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
