@@ -47,24 +47,18 @@ def main() -> None:
 def evaluate_checkpoint(args: argparse.Namespace, changes: dict[str, Any]) -> "Evaluation":
     """Run the network over the split and score what it finds."""
     import torch
-    from tqdm import tqdm
 
     from dbnet.checkpoint import load_model
     from dbnet.dataset import TextDataset
     from dbnet.device import pick_device
-    from dbnet.evaluation import Evaluation
-    from dbnet.inference import detect
+    from dbnet.inference import evaluate
 
     model, config, _ = load_model(args.checkpoint, changes)
     dataset = TextDataset(config, args.split, train=False)
     device = pick_device(config.device)
     model.to(device, memory_format=torch.channels_last)
     print(f"{args.checkpoint} ({config.backbone}, {config.image_size} px) on {args.split} of {config.data}, {device}")
-    evaluation = Evaluation()
-    for detection in tqdm(detect(model, dataset, config, device), total=len(dataset), unit="img", dynamic_ncols=True):
-        name, annotation = dataset.paths[detection.index].name, dataset.annotations[detection.index]
-        evaluation.update(name, annotation, detection.polygons, detection.error)
-    return evaluation
+    return evaluate(model, dataset, config, device)
 
 
 def evaluate_submission(args: argparse.Namespace, changes: dict[str, Any]) -> "Evaluation":

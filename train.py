@@ -35,7 +35,7 @@ from dbnet.device import count_workers, pick_amp_dtype, pick_device
 from dbnet.errors import UserError, run_script
 from dbnet.evaluation import Evaluation
 from dbnet.files import make_folder, write_json
-from dbnet.inference import detect
+from dbnet.inference import evaluate
 from dbnet.loss import Losses, db_loss
 from dbnet.memory import BatchPlan, run_until_it_fits
 from dbnet.model import DBNet
@@ -172,7 +172,7 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
             loader = make_loader(train_set, count_workers(config), device.type == "cuda", batches)
         batches.epoch = training.epoch
         row = train_epoch(training, loader, in_force, device, unreadable)
-        evaluation = validate(training, val_set, config, device)
+        evaluation = evaluate(model, val_set, in_force, device, "validation")
         training.epoch += 1
         finish_epoch(training, config, run, row, evaluation)
         if config.patience and training.epoch - training.best_epoch >= config.patience:
@@ -361,16 +361,6 @@ def stop_unless_finite(streak: Tensor, training: Training) -> None:
             f"the loss was not finite for {int(streak)} steps in a row in epoch {training.epoch + 1}; "
             f"lower --lr, or try --amp off"
         )
-
-
-def validate(training: Training, val_set: TextDataset, config: Config, device: torch.device) -> Evaluation:
-    """CLEval of the validation images at the image size in force."""
-    evaluation = Evaluation()
-    detections = detect(training.model, val_set, val_set.config, device)
-    for detection in tqdm(detections, total=len(val_set), desc="validation", unit="img", leave=False):
-        name = val_set.paths[detection.index].name
-        evaluation.update(name, val_set.annotations[detection.index], detection.polygons, detection.error)
-    return evaluation
 
 
 def finish_epoch(training: Training, config: Config, run: Path, row: dict[str, Any], evaluation: Evaluation) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 MAX_PIXELS = 100_000_000  # after reduced decoding: 300 MB of RGB
@@ -100,11 +100,6 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("RGB"))
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """A Pillow image turned by its EXIF orientation."""
-    return ImageOps.exif_transpose(image)
 
 
 def _reduction(header: Image.Image, side: int | None) -> int:

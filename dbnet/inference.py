@@ -6,11 +6,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dbnet.config import Config
-from dbnet.dataset import ImageDataset, make_loader
+from dbnet.dataset import ImageDataset, TextDataset, make_loader
 from dbnet.device import count_workers, pick_amp_dtype
 from dbnet.errors import UserError
+from dbnet.evaluation import Evaluation
 from dbnet.geometry import Letterbox
 from dbnet.memory import BatchPlan, run_until_it_fits
 from dbnet.model import DBNet
@@ -55,6 +57,16 @@ def detect(model: DBNet, dataset: ImageDataset, config: Config, device: torch.de
             batch["index"].tolist(), batch["size"].tolist(), prob_maps.numpy(), strict=True
         ):
             yield Detection(index, *read_off(prob_map, size, config), None)
+
+
+def evaluate(model: DBNet, dataset: TextDataset, config: Config, device: torch.device, title: str = "") -> Evaluation:
+    """CLEval of what `detect` finds in an annotated split, with a progress bar; raises as `detect` does."""
+    evaluation = Evaluation()
+    detections = detect(model, dataset, config, device)
+    for detection in tqdm(detections, title, len(dataset), unit="img", leave=False, dynamic_ncols=True):
+        name, annotation = dataset.paths[detection.index].name, dataset.annotations[detection.index]
+        evaluation.update(name, annotation, detection.polygons, detection.error)
+    return evaluation
 
 
 @torch.inference_mode()

@@ -11,7 +11,6 @@ The same seed gives the same words, layout and pixels on the same machine, for a
 may have other fonts (`system_fonts`) or another Pillow, and then it differs; Pillow's own font is enough to run.
 """
 
-import argparse
 import json
 import math
 import os
@@ -26,6 +25,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from dbnet.config import ArgumentParser
 from dbnet.errors import UserError, run_script
 from dbnet.receipt import (
     KOREAN,
@@ -346,9 +346,8 @@ def write_dataset(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m dbnet.synth", description="Write a data set of synthetic receipts."
-    )
+    parser = ArgumentParser("Write a data set of synthetic receipts.")
+    parser.prog = "python -m dbnet.synth"
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make; must be absent or empty")
     for split, count in zip(SPLITS, (200, 20, 10), strict=True):
         parser.add_argument(
