@@ -51,14 +51,14 @@ def evaluate_checkpoint(args: argparse.Namespace, changes: dict[str, Any]) -> "E
     from dbnet.checkpoint import load_model
     from dbnet.dataset import TextDataset
     from dbnet.device import pick_device
-    from dbnet.inference import evaluate
+    from dbnet.inference import Pipeline
 
     model, config, _ = load_model(args.checkpoint, changes)
     dataset = TextDataset(config, args.split, train=False)
     device = pick_device(config.device)
     model.to(device, memory_format=torch.channels_last)
     print(f"{args.checkpoint} ({config.backbone}, {config.image_size} px) on {args.split} of {config.data}, {device}")
-    return evaluate(model, dataset, config, device)
+    return Pipeline(dataset, config, device).evaluate(model)
 
 
 def evaluate_submission(args: argparse.Namespace, changes: dict[str, Any]) -> "Evaluation":

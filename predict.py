@@ -38,7 +38,7 @@ def main() -> None:
     from dbnet.device import pick_device
     from dbnet.files import check_writable, make_folder
     from dbnet.images import read_image
-    from dbnet.inference import detect
+    from dbnet.inference import Pipeline
     from dbnet.overlay import draw_polygons, write_image
     from dbnet.submission import write_submission
 
@@ -53,8 +53,8 @@ def main() -> None:
 
     rows = {path.name: [] for path in paths}
     unreadable = []
-    dataset = ImageDataset(paths, config)
-    for detection in tqdm(detect(model, dataset, config, device), total=len(paths), unit="img", dynamic_ncols=True):
+    pipeline = Pipeline(ImageDataset(paths, config), config, device)
+    for detection in tqdm(pipeline.detect(model), total=len(paths), unit="img", dynamic_ncols=True, smoothing=0):
         path = paths[detection.index]
         rows[path.name] = detection.polygons
         if detection.error:

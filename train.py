@@ -30,12 +30,13 @@ from tqdm import tqdm
 
 from dbnet.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from dbnet.config import PRESETS, ArgumentParser, Config, print_config, print_difference
-from dbnet.dataset import ShuffledBatches, TextDataset, make_loader
+from dbnet.dataset import Batches, TextDataset, make_loader
 from dbnet.device import count_workers, pick_amp_dtype, pick_device
 from dbnet.errors import UserError, run_script
 from dbnet.evaluation import Evaluation
 from dbnet.files import make_folder, write_json
-from dbnet.inference import evaluate
+from dbnet.geometry import padded
+from dbnet.inference import Pipeline
 from dbnet.loss import Losses, db_loss
 from dbnet.memory import BatchPlan, run_until_it_fits
 from dbnet.model import DBNet
@@ -139,7 +140,6 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
     """Train in the folder `run`: from scratch, from the weights of `init`, or on from the content of last.pt."""
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
-    torch.backends.cudnn.benchmark = True
     train_set = TextDataset(config, "train", train=True)
     val_set = TextDataset(config, "val", train=False)
 
@@ -168,11 +168,12 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
         in_force = config.changed(image_size=training.plan.image_size)
         if loader is None or train_set.config != in_force:
             train_set.config = val_set.config = in_force
-            batches = ShuffledBatches(len(train_set), config.batch_size, config.seed)
-            loader = make_loader(train_set, count_workers(config), device.type == "cuda", batches)
+            batches = Batches(train_set, config.batch_size, config.seed)
+            loader = make_loader(batches, count_workers(config), device.type == "cuda")
+            validation = Pipeline(val_set, in_force, device)
         batches.epoch = training.epoch
         row = train_epoch(training, loader, in_force, device, unreadable)
-        evaluation = evaluate(model, val_set, in_force, device, "validation")
+        evaluation = validation.evaluate(model, "validation")
         training.epoch += 1
         finish_epoch(training, config, run, row, evaluation)
         if config.patience and training.epoch - training.best_epoch >= config.patience:
@@ -217,12 +218,13 @@ def train_epoch(
         group["lr"] = lr
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        torch.backends.cudnn.benchmark = config.pad == "square"  # else each shape of a batch would be measured anew
     totals = torch.zeros(len(Losses._fields), device=device)
     steps = skipped = non_finite_streak = torch.zeros((), device=device)
     images = dropped = 0
     started = reading = time.monotonic()
     title = f"epoch {training.epoch + 1}/{config.epochs}"
-    with tqdm(total=loader.batch_sampler.length, desc=title, unit="img", dynamic_ncols=True) as bar:
+    with tqdm(total=len(loader.dataset), desc=title, unit="img", dynamic_ncols=True) as bar:
         for batches in group_batches(loader, config.accumulate):
             for batch in batches:
                 for _, error in batch["failed"]:
@@ -304,7 +306,7 @@ def optimizer_step(
             weight = len(micro["image"]) / count
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                 maps = model(micro["image"])
-            losses = db_loss(maps, micro["prob_map"], micro["thresh_map"], micro["mask"], config)
+            losses = db_loss(maps, micro["prob_map"], micro["thresh_levels"], micro["mask"], config)
             training.scaler.scale(losses.total * weight).backward()
             mean_losses += torch.stack(losses).detach() * weight
         training.scaler.unscale_(optimizer)
@@ -334,22 +336,24 @@ def micro_batches(batches: list[dict[str, Any]], plan: BatchPlan, device: torch.
         for start in range(0, len(batch["image"]), plan.micro_batch):
             micro = {
                 name: batch[name][start : start + plan.micro_batch].to(device, non_blocking=True)
-                for name in ("image", "prob_map", "thresh_map", "mask")
+                for name in ("image", "prob_map", "thresh_levels", "mask")
             }
-            yield micro if micro["image"].shape[1] == plan.image_size else resize_sample(micro, plan.image_size)
+            loaded_at = max(micro["image"].shape[1:3])
+            yield micro if loaded_at == plan.image_size else resize_sample(micro, plan.image_size / loaded_at)
 
 
-def resize_sample(micro: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+def resize_sample(micro: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     """Images and target maps loaded before a fallback of the image size, at the new size."""
+    size = tuple(padded(round(side * scale)) for side in micro["image"].shape[1:3])
 
     def resize(maps: Tensor, **how: Any) -> Tensor:
-        return F.interpolate(maps.float(), size=(size, size), **how)
+        return F.interpolate(maps.float(), size=size, **how)
 
     image = resize(micro["image"].permute(0, 3, 1, 2), mode="bilinear", antialias=True)
     return {
         "image": image.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1),
         "prob_map": resize(micro["prob_map"][:, None], mode="nearest-exact")[:, 0],
-        "thresh_map": resize(micro["thresh_map"][:, None], mode="bilinear")[:, 0],
+        "thresh_levels": resize(micro["thresh_levels"][:, None], mode="bilinear")[:, 0],
         "mask": resize(micro["mask"][:, None], mode="nearest-exact")[:, 0],
     }
 

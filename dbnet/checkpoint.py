@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from dbnet.config import Config
+from dbnet.device import compile_model
 from dbnet.errors import UserError
 from dbnet.files import write_whole
-from dbnet.model import DBNet
+from dbnet.model import DBNet, fold_batch_norms
 
 FORMAT = 1
 
@@ -61,9 +62,13 @@ def load_weights(model: nn.Module, content: dict[str, Any], path: Path, config: 
 
 
 def load_model(path: Path, changes: dict[str, Any]) -> tuple[DBNet, Config, dict[str, Any]]:
-    """The network of a checkpoint in eval mode, its configuration with `changes` applied, and the whole content."""
+    """The network of a checkpoint, ready for inference (eval mode, batch norms folded, compiled where the configuration
+    says so), its configuration with `changes` applied, and the whole content."""
     content = load_checkpoint(path)
     config = content["config"].changed(**changes)
     model = DBNet(config.changed(weights="none"))
     load_weights(model, content, path, config)
-    return model.eval(), config, content
+    fold_batch_norms(model.eval())
+    if config.compile:
+        compile_model(model)
+    return model, config, content

@@ -65,7 +65,15 @@ class DataConfig:
     """folder with images/{train,val,test}/ and jsons/{train,val,test}.json"""
 
     image_size: Annotated[int, Range(STRIDE, 8192)] = 640
-    """side in pixels of the square that images are letterboxed into, everywhere (rounded up to a multiple of 32)"""
+    """longer side in pixels that images are resized to, everywhere (rounded up to a multiple of 32)"""
+
+    pad: Literal["square", "tight"] = "square"
+    """what training images are padded to: square (image_size x image_size), or tight (the next multiples of 32, with
+    images of like shape in a batch: as evaluation and prediction always do)"""
+
+    cache_gb: Weight = 16.0
+    """disk in GB, in the temporary folder and at most half of its room, for decoded training images; 0 decodes them
+    anew in each epoch"""
 
     workers: Annotated[int, Range(-1)] = -1
     """processes that load images; 0 loads in the main process, -1 takes one a core, at most 8"""
@@ -174,6 +182,9 @@ class DeviceConfig:
 
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
     """automatic mixed precision; auto is bf16 where the GPU has it, else fp16, and off on a CPU"""
+
+    compile: bool = False
+    """compile the network with torch.compile: minutes at the start for faster steps; needs a C++ compiler"""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from dbnet.checkpoint import load_model
 from dbnet.config import Config
 from dbnet.device import pick_device
 from dbnet.errors import UserError
-from dbnet.geometry import Letterbox, pad_to_square
-from dbnet.images import ImageError, read_image
+from dbnet.geometry import Letterbox, padded
+from dbnet.images import read_image
 from dbnet.inference import infer, read_off
 from dbnet.memory import BatchPlan
 from dbnet.model import DBNet
@@ -55,11 +55,11 @@ class Detector:
                 raise UserError(f"takes (height, width, 3) uint8 RGB pixels, not {image.shape} {image.dtype}")
             pixels, size = image, (image.shape[1], image.shape[0])
         else:
-            try:
-                pixels, size = read_image(Path(image), side)
-            except ImageError as error:
-                raise UserError(str(error)) from None
-        square = pad_to_square(Letterbox(*size, side).resize(pixels), side)
-        prob_map = infer(self.model, torch.from_numpy(square)[None], self.config, self.device, BatchPlan(1))[0]
-        polygons, scores = read_off(prob_map.numpy(), size, self.config)
+            pixels, size = read_image(Path(image), side)
+        pixels = Letterbox(*size, side).resize(pixels)
+        height, width = pixels.shape[:2]
+        canvas = torch.zeros(1, padded(height), padded(width), 3, dtype=torch.uint8)
+        canvas[0, :height, :width] = torch.from_numpy(pixels)
+        prob_map = infer(self.model, canvas, self.config, self.device, BatchPlan(1)).numpy()[0]
+        polygons, scores = read_off(prob_map[:height, :width], size, self.config)
         return [Text(polygon, score) for polygon, score in zip(polygons, scores, strict=True)]

@@ -1,6 +1,7 @@
 """Which device the network runs on, and in which precision."""
 
 import os
+import shutil
 
 import torch
 
@@ -36,3 +37,13 @@ def count_workers(config: Config) -> int:
     if config.workers >= 0:
         return config.workers
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def compile_model(model: torch.nn.Module) -> None:
+    """Compile `model` in place at its first call, for batches of any shape; its state_dict stays as it is.
+
+    Raises UserError where there is no C++ compiler for it.
+    """
+    if not shutil.which(os.environ.get("CXX", "g++")) and not shutil.which("clang++"):
+        raise UserError("--compile: needs a C++ compiler (g++, or CXX in the environment); leave it out")
+    model.compile(dynamic=True)

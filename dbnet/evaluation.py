@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dbnet.annotations import Annotation
-from dbnet.metric import CLEval, DatasetScore, ImageScore
+from dbnet.metric import CLEval, DatasetScore, ImageScore, score_image
 
 
 @dataclass
@@ -20,19 +20,17 @@ class Evaluation:
     unreadable: list[str] = field(default_factory=list)
     """a line for each image that could not be read; it counts as one without detections"""
 
-    metric: CLEval = field(default_factory=CLEval)
-
     def update(
         self, name: str, annotation: Annotation, polygons: Iterable[np.ndarray], error: str | None = None
     ) -> None:
         """Score the detected (n, 2) polygons of the image `name`, in pixels of the original."""
-        self.per_image[name] = self.metric.update(annotation.polygons, list(polygons), annotation.dont_care)
+        self.per_image[name] = score_image(annotation.polygons, list(polygons), annotation.dont_care)
         if error:
             self.unreadable.append(error)
 
     def compute(self) -> DatasetScore:
         """Means over the images, and totals."""
-        return self.metric.compute()
+        return CLEval(list(self.per_image.values())).compute()
 
     def worst(self, count: int) -> list[tuple[str, ImageScore]]:
         """The images of lowest H-Mean, worst first."""

@@ -1,16 +1,18 @@
-"""Polygons between the original image and the square that the network sees."""
+"""Polygons between the original image and what the network sees."""
 
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
+from dbnet.config import STRIDE
+
 
 @dataclass(frozen=True)
 class Letterbox:
-    """An image resized so that its longer side is `side`, in the top-left corner of a square of that side.
+    """An image resized so that its longer side is `side`, in the top-left corner of what the network sees.
 
-    Width and height have a scale each, because the resized sides are whole pixels; `to_square` and `to_image` are
+    Width and height have a scale each, because the resized sides are whole pixels; `to_network` and `to_image` are
     exact inverses of each other.
     """
 
@@ -21,54 +23,67 @@ class Letterbox:
     """height of the original image in pixels"""
 
     side: int
-    """side of the square in pixels"""
+    """longer side of the resized image in pixels"""
 
     @property
     def resized(self) -> tuple[int, int]:
-        """(width, height) in pixels of the image inside the square."""
+        """(width, height) in pixels of the image in the network."""
         longer = max(self.width, self.height)
         return max(1, round(self.width * self.side / longer)), max(1, round(self.height * self.side / longer))
 
     @property
     def scale(self) -> np.ndarray:
-        """(2,) float64: pixels of the square for a pixel of the original, along x and y."""
+        """(2,) float64: pixels of the resized image for a pixel of the original, along x and y."""
         return np.array(self.resized) / (self.width, self.height)
 
-    def to_square(self, points: np.ndarray) -> np.ndarray:
-        """Points (n, 2) of the original image, in pixels of the square."""
+    def to_network(self, points: np.ndarray) -> np.ndarray:
+        """Points (n, 2) of the original image, in pixels of the resized image."""
         return points * self.scale
 
     def to_image(self, points: np.ndarray) -> np.ndarray:
-        """Points (n, 2) of the square, in pixels of the original image."""
+        """Points (n, 2) of the resized image, in pixels of the original image."""
         return points / self.scale
 
     def resize(self, pixels: np.ndarray) -> np.ndarray:
-        """(height, width, 3) uint8 pixels, possibly decoded at reduced size, as the image inside the square."""
+        """(height, width, 3) uint8 pixels, possibly decoded at reduced size, as the image in the network."""
         shrinks = max(self.resized) < max(pixels.shape[:2])
         return cv2.resize(pixels, self.resized, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
-def pad_to_square(pixels: np.ndarray, side: int) -> np.ndarray:
-    """Put (height, width, 3) uint8 pixels in the top-left corner of a black (side, side, 3) square."""
-    height, width = pixels.shape[:2]
-    square = np.zeros((side, side, 3), np.uint8)
-    square[:height, :width] = pixels
-    return square
+def padded(length: int) -> int:
+    """A side in pixels rounded up to a multiple of the network's coarsest stride."""
+    return -(-length // STRIDE) * STRIDE
 
 
-def clip_polygons(polygons: list[np.ndarray], width: int, height: int) -> tuple[list[np.ndarray], np.ndarray]:
+def clip_polygons(
+    points: np.ndarray, counts: np.ndarray, width: int, height: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Move points outside of the image to its border; drop polygons that are degenerate then.
 
+    Args:
+        points: (total, 2), polygon after polygon.
+        counts: (polygons,) how many points each has.
+
     Returns:
-        the polygons kept, and the positions in `polygons` of those kept. Dropped are polygons of fewer than three
-        points or of less than a square pixel.
+        points and counts of the polygons kept, and (polygons,) bool, which those are. Dropped are polygons of fewer
+        than three points or of less than a square pixel.
     """
-    clipped = [np.clip(polygon, 0, (width, height)) for polygon in polygons]
-    kept = [i for i, polygon in enumerate(clipped) if len(polygon) >= 3 and area(polygon) >= 1]
-    return [clipped[i] for i in kept], np.array(kept, dtype=int)
+    clipped = np.clip(points, 0, (width, height))
+    kept = (counts >= 3) & (areas(clipped, counts) >= 1)
+    return clipped[np.repeat(kept, counts)], counts[kept], kept
 
 
-def area(polygon: np.ndarray) -> float:
-    """Area in square pixels of an (n, 2) polygon, whichever way it runs (shoelace formula)."""
-    x, y = polygon.T
-    return 0.5 * abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1)))
+def areas(points: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(polygons,) areas in square pixels, whichever way each runs (shoelace formula); arguments as in clip_polygons."""
+    following = np.arange(1, len(points) + 1)
+    ends = np.cumsum(counts)
+    following[ends[counts > 0] - 1] = (ends - counts)[counts > 0]
+    (x, y), (next_x, next_y) = points.T, points[following].T
+    sums = np.concatenate([[0.0], np.cumsum(x * next_y - y * next_x)])
+    return np.abs(sums[ends] - sums[ends - counts]) / 2
+
+
+def split_polygons(points: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
+    """A list of (n, 2) arrays; arguments as in clip_polygons."""
+    ends = np.cumsum(counts).tolist()
+    return [points[start:end] for start, end in zip([0, *ends], ends, strict=False)]

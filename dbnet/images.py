@@ -1,12 +1,15 @@
 """Image files to pixels: any common format and mode, upright, as 8-bit RGB, and never larger than memory bears."""
 
 import warnings
-from io import BytesIO
+from io import SEEK_END, BytesIO
 from pathlib import Path
+from typing import IO
 
 import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from dbnet.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 MAX_PIXELS = 100_000_000  # after reduced decoding: 300 MB of RGB
@@ -32,7 +35,7 @@ _UPRIGHT = {
 }
 
 
-class ImageError(Exception):
+class ImageError(UserError):
     """An image that cannot be used; the message is one line that names the file and the reason."""
 
 
@@ -60,20 +63,7 @@ def read_image(path: Path, side: int | None = None) -> tuple[np.ndarray, tuple[i
         data = path.read_bytes()
     except OSError as error:
         raise ImageError(f"{path}: cannot be read ({error.strerror})") from None
-    if not data:
-        raise ImageError(f"{path}: the file is empty")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's decompression bomb warning: MAX_PIXELS decides here
-            header = Image.open(BytesIO(data))
-            orientation = header.getexif().get(_EXIF_ORIENTATION, 1)
-    except Image.DecompressionBombError:
-        raise ImageError(f"{path}: too large to decode; reduce it first") from None
-    except UnidentifiedImageError:
-        raise ImageError(f"{path}: not an image") from None
-    except Exception as error:  # Pillow's parsers raise many kinds on broken headers
-        raise ImageError(f"{path}: broken image header ({_one_line(error)})") from None
-
+    header, orientation = _read_header(path, BytesIO(data))
     reduction = _reduction(header, side)
     if header.width * header.height > MAX_PIXELS * reduction**2:
         raise ImageError(
@@ -81,13 +71,21 @@ def read_image(path: Path, side: int | None = None) -> tuple[np.ndarray, tuple[i
             f"reduce it first"
         )
     pixels = _decode(path, data, header, reduction)
-    transpose, flip_x, flip_y = _UPRIGHT.get(orientation, _UPRIGHT[1])
-    size = (header.height, header.width) if transpose else (header.width, header.height)
+    transpose, flip_x, flip_y = _UPRIGHT[orientation]
     if transpose:
         pixels = cv2.transpose(pixels)
     if flip_x or flip_y:
         pixels = cv2.flip(pixels, -1 if flip_x and flip_y else int(flip_x))
-    return pixels, size
+    return pixels, _upright_size(header, orientation)
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """(width, height) in pixels of an image as a viewer shows it, from its header alone. Raises ImageError."""
+    try:
+        with path.open("rb") as file:
+            return _upright_size(*_read_header(path, file))
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
@@ -100,6 +98,28 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("RGB"))
+
+
+def _read_header(path: Path, file: IO[bytes]) -> tuple[Image.Image, int]:
+    """The image, not decoded yet, and its EXIF orientation, 1 to 8."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's decompression bomb warning: MAX_PIXELS decides here
+            header = Image.open(file)
+            orientation = header.getexif().get(_EXIF_ORIENTATION, 1)
+    except Image.DecompressionBombError:
+        raise ImageError(f"{path}: too large to decode; reduce it first") from None
+    except UnidentifiedImageError:
+        empty = file.seek(0, SEEK_END) == 0
+        raise ImageError(f"{path}: {'the file is empty' if empty else 'not an image'}") from None
+    except Exception as error:  # Pillow's parsers raise many kinds on broken headers
+        raise ImageError(f"{path}: broken image header ({_one_line(error)})") from None
+    return header, orientation if orientation in _UPRIGHT else 1
+
+
+def _upright_size(header: Image.Image, orientation: int) -> tuple[int, int]:
+    transpose = _UPRIGHT[orientation][0]
+    return (header.height, header.width) if transpose else (header.width, header.height)
 
 
 def _reduction(header: Image.Image, side: int | None) -> int:

@@ -1,7 +1,9 @@
 """From image files to polygons: the one path that validation, evaluate.py, predict.py and `Detector` share."""
 
+from collections import deque
 from collections.abc import Iterator
-from typing import NamedTuple
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -9,14 +11,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dbnet.config import Config
-from dbnet.dataset import ImageDataset, TextDataset, make_loader
+from dbnet.dataset import Batches, ImageDataset, TextDataset, make_loader
 from dbnet.device import count_workers, pick_amp_dtype
-from dbnet.errors import UserError
 from dbnet.evaluation import Evaluation
 from dbnet.geometry import Letterbox
+from dbnet.images import ImageError
 from dbnet.memory import BatchPlan, run_until_it_fits
 from dbnet.model import DBNet
 from dbnet.postprocess import extract_polygons
+
+_WAITING_IMAGES = 64  # more maps than this do not wait for their polygons; then the network does
 
 
 class Detection(NamedTuple):
@@ -35,59 +39,120 @@ class Detection(NamedTuple):
     """one line, where the image could not be read"""
 
 
-def detect(model: DBNet, dataset: ImageDataset, config: Config, device: torch.device) -> Iterator[Detection]:
-    """Detect text in every image of `dataset`, each exactly once.
+class ProbMaps(NamedTuple):
+    """Probability maps on their way from the device to the host."""
 
-    The model is put in eval mode. When memory runs out the batch is halved for the rest of the images. Raises
-    UserError for an image that cannot be read where config.strict is set; else its Detection has an `error`.
+    maps: Tensor
+    """(N, H, W) uint8 on the host, probability x 255; not to be read before `numpy` returns"""
+
+    arrived: torch.cuda.Event | None
+    """the copy's end; None where there is nothing to wait for"""
+
+    def numpy(self) -> np.ndarray:
+        """The maps, once they are there."""
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.maps.numpy()
+
+
+class Pipeline:
+    """Detect text in the images of a data set, as often as asked: reading, network and post-processing overlap.
+
+    Loader workers read the next batches and other processes make polygons of the last ones while the device computes;
+    on a CPU, where the network has all the cores, one thread makes the polygons.
     """
-    model.eval()
-    plan = BatchPlan(config.batch_size)
-    loader = make_loader(dataset, count_workers(config), pin_memory=device.type == "cuda")
-    for batch in loader:
-        for index, error in batch["failed"]:
-            if config.strict:
-                raise UserError(error)
-            yield Detection(index, [], [], error)
-        if "image" not in batch:
-            continue
-        images = batch["image"]
-        prob_maps = run_until_it_fits(lambda images=images: infer(model, images, config, device, plan), plan)
+
+    def __init__(self, dataset: ImageDataset, config: Config, device: torch.device) -> None:
+        self.dataset, self.config, self.device = dataset, config, device
+        workers, on_gpu = count_workers(config), device.type == "cuda"
+        self.loader = make_loader(Batches(dataset, config.batch_size), workers, pin_memory=on_gpu)
+        self.extractors: Executor = (
+            ProcessPoolExecutor(workers) if on_gpu and workers else ThreadPoolExecutor(max_workers=1)
+        )
+
+    def detect(self, model: DBNet) -> Iterator[Detection]:
+        """Every image of the data set exactly once, in the order in which they are done.
+
+        The model is put in eval mode. When memory runs out the batch is halved for the rest of the images. Raises
+        ImageError for an image that cannot be read where config.strict is set; else its Detection has an `error`.
+        """
+        model.eval()
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = False  # each shape of a batch would be measured anew
+        plan = BatchPlan(self.config.batch_size)
+        waiting: deque[tuple[int, Future]] = deque()
+        launched: tuple[dict[str, Any], ProbMaps] | None = None
+        for batch in self.loader:
+            for index, error in batch["failed"]:
+                if self.config.strict:
+                    raise ImageError(error)
+                yield Detection(index, [], [], error)
+            if "image" not in batch:
+                continue
+            images = batch["image"]
+            prob_maps = run_until_it_fits(
+                lambda images=images: infer(model, images, self.config, self.device, plan), plan
+            )
+            if launched:  # its maps arrive while the device is busy with those of this batch
+                waiting.extend(self._extract(*launched))
+            launched = batch, prob_maps
+            while waiting and (waiting[0][1].done() or len(waiting) > _WAITING_IMAGES):
+                index, future = waiting.popleft()
+                yield Detection(index, *future.result(), None)
+        if launched:
+            waiting.extend(self._extract(*launched))
+        for index, future in waiting:
+            yield Detection(index, *future.result(), None)
+
+    def evaluate(self, model: DBNet, title: str = "") -> Evaluation:
+        """CLEval of what `detect` finds in an annotated split, a TextDataset, with a progress bar; raises as it does.
+
+        Scores are in the order of the data set.
+        """
+        dataset: TextDataset = self.dataset
+        evaluation = Evaluation()
+        for detection in tqdm(
+            self.detect(model), title, len(dataset), unit="img", leave=False, dynamic_ncols=True, smoothing=0
+        ):
+            name, annotation = dataset.paths[detection.index].name, dataset.annotations[detection.index]
+            evaluation.update(name, annotation, detection.polygons, detection.error)
+        evaluation.per_image = {path.name: evaluation.per_image[path.name] for path in dataset.paths}
+        return evaluation
+
+    def _extract(self, batch: dict[str, Any], prob_maps: ProbMaps) -> Iterator[tuple[int, Future]]:
+        """The index of each image of a batch, and its polygons and scores to be."""
         for index, size, prob_map in zip(
             batch["index"].tolist(), batch["size"].tolist(), prob_maps.numpy(), strict=True
         ):
-            yield Detection(index, *read_off(prob_map, size, config), None)
-
-
-def evaluate(model: DBNet, dataset: TextDataset, config: Config, device: torch.device, title: str = "") -> Evaluation:
-    """CLEval of what `detect` finds in an annotated split, with a progress bar; raises as `detect` does."""
-    evaluation = Evaluation()
-    detections = detect(model, dataset, config, device)
-    for detection in tqdm(detections, title, len(dataset), unit="img", leave=False, dynamic_ncols=True):
-        name, annotation = dataset.paths[detection.index].name, dataset.annotations[detection.index]
-        evaluation.update(name, annotation, detection.polygons, detection.error)
-    return evaluation
+            width, height = Letterbox(*size, self.config.image_size).resized
+            yield index, self.extractors.submit(read_off, prob_map[:height, :width], size, self.config)
 
 
 @torch.inference_mode()
-def infer(model: DBNet, images: Tensor, config: Config, device: torch.device, plan: BatchPlan) -> Tensor:
-    """Probability maps (N, H, W), float32 on the CPU, of (N, H, W, 3) uint8 images, `plan.micro_batch` at a time."""
+def infer(model: DBNet, images: Tensor, config: Config, device: torch.device, plan: BatchPlan) -> ProbMaps:
+    """Probability maps of (N, H, W, 3) uint8 images, `plan.micro_batch` at a time. Does not wait for the device."""
     amp_dtype = pick_amp_dtype(config, device)
     prob_maps = []
     for micro in images.split(plan.micro_batch):
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            prob_maps.append(model(micro.to(device, non_blocking=True)).cpu())
-    return torch.cat(prob_maps)
+            prob_map = model(micro.to(device, non_blocking=True))
+        prob_maps.append((prob_map.nan_to_num() * 255).round().to(torch.uint8))
+    prob_maps = torch.cat(prob_maps)
+    if device.type == "cpu":
+        return ProbMaps(prob_maps, None)
+    on_host = torch.empty(prob_maps.shape, dtype=torch.uint8, pin_memory=True)
+    on_host.copy_(prob_maps, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return ProbMaps(on_host, arrived)
 
 
 def read_off(prob_map: np.ndarray, size: tuple[int, int], config: Config) -> tuple[list[np.ndarray], list[float]]:
-    """Polygons in pixels of the original image and their scores, from the map of its letterboxed square.
+    """Polygons in pixels of the original image and their scores.
 
     Args:
-        prob_map: (image_size, image_size) float32 in 0..1.
+        prob_map: (height, width) uint8, probability x 255, of the resized image without its padding.
         size: (width, height) of the original image.
     """
-    letterbox = Letterbox(*size, config.image_size)
-    width, height = letterbox.resized
-    polygons, scores = extract_polygons(prob_map[:height, :width], config, tuple(1 / letterbox.scale), tuple(size))
-    return list(polygons), [float(score) for score in scores]
+    scale = 1 / Letterbox(*size, config.image_size).scale
+    return extract_polygons(prob_map, config, tuple(scale), tuple(size))

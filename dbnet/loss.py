@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from dbnet.config import Config
 from dbnet.model import Maps
-from dbnet.targets import thresh_mask
+from dbnet.targets import thresh_mask, thresh_of_levels
 
 _EPSILON = 1e-6
 _FLOAT32_BITS = 31  # of a number that is not negative
@@ -23,26 +23,27 @@ class Losses(NamedTuple):
     thresh: Tensor
 
 
-def db_loss(maps: Maps, prob_map: Tensor, thresh_map: Tensor, mask: Tensor, config: Config) -> Losses:
+def db_loss(maps: Maps, prob_map: Tensor, thresh_levels: Tensor, mask: Tensor, config: Config) -> Losses:
     """w_p BCE(P) + w_b dice(B) + w_t L1(T) over the pixels that are not don't-care.
 
     Args:
         maps: logits of the network, (N, H, W) each, of any float type; all arithmetic here is float32.
         prob_map: (N, H, W), 1 on text kernels and 0 elsewhere.
-        thresh_map: (N, H, W) float, config.thresh_min to config.thresh_max; the L1 distance counts inside the dilated
-            polygons (`dbnet.targets.thresh_mask`).
+        thresh_levels: (N, H, W), 0 to 255 for config.thresh_min to config.thresh_max; the L1 distance counts inside the
+            dilated polygons (`dbnet.targets.thresh_mask`).
         mask: (N, H, W), 0 on don't-care text and 1 elsewhere.
 
     Nothing here waits for the device.
     """
     with torch.autocast(maps.prob_logits.device.type, enabled=False):
         prob_logits, thresh_logits = maps.prob_logits.float(), maps.thresh_logits.float()
-        target, mask, thresh_map = prob_map.float(), mask.float(), thresh_map.float()
+        target, mask, thresh_levels = prob_map.float(), mask.float(), thresh_levels.float()
         thresh = thresh_logits.sigmoid()
         binary = torch.sigmoid(config.binarization_k * (prob_logits.sigmoid() - thresh))
-        near_text = mask * thresh_mask(target, thresh_map, config.thresh_min)
+        near_text = mask * thresh_mask(target, thresh_levels)
         prob_loss = balanced_cross_entropy(prob_logits, target, mask, config.negative_ratio)
         binary_loss = dice_loss(binary, target, mask)
+        thresh_map = thresh_of_levels(thresh_levels, config.thresh_min, config.thresh_max)
         thresh_loss = ((thresh - thresh_map).abs() * near_text).sum() / (near_text.sum() + _EPSILON)
         total = (
             config.prob_loss_weight * prob_loss

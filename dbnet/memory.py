@@ -1,4 +1,4 @@
-"""What happens when memory runs out: one plan of the batch in force, and one way to run a piece of work until it fits.
+"""Memory: one plan of the batch in force, and one way to run a piece of work until it fits.
 
     plan = BatchPlan(batch_size=8, accumulate=2, image_size=1024)
     losses = run_until_it_fits(lambda: optimizer_step(samples, plan.micro_batch, plan.image_size), plan)
@@ -8,6 +8,7 @@ Training shrinks the micro-batch at a constant effective batch (8 x 2 -> 4 x 4 -
 size would be another result.
 """
 
+import ctypes
 import dataclasses
 import gc
 import sys
@@ -22,6 +23,7 @@ from dbnet.errors import UserError
 Result = TypeVar("Result")
 
 SMALLER_SIZES = (896, 800)
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "failed to allocate")
 
 
@@ -118,3 +120,17 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what arrays have freed for the next ones, in this process and those forked from it.
+
+    By default glibc maps each large array anew, and the system fills it with zeros page by page: on a CPU that is half
+    of the time of a training step (benchmarks/RESULTS.md). With another C library this does nothing.
+    """
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return
+    set_option(_M_MMAP_MAX, 0)
+    set_option(_M_TRIM_THRESHOLD, -1)

@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dbnet.dataset import TextDataset, make_targets
+from dbnet.dataset import TextDataset
 from dbnet.errors import UserError
 
 TEXT_COLOR = (0, 158, 115)  # bluish green and vermilion stay apart for the colour-blind (Okabe and Ito)
@@ -27,20 +27,18 @@ def draw_polygons(
 def sample_sheet(dataset: TextDataset, count: int = 4, side: int = 480) -> np.ndarray:
     """Augmented training samples, a row each: image with polygons, probability map, threshold map over the image.
 
-    Returns (count x side, 3 x side, 3) uint8 RGB. Unreadable images raise ImageError.
+    Returns (count x side, 3 x side, 3) uint8 RGB. Raises ImageError for one that cannot be read.
     """
-    config = dataset.config
     rows = []
     for index in range(min(count, len(dataset))):
-        image, text, illegible = dataset.augmented(index)
-        prob_map, thresh_map = make_targets(
-            text, *image.shape[:2], config.shrink_ratio, config.thresh_min, config.thresh_max
-        )
-        heat = (thresh_map - config.thresh_min) / (config.thresh_max - config.thresh_min)
+        _, letterbox = dataset.load(index)
+        text, illegible, _ = dataset.polygons(index, letterbox, dataset.augmentation(index))
+        sample = dataset[index]
+        image = sample["image"].numpy()
         panels = [
             draw_polygons(draw_polygons(image, text), illegible, DONT_CARE_COLOR),
-            cv2.cvtColor(prob_map * 255, cv2.COLOR_GRAY2RGB),
-            cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_VIRIDIS)[..., ::-1],
+            cv2.cvtColor(sample["prob_map"].numpy() * 255, cv2.COLOR_GRAY2RGB),
+            cv2.applyColorMap(sample["thresh_levels"].numpy(), cv2.COLORMAP_VIRIDIS)[..., ::-1],
         ]
         rows.append(np.hstack([cv2.resize(panel, (side, side), interpolation=cv2.INTER_AREA) for panel in panels]))
     return np.vstack(rows)

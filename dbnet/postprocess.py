@@ -32,30 +32,34 @@ def extract_polygons(
 ) -> tuple[list[np.ndarray], list[float]]:
     """The text regions of a probability map, best first.
 
-    `prob_map` is (height, width) float32 in 0..1; nan counts as 0. `config` says how: `thresh`, `box_thresh`,
-    `max_candidates`, `min_size` (pixels of the map), and `use_polygon` with `polygon_unclip_ratio` for contours or
-    `box_unclip_ratio` for minimum-area rectangles. `scale` is what x and y are multiplied by to get from the map to the
-    image. With `max_size`, (width, height) of the image, coordinates are clipped to 0..width and 0..height; without it
-    they may lie a little outside, as polygons at the edge are offset beyond it.
+    `prob_map` is (height, width) float32 in 0..1, nan counting as 0, or uint8 in 0..255, a quarter of the bytes to move
+    and to look at. `config` says how: `thresh`, `box_thresh`, `max_candidates`, `min_size` (pixels of the map), and
+    `use_polygon` with `polygon_unclip_ratio` for contours or `box_unclip_ratio` for minimum-area rectangles. `scale` is
+    what x and y are multiplied by to get from the map to the image. With `max_size`, (width, height) of the image,
+    coordinates are clipped to 0..width and 0..height; without it they may lie a little outside, as polygons at the edge
+    are offset beyond it.
 
     Returns polygons as (n, 2) int32 arrays (n = 4 for rectangles, clockwise from the top left) and the mean probability
     in each before the offset, both by descending score. No more than `max_candidates` come back, and these are the
     best. As in the baseline, a region whose offset is not exactly one piece (one that closes around a hole) is dropped.
     """
-    prob_map = np.asarray(prob_map, np.float32)
+    prob_map = np.asarray(prob_map)
+    if prob_map.dtype != np.uint8:
+        prob_map = np.asarray(prob_map, np.float32)
+    one = 255 if prob_map.dtype == np.uint8 else 1
     if prob_map.ndim != 2:
         raise ValueError(f"prob_map must be (height, width), not of shape {prob_map.shape}")
     if prob_map.size == 0:
         return [], []
     outline = _simplified_contour if config.use_polygon else _min_area_box
     unclip_ratio = config.polygon_unclip_ratio if config.use_polygon else config.box_unclip_ratio
-    binary_map = (prob_map > config.thresh).view(np.uint8)
+    binary_map = (prob_map > config.thresh * one).view(np.uint8)
     contours, _ = cv2.findContours(binary_map, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
     candidates = []
     for contour in contours:
         shrunk = outline(contour, config.min_size)
         if shrunk is not None:
-            score = region_score(prob_map, shrunk)
+            score = region_score(prob_map, shrunk) / one
             if score >= config.box_thresh:
                 candidates.append((score, shrunk))
     candidates.sort(key=lambda candidate: -candidate[0])
@@ -76,7 +80,7 @@ def extract_polygons(
 
 
 def region_score(prob_map: np.ndarray, polygon: np.ndarray) -> float:
-    """Mean of `prob_map` (height, width) float32 over the pixels of an (n, 2) polygon, its border included.
+    """Mean of `prob_map` (height, width) float32 or uint8 over the pixels of an (n, 2) polygon, its border included.
 
     `polygon` is int32, or float32 whose coordinates are cut to whole pixels; what lies outside the map does
     not count, and nan counts as 0. Only the box around the polygon is looked at.

@@ -1,7 +1,8 @@
 """Polygons to what the network learns: probability map and threshold map (DBNet, arXiv 1911.08947, section 3.4).
 
     prob_map, thresh_map = make_targets(polygons, height, width)
-    where_the_threshold_loss_counts = thresh_mask(prob_map, thresh_map)
+    prob_map, thresh_levels = draw_targets(polygons, height, width)     # the same in bytes, for training
+    where_the_threshold_loss_counts = thresh_mask(prob_map, thresh_levels)
 
 A polygon of area A and perimeter L has one length of its own, D = A (1 - r^2) / L. The probability map is 1 inside the
 polygon shrunk by D; the threshold map falls from `thresh_max` on the polygon's outline to `thresh_min` at D from it, on
@@ -11,16 +12,25 @@ box around it; and what can be said about all polygons at once is.
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import cv2
 import numpy as np
 import pyclipper
 
-BLOCK_ELEMENTS = 1 << 16
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Map = TypeVar("Map", np.ndarray, "Tensor")
+
+BLOCK_ELEMENTS = 1 << 17
 """Float32 elements of the distance planes that are worked on at once: they fit the processor's cache."""
 
 OUTSIDE_CIRCLE = 1 << 20
 """Makes an edge too far to matter for the pixels outside its circle; a power of two, so integers stay exact."""
+
+LEVELS = 255
+"""Steps of a threshold map's byte, from the lowest threshold to the highest."""
 
 COARSE_DISTANCE = 1.3
 """Pixels. Below it, rounding to integers and the clipper's coarse arcs cost a dilated polygon pixels within D of it."""
@@ -37,34 +47,52 @@ def make_targets(
     thresh_min: float = 0.3,
     thresh_max: float = 0.7,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws the two target maps of an image (DBNet section 3.4, "Label generation").
+    """The two target maps of an image: `draw_targets`, with the threshold map in its own unit.
+
+    Returns `prob_map`, (height, width) uint8, 1 inside the shrunk polygons and 0 elsewhere, and `thresh_map`,
+    (height, width) float32 from `thresh_min` (at D and more from every outline) to `thresh_max` (on an outline), in
+    255 steps.
+    """
+    prob_map, thresh_levels = draw_targets(polygons, height, width, shrink_ratio)
+    return prob_map, thresh_of_levels(thresh_levels.astype(np.float32), thresh_min, thresh_max)
+
+
+def draw_targets(
+    polygons: Sequence[np.ndarray], height: int, width: int, shrink_ratio: float = 0.4
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws the two target maps of an image (DBNet section 3.4, "Label generation"), a byte a pixel each.
 
     `polygons` are (n, 2) arrays of (x, y) in pixels, integer or float; they are rounded to integer pixels. What lies
     outside the image is cut off. Polygons without an area, with fewer than 3 points or with coordinates that are no
     numbers leave no trace; self-crossing ones are drawn as far as they go. Nothing here raises over a polygon's shape.
 
-    Returns `prob_map`, (height, width) uint8, 1 inside the shrunk polygons and 0 elsewhere, and `thresh_map`,
-    (height, width) float32 from `thresh_min` (at D and more from every outline) to `thresh_max` (on an outline).
+    Returns `prob_map`, (height, width) uint8, 1 inside the shrunk polygons and 0 elsewhere, and `thresh_levels`,
+    (height, width) uint8 from 0 (at D and more from every outline) to 255 (on an outline).
     """
     prob_map = np.zeros((height, width), np.uint8)
-    thresh_map = np.full((height, width), thresh_min, np.float32)
+    thresh_levels = np.zeros((height, width), np.uint8)
     for points in _stacked_by_point_count(polygons):
         distances = shrink_distances(points, shrink_ratio)
         points, distances = points[distances > 0], distances[distances > 0]
         for polygon, distance in zip(points.tolist(), distances.tolist(), strict=True):
             _fill_shrunk(prob_map, polygon, distance)
-        _raise_near_outlines(thresh_map, points, distances, thresh_min, thresh_max)
-    return prob_map, thresh_map
+        _raise_near_outlines(thresh_levels, points, distances)
+    return prob_map, thresh_levels
 
 
-def thresh_mask(prob_map: np.ndarray, thresh_map: np.ndarray, thresh_min: float = 0.3) -> np.ndarray:
+def thresh_of_levels(levels: Map, thresh_min: float, thresh_max: float) -> Map:
+    """Thresholds from `thresh_min` to `thresh_max` of levels from 0 to 255: float arrays or tensors of any shape."""
+    return levels * ((thresh_max - thresh_min) / LEVELS) + thresh_min
+
+
+def thresh_mask(prob_map: Map, thresh_levels: Map) -> Map:
     """Where the threshold loss counts: inside the dilated polygons (DBNet section 3.5). Bool, shaped as the maps.
 
-    A dilated polygon is what lies within D of its outline, where `thresh_map` is above `thresh_min`, and the core
-    further inside, which is the shrunk polygon; so the mask needs no map of its own. `thresh_map > thresh_min` alone
-    would leave the core out. Works on numpy arrays and on torch tensors.
+    A dilated polygon is what lies within D of its outline, where `thresh_levels` is above 0, and the core further
+    inside, which is the shrunk polygon; so the mask needs no map of its own. `thresh_levels > 0` alone would leave the
+    core out. Works on numpy arrays and on torch tensors.
     """
-    return (thresh_map > thresh_min) | (prob_map > 0)
+    return (thresh_levels > 0) | (prob_map > 0)
 
 
 def polygon_mask(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
@@ -122,27 +150,69 @@ def _offset(polygon: list[list[int]], distance: float) -> list[list[list[int]]]:
     return offset.Execute(distance)
 
 
-def _raise_near_outlines(
-    thresh_map: np.ndarray, points: np.ndarray, distances: np.ndarray, thresh_min: float, thresh_max: float
-) -> None:
-    """Raises `thresh_map`, in place, to its value for these polygons, (count, n, 2) int32 with their D."""
-    first, last = _boxes_within(distances, points, thresh_map.shape)
+def _raise_near_outlines(thresh_levels: np.ndarray, points: np.ndarray, distances: np.ndarray) -> None:
+    """Raises `thresh_levels`, in place, to its value for these polygons, (count, n, 2) int32 with their D."""
+    first, last = _boxes_within(distances, points, thresh_levels.shape)
     seen = (first < last).all(axis=1)
     if not seen.any():
         return
     points, distances, first, last = points[seen], distances[seen], first[seen], last[seen]
+    is_whole = (first + last - 1 == points.min(axis=1) + points.max(axis=1)).all(axis=1)
+    is_mirrored = is_whole & _is_upright(points)
+    sizes = np.where(is_mirrored[:, None], (last - first + 1) // 2, last - first)
     coefficients = _plane_coefficients(points - first[:, None])
-    basis = _plane_basis(*(last - first).max(axis=0).tolist())
-    slopes = ((thresh_min - thresh_max) / distances).tolist()
-    for index, ((left, top), (right, bottom)) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
-        rows_at_once = max(1, BLOCK_ELEMENTS // (len(coefficients[index]) * (right - left)))
-        for row in range(top, bottom, rows_at_once):
-            region = thresh_map[row : min(row + rows_at_once, bottom), left:right]
-            pixels = basis[:, row - top : row - top + len(region), : right - left].reshape(len(basis), -1)
-            value = np.sqrt(_nearest(np.dot(coefficients[index], pixels)))
-            value *= slopes[index]
-            value += thresh_max
-            np.maximum(region, value.reshape(region.shape), out=region)
+    slopes = (-LEVELS / distances).astype(np.float32)[:, None]
+    basis = _plane_basis(*sizes.max(axis=0).tolist())
+    planes = coefficients.shape[1]
+    boxes = np.concatenate([first, last, is_mirrored[:, None]], axis=1).tolist()
+    for group in _of_like_size(sizes, BLOCK_ELEMENTS // planes):
+        width, height = sizes[group].max(axis=0).tolist()
+        rows_at_once = max(1, BLOCK_ELEMENTS // (len(group) * planes * width))
+        for row in range(0, height, rows_at_once):
+            pixels = basis[:, row : min(row + rows_at_once, height), :width]
+            distance = np.dot(coefficients[group].reshape(-1, 4), pixels.reshape(4, -1))
+            value = np.sqrt(_nearest(distance.reshape(len(group), planes, -1)))
+            value *= slopes[group]
+            value += LEVELS + 0.5  # so that cutting off the fraction rounds
+            levels = np.maximum(value, 0, out=value).astype(np.uint8).reshape(len(group), -1, width)
+            for index, level in zip(group, levels, strict=True):
+                _raise_box(thresh_levels, boxes[index], row, level)
+
+
+def _of_like_size(sizes: np.ndarray, pixels: int) -> Iterator[list[int]]:
+    """Indices of boxes of (count, 2) sizes in groups, each of which takes no more than so many pixels when all its
+    boxes are as large as the largest, or is a single box."""
+    group, widest, highest = [], 0, 0
+    for index in np.lexsort(sizes.T).tolist():
+        width, height = sizes[index].tolist()
+        widest, highest = max(widest, width), max(highest, height)
+        if group and (len(group) + 1) * widest * highest > pixels:
+            yield group
+            group, widest, highest = [], width, height
+        group.append(index)
+    yield group
+
+
+def _raise_box(thresh_levels: np.ndarray, box: list[int], row: int, levels: np.ndarray) -> None:
+    """Raises `thresh_levels` in a box (left, top, right, bottom, whether it is mirrored) to (rows, columns) `levels`:
+    the box's own from `row` on, with more below and beside it; of a mirrored box only those of its first quarter."""
+    left, top, right, bottom, is_mirrored = box
+    width, height = right - left, bottom - top
+    if is_mirrored:
+        half = (width + 1) // 2
+        levels = levels[: (height + 1) // 2 - row]
+        levels = np.concatenate([levels[:, :half], levels[:, : width - half][:, ::-1]], axis=1)
+        region = thresh_levels[bottom - row - len(levels) : bottom - row, left:right]
+        np.maximum(region, levels[::-1], out=region)
+    levels = levels[: height - row, :width]
+    region = thresh_levels[top + row : top + row + len(levels), left:right]
+    np.maximum(region, levels, out=region)
+
+
+def _is_upright(points: np.ndarray) -> np.ndarray:
+    """(count,) which of the (count, n, 2) polygons are rectangles with sides along x and y."""
+    along_x, along_y = np.moveaxis(_next_points(points) == points, 2, 0)
+    return (along_x != along_y).all(axis=1) & (points.shape[1] == 4)
 
 
 def _boxes_within(distances: np.ndarray, points: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -195,13 +265,13 @@ def _plane_coefficients(points: np.ndarray) -> np.ndarray:
 
 
 def _nearest(planes: np.ndarray) -> np.ndarray:
-    """(pixels,) squared distance to the outline, from its (3 n, pixels) planes, which are used up.
+    """(count, pixels) squared distances to each outline, from (count, 3 n, pixels) planes, which are used up.
 
     As in the baseline, an edge counts only for pixels in its circle; elsewhere its ends do. (Counting it for all pixels
     beside it would be the exact distance; near the ends of edges the two thresholds differ by up to 0.03.)
     """
-    edges = len(planes) // 3
-    circle, line = planes[:edges], planes[edges : 2 * edges]
+    edges = planes.shape[1] // 3
+    circle, line = planes[:, :edges], planes[:, edges : 2 * edges]
     np.multiply(line, line, out=line)
     np.maximum(line, circle, out=line)
-    return planes[edges:].min(axis=0)
+    return planes[:, edges:].min(axis=1)

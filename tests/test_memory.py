@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train
-from dbnet.dataset import ShuffledBatches, TextDataset, make_loader
+from dbnet.dataset import Batches, TextDataset, make_loader
 from dbnet.errors import UserError
 from dbnet.memory import BatchPlan, is_out_of_memory, run_until_it_fits
 from dbnet.model import DBNet
@@ -40,8 +40,8 @@ def fail_above(model, limit, record=None):
 
 def step_batches(config):
     dataset = TextDataset(config, "train", train=True)
-    batches = ShuffledBatches(len(dataset), config.batch_size, config.seed)
-    return list(make_loader(dataset, 0, False, batches))[: config.accumulate]
+    batches = Batches(dataset, config.batch_size, config.seed)
+    return list(make_loader(batches, 0, False))[: config.accumulate]
 
 
 @pytest.mark.parametrize(("limit", "in_force"), [(4, "4 x 4"), (2, "2 x 8"), (1, "1 x 16")])
@@ -152,7 +152,7 @@ def test_an_epoch_with_fallbacks_has_the_same_steps_and_samples(small, monkeypat
         training, record, steps = make_training(config), [], []
         fail_above(training.model, limit, record)
         dataset = TextDataset(config, "train", train=True)
-        batches = ShuffledBatches(len(dataset), config.batch_size, config.seed)
+        batches = Batches(dataset, config.batch_size, config.seed)
         seen = []
 
         def note(step_batches, accumulate, steps=steps, seen=seen):
@@ -163,7 +163,7 @@ def test_an_epoch_with_fallbacks_has_the_same_steps_and_samples(small, monkeypat
 
         with monkeypatch.context() as patch:
             patch.setattr(train, "group_batches", note)
-            train.train_epoch(training, make_loader(dataset, 0, False, batches), config, CPU, set())
+            train.train_epoch(training, make_loader(batches, 0, False), config, CPU, set())
         runs[limit] = (steps, sorted(seen), sum(count for count, _ in record))
     assert runs[2] == runs[1] == ([2, 1], list(range(6)), 6)
 

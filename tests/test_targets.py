@@ -11,8 +11,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dbnet.targets import make_targets, polygon_mask, shrink_distances, thresh_mask
+from dbnet.targets import draw_targets, make_targets, polygon_mask, shrink_distances, thresh_mask
 
+STEP = 0.4 / 255  # of a threshold map of 0.3 to 0.7
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
 
 coordinates = st.integers(-40, 120) | st.floats(-40, 120)
@@ -39,7 +40,7 @@ def test_maps_are_those_of_the_baseline(baseline_cases):
         polygons = [np.array(polygon) for polygon in case["polygons"]]
         prob_map, thresh_map = make_targets(polygons, case["size"], case["size"])
         assert np.mean(prob_map != expected_prob) <= 0.001, case["name"]
-        assert np.abs(thresh_map - expected_thresh).max() < 0.001, case["name"]
+        assert np.abs(thresh_map - expected_thresh).max() < 0.002, case["name"]
 
 
 def test_threshold_mask_is_the_dilated_polygons(baseline_cases):
@@ -51,7 +52,7 @@ def test_threshold_mask_is_the_dilated_polygons(baseline_cases):
                 offset = pyclipper.PyclipperOffset()
                 offset.AddPath(polygon.tolist(), pyclipper.JT_ROUND, pyclipper.ET_CLOSEDPOLYGON)
                 cv2.fillPoly(filled, [np.array(offset.Execute(distance)[0], np.int32)], 1)
-        mask = thresh_mask(*make_targets(polygons, case["size"], case["size"]))
+        mask = thresh_mask(*draw_targets(polygons, case["size"], case["size"]))
         inner = cv2.erode(filled, np.ones((3, 3), np.uint8))  # at the border a pixel is as far as D: not in the mask
         assert np.sum(mask & (filled == 0)) < 0.01 * filled.sum(), case["name"]
         assert np.sum((inner == 1) & ~mask) < 0.01 * filled.sum(), case["name"]
@@ -65,7 +66,7 @@ def test_a_rectangle_has_the_area_and_the_distances_of_the_formula():
     assert prob_map.sum() == shrunk
     for steps, x in [(0, left), (3, left - 3), (3, left + 3), (12, left - 12), (13, left - 13), (20, left + 20)]:
         expected = 0.3 + 0.4 * max(0, 1 - steps / distance)
-        assert thresh_map[top + height // 2, x] == pytest.approx(expected, abs=1e-5)
+        assert thresh_map[top + height // 2, x] == pytest.approx(expected, abs=STEP)
 
 
 @given(st.integers(6, 90), st.integers(6, 90), st.sampled_from([0.2, 0.4, 0.6]))
@@ -86,7 +87,7 @@ def test_no_polygon_raises_and_the_maps_stay_in_range(polygons):
     assert prob_map.shape == thresh_map.shape == (60, 80)
     assert prob_map.dtype == np.uint8 and set(np.unique(prob_map)) <= {0, 1}
     assert thresh_map.dtype == np.float32
-    assert thresh_map.min() >= np.float32(0.3) and thresh_map.max() <= np.float32(0.7)
+    assert thresh_map.min() >= np.float32(0.3) and thresh_map.max() <= np.float32(0.7) + 1e-6
     assert set(np.unique(polygon_mask(polygons, 60, 80))) <= {0, 1}
 
 
@@ -99,16 +100,19 @@ def test_the_order_of_polygons_does_not_matter(polygons, random):
         np.testing.assert_array_equal(found, expected)
 
 
-@given(st.integers(-30, 30), st.integers(-30, 30))
-@settings(max_examples=30, deadline=None)
-def test_what_is_outside_the_image_is_cut_off_and_the_rest_stays(right, down):
-    polygon = np.array([[20, 22], [70, 12], [75, 30], [24, 43]])
+TILTED = np.array([[20, 22], [70, 12], [75, 30], [24, 43]])
+
+
+@given(st.sampled_from([TILTED, rectangle(20, 12, 70, 43)]), st.integers(-30, 30), st.integers(-30, 30))
+@settings(max_examples=60, deadline=None)
+def test_what_is_outside_the_image_is_cut_off_and_the_rest_stays(polygon, right, down):
     whole = make_targets([np.add(polygon, (50, 50))], 200, 200)
     part = make_targets([np.add(polygon, (right, down))], 60, 80)
-    prob_map, thresh_map = (full[50 - down : 110 - down, 50 - right : 130 - right] for full in whole)
     around = np.ones((3, 3), np.uint8)  # where OpenCV cuts an edge, it may come out a pixel elsewhere
-    assert (part[0] >= cv2.erode(prob_map, around)).all() and (part[0] <= cv2.dilate(prob_map, around)).all()
-    np.testing.assert_allclose(part[1], thresh_map, atol=1e-5)
+    window = slice(50 - down, 110 - down), slice(50 - right, 130 - right)
+    assert (part[0] >= cv2.erode(whole[0], around)[window]).all()
+    assert (part[0] <= cv2.dilate(whole[0], around)[window]).all()
+    np.testing.assert_allclose(part[1], whole[1][window], atol=STEP)
 
 
 @pytest.mark.parametrize(
@@ -131,13 +135,13 @@ def test_a_polygon_that_is_none_leaves_no_trace(polygon):
 
 
 def test_an_image_without_text_has_no_threshold_to_learn():
-    prob_map, thresh_map = make_targets([], 8, 8)
-    assert not thresh_mask(prob_map, thresh_map).any()
-    assert not thresh_mask(torch.from_numpy(prob_map), torch.from_numpy(thresh_map)).any()
+    maps = draw_targets([], 8, 8)
+    assert not thresh_mask(*maps).any()
+    assert not thresh_mask(*map(torch.from_numpy, maps)).any()
 
 
 def test_the_threshold_mask_of_tensors_is_that_of_arrays():
-    maps = make_targets([rectangle(10, 10, 60, 30)], 48, 72)
+    maps = draw_targets([rectangle(10, 10, 60, 30)], 48, 72)
     of_tensors = thresh_mask(*map(torch.from_numpy, maps))
     np.testing.assert_array_equal(of_tensors.numpy(), thresh_mask(*maps))
 
@@ -152,10 +156,10 @@ def test_neighbours_keep_the_higher_threshold():
 def test_a_polygon_larger_than_a_block_of_rows_has_no_seams():
     polygon = rectangle(40, 30, 1000, 700)
     thresh_map = make_targets([polygon], 720, 1041)[1]
-    np.testing.assert_allclose(thresh_map[:, ::-1], thresh_map, atol=1e-4)
+    np.testing.assert_allclose(thresh_map[:, ::-1], thresh_map, atol=STEP)
     distance = shrink_distances(polygon[None], 0.4)[0]
     inside = np.arange(0, 160)
-    np.testing.assert_allclose(thresh_map[365, 40:200], 0.7 - 0.4 * inside / distance, atol=1e-3)
+    np.testing.assert_allclose(thresh_map[365, 40:200], 0.7 - 0.4 * inside / distance, atol=STEP)
 
 
 def test_other_bounds_and_ratio_are_used():

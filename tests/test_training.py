@@ -8,13 +8,13 @@ from test_memory import CPU, make_training, step_batches
 
 import train
 from dbnet.config import PRESETS
-from dbnet.dataset import ShuffledBatches, TextDataset, make_loader
+from dbnet.dataset import Batches, TextDataset, make_loader
 from dbnet.errors import UserError
 
 
 def run_epoch(training, config):
     dataset = TextDataset(config, "train", train=True)
-    loader = make_loader(dataset, 0, False, ShuffledBatches(len(dataset), config.batch_size, config.seed))
+    loader = make_loader(Batches(dataset, config.batch_size, config.seed), 0, False)
     return train.train_epoch(training, loader, config, CPU, set())
 
 
@@ -74,7 +74,7 @@ def test_training_stops_when_the_loss_stays_not_finite(small):
 def test_accumulation_gives_the_gradient_of_the_whole_batch(small):
     """Four times the same sample, batch norm in eval mode: then every split has the same loss, and so the same mean."""
     [batch] = step_batches(small)
-    maps = ("image", "prob_map", "thresh_map", "mask")
+    maps = ("image", "prob_map", "thresh_levels", "mask")
     batch = {name: batch[name][:1].repeat_interleave(4, dim=0) for name in maps}
     config = small.changed(clip_grad_norm=0.0)
     together, apart = make_training(config), make_training(config)
