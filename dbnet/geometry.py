@@ -75,12 +75,32 @@ def clip_polygons(
 
 def areas(points: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """(polygons,) areas in square pixels, whichever way each runs (shoelace formula); arguments as in clip_polygons."""
-    following = np.arange(1, len(points) + 1)
+    x, y = points.T
+    next_x, next_y = points[_next_point(counts)].T
+    return np.abs(_sums(x * next_y - y * next_x, counts)) / 2
+
+
+def perimeters(points: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(polygons,) lengths of the closed outlines in pixels; arguments as in clip_polygons."""
+    return _sums(np.sqrt(np.square(points[_next_point(counts)] - points).sum(axis=1)), counts)
+
+
+def _next_point(counts: np.ndarray) -> np.ndarray:
+    """(total,) for each point the index of the next one of its polygon, the first after the last."""
+    following = np.arange(1, counts.sum() + 1)
     ends = np.cumsum(counts)
-    following[ends[counts > 0] - 1] = (ends - counts)[counts > 0]
-    (x, y), (next_x, next_y) = points.T, points[following].T
-    sums = np.concatenate([[0.0], np.cumsum(x * next_y - y * next_x)])
-    return np.abs(sums[ends] - sums[ends - counts]) / 2
+    is_there = counts > 0
+    following[ends[is_there] - 1] = (ends - counts)[is_there]
+    return following
+
+
+def _sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(polygons,) sums of a value for each point, polygon by polygon."""
+    sums = np.zeros(len(counts))
+    is_there = counts > 0
+    if is_there.any():
+        sums[is_there] = np.add.reduceat(values, (np.cumsum(counts) - counts)[is_there])
+    return sums
 
 
 def split_polygons(points: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:

@@ -4,7 +4,8 @@
 
 The network learned polygons that are shrunk, so each region above the threshold is moved outward again. Nothing here
 knows of the network or a GPU. One pass over the map finds the contours; after that the cost is that of the boxes around
-them, and only what has passed the score comes to the offset, which is the dear part.
+them, and only what has passed the score comes to the offset, which is the dear part. What numpy can do for all polygons
+of an image at once, it does.
 """
 
 from __future__ import annotations
@@ -17,11 +18,16 @@ import cv2
 import numpy as np
 import pyclipper
 
+from dbnet.geometry import areas, perimeters, split_polygons
+
 if TYPE_CHECKING:
     from dbnet.config import PostprocessConfig
 
 SIMPLIFY_RATIO = 0.002
 """How far a polygon may stray from its contour, as a share of the contour's perimeter."""
+
+OFFSET_ERROR = 2
+"""Pixels that an offset polygon may be narrower than twice the distance: whole pixels, and arcs made of lines."""
 
 
 def extract_polygons(
@@ -46,44 +52,47 @@ def extract_polygons(
     prob_map = np.asarray(prob_map)
     if prob_map.dtype != np.uint8:
         prob_map = np.asarray(prob_map, np.float32)
-    one = 255 if prob_map.dtype == np.uint8 else 1
     if prob_map.ndim != 2:
         raise ValueError(f"prob_map must be (height, width), not of shape {prob_map.shape}")
     if prob_map.size == 0:
         return [], []
     outline = _simplified_contour if config.use_polygon else _min_area_box
     unclip_ratio = config.polygon_unclip_ratio if config.use_polygon else config.box_unclip_ratio
-    binary_map = (prob_map > config.thresh * one).view(np.uint8)
-    contours, _ = cv2.findContours(binary_map, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+    contours, _ = cv2.findContours(_binarize(prob_map, config.thresh), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
     candidates = []
     for contour in contours:
         shrunk = outline(contour, config.min_size)
         if shrunk is not None:
-            score = region_score(prob_map, shrunk) / one
+            score = region_score(prob_map, shrunk)
             if score >= config.box_thresh:
                 candidates.append((score, shrunk))
     candidates.sort(key=lambda candidate: -candidate[0])
 
     polygons, scores = [], []
-    for score, shrunk in candidates:
-        if len(polygons) >= config.max_candidates:
-            break
-        polygon = unclip(shrunk, unclip_ratio)
-        if polygon is None:
-            continue
-        box = cv2.minAreaRect(polygon)
-        if min(box[1]) < config.min_size + 2:
-            continue
-        polygons.append(_in_image(polygon if config.use_polygon else _corners(box), scale, max_size))
-        scores.append(score)
-    return polygons, scores
+    while candidates and len(polygons) < config.max_candidates:
+        best, candidates = candidates[: config.max_candidates], candidates[config.max_candidates :]
+        shrunk = [polygon for _, polygon in best]
+        distances = unclip_distances(shrunk, unclip_ratio)
+        for (score, _), distance, polygon in zip(best, distances, offset_polygons(shrunk, distances), strict=True):
+            if polygon is None:
+                continue
+            if config.use_polygon and 2 * distance - OFFSET_ERROR >= config.min_size + 2:  # as broad as that all along
+                polygons.append(polygon)
+                scores.append(score)
+                continue
+            box = cv2.minAreaRect(polygon)
+            if min(box[1]) >= config.min_size + 2:
+                polygons.append(polygon if config.use_polygon else _corners(box))
+                scores.append(score)
+    del polygons[config.max_candidates :], scores[config.max_candidates :]
+    return _in_image(polygons, scale, max_size), scores
 
 
 def region_score(prob_map: np.ndarray, polygon: np.ndarray) -> float:
-    """Mean of `prob_map` (height, width) float32 or uint8 over the pixels of an (n, 2) polygon, its border included.
+    """Mean probability, 0..1, over the pixels of an (n, 2) polygon, its border included.
 
-    `polygon` is int32, or float32 whose coordinates are cut to whole pixels; what lies outside the map does
-    not count, and nan counts as 0. Only the box around the polygon is looked at.
+    `prob_map` as in `extract_polygons`. `polygon` is int32, or float32 whose coordinates are cut to whole pixels; what
+    lies outside the map does not count. Only the box around the polygon is looked at.
     """
     height, width = prob_map.shape
     polygon = polygon.astype(np.int32, copy=False)
@@ -96,25 +105,41 @@ def region_score(prob_map: np.ndarray, polygon: np.ndarray) -> float:
     cv2.fillPoly(mask, [polygon], 1, offset=(-left, -top))
     region = prob_map[top:bottom, left:right]
     score = cv2.mean(region, mask)[0]
-    return cv2.mean(np.nan_to_num(region), mask)[0] if math.isnan(score) else score
+    if math.isnan(score):
+        score = cv2.mean(np.nan_to_num(region), mask)[0]
+    return score / 255 if prob_map.dtype == np.uint8 else score
 
 
-def unclip(polygon: np.ndarray, unclip_ratio: float) -> np.ndarray | None:
-    """The polygon moved outward by D' = A unclip_ratio / L (DBNet equation 11), with round corners.
+def unclip_distances(polygons: list[np.ndarray], unclip_ratio: float) -> list[float]:
+    """D' = A unclip_ratio / L in pixels (DBNet equation 11) of (n, 2) polygons; 0 for one without a perimeter."""
+    if not polygons:
+        return []
+    points, counts = np.concatenate(polygons).astype(np.float64), np.array([len(polygon) for polygon in polygons])
+    lengths = perimeters(points, counts)  # cv2.arcLength is float32: it rounds ties away
+    return (areas(points, counts) * unclip_ratio / np.where(lengths > 0, lengths, np.inf)).tolist()
 
-    Takes (n, 2) points and gives (m, 2) int32, both in pixels of the map; None if the outcome is not one piece or the
-    polygon is without a perimeter.
+
+def offset_polygons(polygons: list[np.ndarray], distances: list[float]) -> list[np.ndarray | None]:
+    """(n, 2) polygons moved outward by distances in pixels, with round corners, within `OFFSET_ERROR` / 2.
+
+    Gives (m, 2) int32; None where the outcome is not one piece.
     """
-    points = polygon.tolist()
-    perimeter = sum(map(math.dist, points, points[1:] + points[:1]))  # cv2.arcLength is float32: it rounds ties away
-    if perimeter == 0:
-        return None
-    offset = pyclipper.PyclipperOffset()
-    offset.AddPath(points, pyclipper.JT_ROUND, pyclipper.ET_CLOSEDPOLYGON)
-    pieces = offset.Execute(cv2.contourArea(polygon) * unclip_ratio / perimeter)
-    if len(pieces) != 1:
-        return None
-    return np.fromiter(chain.from_iterable(pieces[0]), np.int32, 2 * len(pieces[0])).reshape(-1, 2)
+    grown = []
+    for polygon, distance in zip(polygons, distances, strict=True):
+        offset = pyclipper.PyclipperOffset()
+        offset.AddPath(polygon.tolist(), pyclipper.JT_ROUND, pyclipper.ET_CLOSEDPOLYGON)
+        pieces = offset.Execute(distance)
+        grown.append(pieces[0] if len(pieces) == 1 else [])
+    counts = np.array([len(polygon) for polygon in grown], int)
+    flat = np.fromiter(chain.from_iterable(chain.from_iterable(grown)), np.int32, 2 * counts.sum())
+    return [polygon if len(polygon) else None for polygon in split_polygons(flat.reshape(-1, 2), counts)]
+
+
+def _binarize(prob_map: np.ndarray, thresh: float) -> np.ndarray:
+    """(height, width) uint8, 1 where the probability is above `thresh`."""
+    if prob_map.dtype == np.uint8:
+        thresh = np.uint8(math.floor(thresh * 255))  # whole numbers above it are those above the product
+    return (prob_map > thresh).view(np.uint8)
 
 
 def _simplified_contour(contour: np.ndarray, min_size: float) -> np.ndarray | None:
@@ -140,9 +165,14 @@ def _corners(box: tuple) -> np.ndarray:
     return np.array([top_left, top_right, bottom_right, bottom_left], np.float32)
 
 
-def _in_image(polygon: np.ndarray, scale: tuple[float, float], max_size: tuple[int, int] | None) -> np.ndarray:
-    """Map to image coordinates, rounded: (n, 2) int32."""
-    polygon = np.rint(polygon * np.asarray(scale, np.float64))
+def _in_image(
+    polygons: list[np.ndarray], scale: tuple[float, float], max_size: tuple[int, int] | None
+) -> list[np.ndarray]:
+    """Map to image coordinates, rounded: (n, 2) int32 each."""
+    if not polygons:
+        return []
+    counts = np.array([len(polygon) for polygon in polygons])
+    points = np.rint(np.concatenate(polygons) * np.asarray(scale, np.float64))
     if max_size is not None:
-        polygon = polygon.clip(0, max_size)
-    return polygon.astype(np.int32)
+        points = points.clip(0, max_size)
+    return split_polygons(points.astype(np.int32), counts)

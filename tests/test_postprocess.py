@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from shapely import STRtree, make_valid
 from shapely.geometry import Polygon
 
-from dbnet.postprocess import extract_polygons, region_score, unclip
+from dbnet.postprocess import OFFSET_ERROR, extract_polygons, offset_polygons, region_score, unclip_distances
 from dbnet.targets import make_targets
 
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
@@ -106,9 +106,17 @@ def test_unclip_undoes_shrinking(width, height, angle):
     distance, ratio = shrinking(width, height)
     shrunk = cv2.boxPoints(((300, 300), (width - 2 * distance, height - 2 * distance), angle))
     assume(min(width, height) - 2 * distance > 8)  # less is mostly rounding
-    assert (
-        iou(unclip(np.rint(shrunk).astype(np.int32), ratio), cv2.boxPoints(((300, 300), (width, height), angle))) >= 0.8
-    )
+    [grown] = offset_polygons([np.rint(shrunk).astype(np.int32)], unclip_distances([np.rint(shrunk)], ratio))
+    assert iou(grown, cv2.boxPoints(((300, 300), (width, height), angle))) >= 0.8
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 40)), min_size=4, max_size=9), st.floats(1, 20))
+@settings(max_examples=100, deadline=None)
+def test_an_offset_polygon_is_at_least_as_broad_as_twice_the_distance(points, distance):
+    """What lets extract_polygons do without a look at the rectangle of every polygon."""
+    [grown] = offset_polygons([np.array(points)], [distance])
+    if grown is not None:
+        assert min(cv2.minAreaRect(grown)[1]) >= 2 * distance - OFFSET_ERROR
 
 
 @BOTH_MODES
