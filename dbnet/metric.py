@@ -38,6 +38,9 @@ MIN_AREA_PRECISION = np.float32(0.3)
 """Share of a detection's area that must lie inside what it matches. Area precisions are float32, as the competition
 keeps them, so that a share of exactly 3/10 is enough however the last bit of a double falls."""
 
+UNEVEN_WEIGHTS = np.array([0.2403, 0.2601, 0.2487, 0.2509])
+"""Of the corners of a quadrilateral, for a point inside it."""
+
 UNIT_SQUARE = np.array([[0, 1, 1, 0], [0, 0, 1, 1]])[:, :, None]
 
 FLOAT32_EPS = np.finfo(np.float32).eps
@@ -196,12 +199,36 @@ class _Polygons:
         return len(self.counts)
 
     @cached_property
+    def previous(self) -> np.ndarray:
+        """(2, total) before each point the one that comes before it on its polygon, the last before the first."""
+        before = np.arange(-1, self.points.shape[1] - 1)
+        before[self.starts] += self.counts
+        return self.points.take(before, axis=1)
+
+    @cached_property
+    def _rings(self) -> np.ndarray:
+        """(len,) shapely polygons, valid or not."""
+        polygon_of_point = np.repeat(np.arange(len(self)), self.counts)
+        return shapely.polygons(shapely.linearrings(self.points.T, indices=polygon_of_point))
+
+    @cached_property
+    def is_simple(self) -> np.ndarray:
+        """(len,) whether the outline neither crosses nor touches itself."""
+        is_simple = self.is_quad.copy()
+        is_simple[~self.is_quad] = shapely.is_valid(self._rings[~self.is_quad])
+        return is_simple
+
+    @cached_property
     def shapes(self) -> np.ndarray:
         """(len,) valid shapely geometries: `buffer(0)` mends what crosses itself and empties what has no area."""
-        polygon_of_point = np.repeat(np.arange(len(self)), self.counts)
-        shapes = shapely.polygons(shapely.linearrings(self.points.T, indices=polygon_of_point))
-        shapes[~self.is_quad] = shapely.buffer(shapes[~self.is_quad], 0)
+        shapes = self._rings.copy()
+        shapes[~self.is_simple] = shapely.buffer(shapes[~self.is_simple], 0)
         return shapes
+
+    @cached_property
+    def areas(self) -> np.ndarray:
+        """(len,) areas of what is simple."""
+        return np.abs(np.add.reduceat(_cross(self.previous, self.points), self.starts)) / 2
 
 
 @dataclass(frozen=True)
@@ -399,34 +426,49 @@ def _contains(polygons: _Polygons, select: np.ndarray, points: np.ndarray) -> np
     is_near = (polygons.low.take(select, axis=1) <= points) & (polygons.high.take(select, axis=1) >= points)
     near = np.flatnonzero(is_near[0] & is_near[1])
 
-    counts, starts = polygons.counts[select[near]], polygons.starts[select[near]]
-    column = np.repeat(near, counts)
-    corner = _ranges(counts)
-    start = np.repeat(starts, counts)
-    previous = np.where(corner == 0, np.repeat(counts, counts), corner) - 1
-    x, y = points.take(column, axis=1)
-    begin_x, begin_y = polygons.points.take(start + previous, axis=1)
-    end_x, end_y = polygons.points.take(start + corner, axis=1)
-    straddles = (end_y > y) != (begin_y > y)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        crosses = straddles & (x < (begin_x - end_x) * (y - end_y) / (begin_y - end_y) + end_x)
+    column, edge = _points_of(polygons, select[near])
+    column = near[column]
+    y, begin_y, end_y = points[1, column], polygons.previous[1, edge], polygons.points[1, edge]
+    straddles = np.flatnonzero((end_y > y) != (begin_y > y))
+    column, edge, y, begin_y, end_y = (
+        column[straddles],
+        edge[straddles],
+        y[straddles],
+        begin_y[straddles],
+        end_y[straddles],
+    )
+    begin_x, end_x = polygons.previous[0, edge], polygons.points[0, edge]
+    crosses = points[0, column] < (begin_x - end_x) * (y - end_y) / (begin_y - end_y) + end_x
     return np.bincount(column[crosses], minlength=len(select)) % 2 == 1
+
+
+def _points_of(polygons: _Polygons, select: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For all points of the polygons at the (k,) indices `select`: which of the k it is, and where in `points`."""
+    counts = polygons.counts[select]
+    return np.repeat(np.arange(len(select)), counts), np.repeat(polygons.starts[select], counts) + _ranges(counts)
 
 
 def _area_precisions(
     gts: _Polygons, dets: _Polygons, gt_valid: np.ndarray, gt: np.ndarray, det: np.ndarray
 ) -> np.ndarray:
     """(k,) float32 area precisions of pairs of a ground truth `gt` and a detection `det`, (k,) indices."""
-    common, det_area = np.empty((2, len(gt)))
-    is_quad = gts.is_quad[gt] & dets.is_quad[det] & gt_valid[gt]
-    det_quads = dets.quads.take(det[is_quad], axis=2)
-    common[is_quad] = _common_area(gts.quads.take(gt[is_quad], axis=2), det_quads)
-    det_area[is_quad] = _cross(det_quads - det_quads[:, :1], _edges(det_quads)).sum(axis=0) / 2
-    if not is_quad.all():
+    common = np.empty(len(gt))
+    is_convex = gts.is_quad[gt] & gt_valid[gt]
+    by_quads = np.flatnonzero(is_convex & dets.is_quad[det])
+    by_outline = np.flatnonzero(is_convex & ~dets.is_quad[det])
+    if len(by_outline):
+        by_outline = by_outline[dets.is_simple[det[by_outline]]]
+    is_other = np.ones(len(gt), bool)
+    is_other[by_quads] = is_other[by_outline] = False
+    common[by_quads] = _common_area(gts.quads.take(gt[by_quads], axis=2), dets.quads.take(det[by_quads], axis=2))
+    if len(by_outline):
+        common[by_outline] = _common_area_with_outlines(gts.quads.take(gt[by_outline], axis=2), dets, det[by_outline])
+    det_area = dets.areas[det]
+    if is_other.any():
         gt_shapes = _cut_out_of_dont_care(gts.shapes, gt_valid)
-        det_shapes = dets.shapes[det[~is_quad]]
-        common[~is_quad] = shapely.area(shapely.intersection(gt_shapes[gt[~is_quad]], det_shapes))
-        det_area[~is_quad] = shapely.area(det_shapes)
+        det_shapes = dets.shapes[det[is_other]]
+        common[is_other] = shapely.area(shapely.intersection(gt_shapes[gt[is_other]], det_shapes))
+        det_area[is_other] = shapely.area(det_shapes)
     return np.divide(common, det_area, out=np.zeros(len(gt)), where=det_area > 0).astype(np.float32)
 
 
@@ -454,24 +496,63 @@ def _common_area(quads: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _area_under_clipped_edges(polygons: np.ndarray, clips: np.ndarray, keep_shared: bool) -> np.ndarray:
-    """(k,) sums of cross(begin, end) / 2 over the parts of the edges of (2, n, k) polygons inside (2, m, k) clips.
-
-    Cyrus-Beck: of an edge, begin + t step with 0 <= t <= 1, each line of the clip cuts t off from below or above.
-    An edge along such a line is outside, except, with `keep_shared`, where both run the same way.
-    """
+    """(k,) sums of cross(begin, end) / 2 over the parts of the edges of (2, n, k) polygons inside (2, m, k) clips."""
     steps = _edges(polygons)
-    lines = _edges(clips)[:, :, None]
-    height = _cross(lines, polygons[:, None] - clips[:, :, None])
-    climb = _cross(lines, steps[:, None])
+    enter, leave = _clip(polygons, steps, clips[:, :, None], _edges(clips)[:, :, None], keep_shared)
+    return ((leave - enter) * _cross(polygons, steps)).sum(axis=0) / 2
+
+
+def _clip(
+    begin: np.ndarray, step: np.ndarray, corners: np.ndarray, lines: np.ndarray, keep_shared: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """From and to which t in 0..1 the points begin + t step are inside a convex shape; both the same where none is.
+
+    Cyrus-Beck: each line of the shape cuts t off from below or above. `begin` and `step` are (2, ...). The shape's
+    `corners`, and the directions of its `lines` from there, which have the inside on the side on which y lies from x,
+    are (2, m, ...). An edge along a line is outside, except, with `keep_shared`, where both run the same way.
+    """
+    height = _cross(lines, begin[:, None] - corners)
+    climb = _cross(lines, step[:, None])
     with np.errstate(divide="ignore", invalid="ignore"):
         crossing = -height / climb
     enter = np.where(climb > 0, crossing, 0).max(axis=0, initial=0)
     leave = np.where(climb < 0, crossing, 1).min(axis=0, initial=1)
     is_outside = (climb == 0) & (height <= 0)
     if keep_shared:
-        is_outside &= (height < 0) | (_dot(lines, steps[:, None]) < 0)
-    inside = np.where(is_outside.any(axis=0), 0, np.maximum(leave - enter, 0))
-    return (inside * _cross(polygons, steps)).sum(axis=0) / 2
+        is_outside &= (height < 0) | (_dot(lines, step[:, None]) < 0)
+    return enter, np.where(is_outside.any(axis=0), enter, np.maximum(leave, enter))
+
+
+def _common_area_with_outlines(quads: np.ndarray, polygons: _Polygons, select: np.ndarray) -> np.ndarray:
+    """(k,) areas common to (2, 4, k) convex quadrilaterals and the simple polygons at the (k,) indices `select`.
+
+    Seen from a point inside the quadrilateral, each part of the polygon's outline that lies inside it takes the
+    place of the sector of the quadrilateral behind it. What is left of the quadrilateral, or of nothing where the
+    polygon does not surround that point, is the common area.
+    """
+    inside = np.tensordot(quads, UNEVEN_WEIGHTS, axes=(1, 0))  # so that no outline of integers runs through it
+    quads = quads - inside[:, None]
+    which, point = _points_of(polygons, select)
+    origin = inside.take(which, axis=1)
+    begin, end = polygons.previous.take(point, axis=1) - origin, polygons.points.take(point, axis=1) - origin
+    turn = _cross(begin, end)
+    winding = ((begin[1] <= 0) & (end[1] > 0) & (turn > 0)).astype(int) - ((begin[1] > 0) & (end[1] <= 0) & (turn < 0))
+    quad_area = _cross(quads, _next_corners(quads)).sum(axis=0) / 2
+    common = np.bincount(which, winding, minlength=len(select)) * quad_area
+
+    corners = quads.take(which, axis=2)
+    enter, leave = _clip(begin, end - begin, corners, _edges(corners))
+    is_seen = np.flatnonzero((enter < leave) & (turn != 0))
+    begin, step, turn = begin[:, is_seen], (end - begin)[:, is_seen], turn[is_seen]
+    enter, leave, corners = enter[is_seen], leave[is_seen], corners[:, :, is_seen]
+    first, last = begin + enter * step, begin + leave * step
+    wedge = np.stack([first, -last], axis=1) * np.sign(
+        turn
+    )  # the directions of its sides, from and to the point inside
+    start, stop = _clip(corners, _edges(corners), np.zeros((2, 2, 1, 1)), wedge[:, :, None])
+    sector = ((stop - start) * _cross(corners, _next_corners(corners))).sum(axis=0) / 2
+    gained = (leave - enter) * turn / 2 - np.sign(turn) * sector
+    return np.abs(common + np.bincount(which[is_seen], gained, minlength=len(select)))
 
 
 def _valid_detections(pairs: _Pairs, gt_valid: np.ndarray, num_dets: int) -> np.ndarray:

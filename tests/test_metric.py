@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import shapely
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dbnet import metric
@@ -281,3 +281,25 @@ def test_common_area_of_convex_quadrilaterals_is_their_intersections(first, seco
     expected = shapely.Polygon(first).intersection(shapely.Polygon(second)).area
     computed = metric._common_area(*(quad.T[:, :, None] for quad in quads))
     assert computed[0] == pytest.approx(expected, abs=1e-9)
+
+
+@st.composite
+def simple_polygons(draw):
+    """Outlines of integers that do not cross themselves, mostly not convex, either way around."""
+    count = draw(st.integers(4, 14))
+    angles = np.sort(draw(st.lists(st.floats(0, 6.28), min_size=count, max_size=count, unique=True)))
+    radii = np.array(draw(st.lists(st.floats(2, 60), min_size=count, max_size=count)))
+    centre = draw(st.tuples(st.integers(-20, 60), st.integers(-20, 60)))
+    polygon = np.rint(np.stack([np.cos(angles), np.sin(angles)], axis=1) * radii[:, None] + centre)
+    assume(shapely.Polygon(polygon).is_valid and shapely.Polygon(polygon).area > 0)
+    return polygon[::-1] if draw(st.booleans()) else polygon
+
+
+@settings(max_examples=300, deadline=None)
+@given(convex_quads(), simple_polygons())
+def test_common_area_with_any_outline_is_the_intersection(quad, outline):
+    turned = quad if shapely.LinearRing(quad).is_ccw else quad[::-1]
+    polygons, _ = metric._read_polygons([outline])
+    computed = metric._common_area_with_outlines(turned.T[:, :, None], polygons, np.array([0]))
+    expected = shapely.Polygon(quad).intersection(shapely.Polygon(outline)).area
+    assert computed[0] == pytest.approx(expected, abs=1e-6)
