@@ -313,7 +313,13 @@ V0 = BASELINE.changed(
 V1 = V0.changed(image_size=1024, batch_size=8, accumulate=2, box_thresh=0.25, prob_loss_weight=7.0)
 V3 = V1.changed(backbone="resnet50", batch_size=4, accumulate=4, thresh=0.22, box_thresh=0.35)
 LITE = V1.changed(
-    backbone="mobilenet_v3_large", pyramid_channels=96, image_size=640, batch_size=8, accumulate=1, rotate90_p=0.0
+    backbone="mobilenet_v3_large",
+    pyramid_channels=96,
+    image_size=640,
+    pad="tight",
+    batch_size=8,
+    accumulate=1,
+    rotate90_p=0.0,
 )
 DEMO = LITE.changed(data="demo/data", weights="none", image_size=448, batch_size=4, epochs=7)
 

@@ -1,5 +1,6 @@
 """Polygons between the original image and what the network sees."""
 
+import math
 from dataclasses import dataclass
 
 import cv2
@@ -27,9 +28,9 @@ class Letterbox:
 
     @property
     def resized(self) -> tuple[int, int]:
-        """(width, height) in pixels of the image in the network."""
-        longer = max(self.width, self.height)
-        return max(1, round(self.width * self.side / longer)), max(1, round(self.height * self.side / longer))
+        """(width, height) in pixels of the image in the network; halves are rounded up, as decoders that halve do."""
+        scale = self.side / max(self.width, self.height)
+        return max(1, math.floor(self.width * scale + 0.5)), max(1, math.floor(self.height * scale + 0.5))
 
     @property
     def scale(self) -> np.ndarray:
@@ -45,8 +46,13 @@ class Letterbox:
         return points / self.scale
 
     def resize(self, pixels: np.ndarray) -> np.ndarray:
-        """(height, width, 3) uint8 pixels, possibly decoded at reduced size, as the image in the network."""
-        shrinks = max(self.resized) < max(pixels.shape[:2])
+        """(height, width, 3) uint8 pixels, possibly decoded at reduced size, as the image in the network.
+
+        To shrink by less than two, linear interpolation leaves no pixel out and takes a tenth of the time of averaging.
+        """
+        if pixels.shape[1::-1] == self.resized:
+            return pixels
+        shrinks = max(pixels.shape[:2]) > 2 * max(self.resized)
         return cv2.resize(pixels, self.resized, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 

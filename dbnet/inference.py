@@ -1,7 +1,7 @@
 """From image files to polygons: the one path that validation, evaluate.py, predict.py and `Detector` share."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from dbnet.memory import BatchPlan, run_until_it_fits
 from dbnet.model import DBNet
 from dbnet.postprocess import extract_polygons
 
-_WAITING_IMAGES = 64  # more maps than this do not wait for their polygons; then the network does
+_WAITING_IMAGES = 64  # on a GPU, more maps than this do not wait for their polygons; then the network does
 
 
 class Detection(NamedTuple):
@@ -55,20 +55,30 @@ class ProbMaps(NamedTuple):
         return self.maps.numpy()
 
 
+class AtOnce(Executor):
+    """Runs what is submitted before it returns: where another process or thread would gain nothing."""
+
+    def submit(self, function: Callable, *args: Any) -> Future:
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
 class Pipeline:
     """Detect text in the images of a data set, as often as asked: reading, network and post-processing overlap.
 
-    Loader workers read the next batches and other processes make polygons of the last ones while the device computes;
-    on a CPU, where the network has all the cores, one thread makes the polygons.
+    While a GPU computes, loader workers read the next batches and other processes make polygons of the last ones. On a
+    CPU the network takes all the cores, and whoever takes one from it delays the others too; so there the next batch is
+    read while the polygons of the last are made and used, between two batches.
     """
 
     def __init__(self, dataset: ImageDataset, config: Config, device: torch.device) -> None:
         self.dataset, self.config, self.device = dataset, config, device
-        workers, on_gpu = count_workers(config), device.type == "cuda"
+        on_gpu = device.type == "cuda"
+        workers = count_workers(config) if on_gpu else 0
         self.loader = make_loader(Batches(dataset, config.batch_size), workers, pin_memory=on_gpu)
-        self.extractors: Executor = (
-            ProcessPoolExecutor(workers) if on_gpu and workers else ThreadPoolExecutor(max_workers=1)
-        )
+        self._reader = ThreadPoolExecutor(max_workers=1)
+        self._extractors: Executor = ProcessPoolExecutor(workers) if workers else AtOnce()
 
     def detect(self, model: DBNet) -> Iterator[Detection]:
         """Every image of the data set exactly once, in the order in which they are done.
@@ -82,25 +92,28 @@ class Pipeline:
         plan = BatchPlan(self.config.batch_size)
         waiting: deque[tuple[int, Future]] = deque()
         launched: tuple[dict[str, Any], ProbMaps] | None = None
-        for batch in self.loader:
-            for index, error in batch["failed"]:
+        batches = iter(self.loader)
+        batch = next(batches, None)
+        while batch or launched:
+            last = launched
+            launched = None
+            if batch and "image" in batch:
+                images = batch["image"]
+                launched = (
+                    batch,
+                    run_until_it_fits(lambda images=images: infer(model, images, self.config, self.device, plan), plan),
+                )
+            following = self._reader.submit(next, batches, None) if batch else None
+            for index, error in batch["failed"] if batch else []:
                 if self.config.strict:
                     raise ImageError(error)
                 yield Detection(index, [], [], error)
-            if "image" not in batch:
-                continue
-            images = batch["image"]
-            prob_maps = run_until_it_fits(
-                lambda images=images: infer(model, images, self.config, self.device, plan), plan
-            )
-            if launched:  # its maps arrive while the device is busy with those of this batch
-                waiting.extend(self._extract(*launched))
-            launched = batch, prob_maps
-            while waiting and (waiting[0][1].done() or len(waiting) > _WAITING_IMAGES):
+            if last:  # its maps have arrived while the device was busy with those of this batch
+                waiting.extend(self._extract(*last))
+            while waiting and (len(waiting) > _WAITING_IMAGES or waiting[0][1].done()):
                 index, future = waiting.popleft()
                 yield Detection(index, *future.result(), None)
-        if launched:
-            waiting.extend(self._extract(*launched))
+            batch = following.result() if following else None
         for index, future in waiting:
             yield Detection(index, *future.result(), None)
 
@@ -125,7 +138,7 @@ class Pipeline:
             batch["index"].tolist(), batch["size"].tolist(), prob_maps.numpy(), strict=True
         ):
             width, height = Letterbox(*size, self.config.image_size).resized
-            yield index, self.extractors.submit(read_off, prob_map[:height, :width], size, self.config)
+            yield index, self._extractors.submit(read_off, prob_map[:height, :width], size, self.config)
 
 
 @torch.inference_mode()

@@ -1,0 +1,93 @@
+"""Evaluation of a checkpoint: the network's own time, what reading, post-processing and metric add, what padding costs.
+
+    python benchmarks/inference.py [CKPT] [--data DIR]
+
+On the validation images; without a checkpoint, the newest of runs/.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+from measure import parse_arguments, print_table, print_versions
+
+from dbnet.checkpoint import load_model
+from dbnet.config import Config
+from dbnet.dataset import Batches, TextDataset, make_loader
+from dbnet.device import pick_device
+from dbnet.inference import Pipeline, infer
+from dbnet.memory import BatchPlan
+from dbnet.metric import score_image
+from dbnet.model import DBNet
+from predict import newest_checkpoint
+
+REPEATS = 3
+
+
+def main() -> None:
+    flags = [
+        ("checkpoint", {"nargs": "?", "type": Path}),
+        ("--image-size", {"type": int}),
+        ("--batch-size", {"type": int}),
+    ]
+    args = parse_arguments(__doc__, *flags)
+    changes = {"image_size": args.image_size, "batch_size": args.batch_size}
+    changes = {name: value for name, value in changes.items() if value}
+    checkpoint = args.checkpoint or newest_checkpoint()
+    model, config, _ = load_model(checkpoint, changes | {"data": str(args.data)})
+    device = pick_device(config.device)
+    model.to(device, memory_format=torch.channels_last)
+    print_versions()
+    print(f"{checkpoint}: {config.backbone}, {config.image_size} px, batch {config.batch_size}")
+
+    rows = []
+    for pad in ("square", "tight"):
+        dataset = TextDataset(config, "val", train=False)
+        dataset.pad = pad
+        images = len(dataset)
+        batches = list(make_loader(Batches(dataset, config.batch_size), workers=0, pin_memory=False))
+        pipeline = Pipeline(dataset, config, device)
+        pipeline.evaluate(model)
+        times = [[], []]
+        for _ in range(REPEATS):  # in turn, so that a slow moment of the machine touches both
+            times[0].append(run_network(model, batches, config, device))
+            start = time.perf_counter()
+            evaluation = pipeline.evaluate(model)
+            times[1].append(time.perf_counter() - start)
+        network, whole = (1e3 * min(each) / images for each in times)
+        score = evaluation.compute().hmean
+        rows.append((pad, f"{network:.1f}", f"{whole:.1f}", f"{100 * (whole / network - 1):.0f}%", f"{score:.4f}"))
+    header = ("padding", "network alone", "whole evaluation", "added", "H-Mean")
+    print_table(f"{images} validation images, ms an image", header, rows)
+
+    detections = [(index, polygons) for index, polygons, _, _ in pipeline.detect(model)]
+    parts = {
+        "read and resize": lambda: [dataset.load(index) for index in range(images)],
+        "score": lambda: [
+            score_image(dataset.annotations[index].polygons, polygons, dataset.annotations[index].dont_care)
+            for index, polygons in detections
+        ],
+    }
+    print_table(
+        "Parts, one after the other, ms an image", ("what", "ms"), [(n, part_time(f, images)) for n, f in parts.items()]
+    )
+
+
+def run_network(model: DBNet, batches: list[dict], config: Config, device: torch.device) -> float:
+    """Seconds for the maps of all batches, which are in memory."""
+    start = time.perf_counter()
+    for batch in batches:
+        maps = infer(model, batch["image"], config, device, BatchPlan(config.batch_size))
+    maps.numpy()
+    return time.perf_counter() - start
+
+
+def part_time(work, images: int) -> str:
+    """Milliseconds an image."""
+    start = time.perf_counter()
+    work()
+    return f"{1e3 * (time.perf_counter() - start) / images:.1f}"
+
+
+if __name__ == "__main__":
+    main()
