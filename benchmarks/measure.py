@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))  # for `import dbnet` in the benchmarks, which imp
 
 
 def parse_arguments(description: str, *flags: tuple[str, dict]) -> argparse.Namespace:
-    """`--data DIR` and the benchmark's own flags. Without --data, the real receipts, or rendered ones in their place."""
+    """`--data DIR` and the benchmark's own flags; without --data, the real receipts, or rendered ones instead."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="data set (the real receipts if at hand, else rendered ones)")
     for flag, options in flags:
