@@ -87,7 +87,7 @@ def measure(config: Config, args: argparse.Namespace, device: torch.device) -> t
         f"{100 * share:.0f}%",
         f"{twenty_epochs:.1f} min",
         f"{len(batch) / inferred:.1f}",
-        f"{args.images / predicted:.1f}",
+        f"{args.images / predicted:.1f}" if predicted > 0 else "too few",
         f"{memory:.1f}",
     )
 

@@ -31,5 +31,13 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(rendered: Path) -> Config:
     """A network and images small enough for a step in a fraction of a second."""
     return Config.from_preset(
-        "lite", data=str(rendered), weights="none", image_size=128, batch_size=4, accumulate=1, workers=0, epochs=1
+        "lite",
+        data=str(rendered),
+        weights="none",
+        image_size=128,
+        pad="square",
+        batch_size=4,
+        accumulate=1,
+        workers=0,
+        epochs=1,
     )

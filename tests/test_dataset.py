@@ -90,6 +90,69 @@ def test_a_sample_is_uint8_and_depends_on_seed_epoch_and_index_alone(small):
     assert not torch.equal(sample["image"], next_epoch["image"])
 
 
+def test_a_cached_image_is_the_decoded_one_until_its_file_changes(rendered, small, tmp_path):
+    data = Path(shutil.copytree(rendered, tmp_path / "data"))
+    cached = TextDataset(small.changed(data=str(data)), "train", train=True)
+    decoded = TextDataset(small.changed(data=str(data), cache_gb=0.0), "train", train=True)
+    for index in (1, 1 + len(cached), 1 + 2 * len(cached)):  # the first fills the cache, the others read it
+        for name, tensor in cached[index].items():
+            assert torch.equal(torch.as_tensor(tensor), torch.as_tensor(decoded[index][name])), name
+    assert cached._cache.load(1, (0, 0, 0)) is None
+    shutil.copy(data / "images" / "train" / cached.paths[2].name, cached.paths[1])
+    assert np.array_equal(cached.load(1)[0], cached.load(2)[0])
+
+
+def test_without_room_for_the_cache_images_are_decoded_each_time(small, monkeypatch, capsys):
+    dataset = TextDataset(small, "train", train=True)
+    expected = dataset[0]["image"]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    fresh = TextDataset(small, "train", train=True)
+    monkeypatch.setattr("os.pwritev", full)
+    assert torch.equal(fresh[0]["image"], expected) and torch.equal(fresh[0]["image"], expected)
+    assert capsys.readouterr().err.count("no longer cached (No space left on device") == 1
+
+
+def test_tight_batches_are_padded_to_32_and_hold_each_image_once(small):
+    """Half of the receipts lie on their side, so that there are two shapes to keep apart."""
+    config = small.changed(pad="tight", batch_size=2, rotate90_p=1.0)
+    dataset = TextDataset(config, "train", train=True)
+    batches = Batches(dataset, config.batch_size, config.seed)
+    batches.epoch = 3
+    seen = []
+    for batch in make_loader(batches, 0, False):
+        height, width = batch["image"].shape[1:3]
+        assert height % 32 == width % 32 == 0 and max(height, width) == config.image_size
+        assert batch["prob_map"].shape == batch["mask"].shape == batch["image"].shape[:3]
+        seen += batch["index"].tolist()
+    assert sorted(seen) == list(range(len(dataset)))
+    assert len(batches) == len(list(batches)) == 3
+    for batch in batches:
+        shapes = {dataset[index]["image"].shape for index in batch}
+        elongations = {dataset.elongation(index) for index in batch}
+        assert len(shapes) == len(elongations)  # what the headers say is what comes
+
+
+def test_evaluation_pads_tightly_and_in_order_of_shape(rendered, small):
+    dataset = TextDataset(small, "val", train=False)
+    side = small.image_size
+    for index in range(len(dataset)):
+        height, width = dataset[index]["image"].shape[:2]
+        resized = Letterbox(*dataset[index]["size"].tolist(), side).resized
+        assert (width, height) == tuple(-(-length // 32) * 32 for length in resized)
+
+
+def test_a_broken_image_fails_alone_in_its_batch(rendered, small, tmp_path):
+    data = Path(shutil.copytree(rendered, tmp_path / "data"))
+    dataset = TextDataset(small.changed(data=str(data), pad="tight"), "train", train=True)
+    dataset.paths[0].write_bytes(b"no image")
+    [batch] = make_loader(Batches(dataset, len(dataset)), 0, False)
+    assert [index for index, _ in batch["failed"]] == [0]
+    assert len(batch["image"]) == len(dataset) - 1
+
+
 def test_batches_are_the_same_with_any_number_of_workers(small):
     dataset = TextDataset(small, "train", train=True)
     loads = []

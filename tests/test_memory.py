@@ -44,6 +44,20 @@ def step_batches(config):
     return list(make_loader(batches, 0, False))[: config.accumulate]
 
 
+def test_a_tight_batch_keeps_its_shape_when_the_image_shrinks(small):
+    config = small.changed(pad="tight")
+    [batch] = step_batches(config)
+    height, width = batch["image"].shape[1:3]
+    plan = BatchPlan(config.batch_size, 1, config.image_size // 2)
+    [micro] = train.micro_batches([batch], plan, CPU)
+    assert (
+        micro["image"].shape[1:3]
+        == micro["mask"].shape[1:]
+        == tuple(-(-length // 2 // 32) * 32 for length in (height, width))
+    )
+    assert micro["image"].dtype == torch.uint8 and micro["thresh_levels"].max() <= 255
+
+
 @pytest.mark.parametrize(("limit", "in_force"), [(4, "4 x 4"), (2, "2 x 8"), (1, "1 x 16")])
 def test_oom_halves_the_batch_and_keeps_the_effective_batch(limit, in_force, capsys):
     plan = BatchPlan(8, 2, 1024)

@@ -15,7 +15,7 @@ from dbnet.config import PRESETS, Config
 from dbnet.errors import UserError
 from dbnet.images import read_image
 from dbnet.loss import balanced_cross_entropy, db_loss, hardest
-from dbnet.model import BACKBONES, DBNet, Maps
+from dbnet.model import BACKBONES, DBNet, Maps, fold_batch_norms
 
 
 @pytest.mark.parametrize(
@@ -195,3 +195,21 @@ def test_a_checkpoint_of_v0_is_a_network_of_v1(tmp_path):
     load_weights(started, content, tmp_path / "v0.pt", v1)
     for ours, theirs in zip(started.state_dict().values(), trained.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("backbone", sorted(BACKBONES))
+def test_folded_batch_norms_compute_the_same(backbone):
+    torch.manual_seed(0)
+    model = DBNet(PRESETS["lite"].changed(backbone=backbone, weights="none"))
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.running_mean.normal_(0, 0.1)
+            layer.running_var.uniform_(0.5, 2)
+            layer.weight.data.uniform_(0.5, 1.5)
+    images = torch.randint(0, 256, (1, 64, 96, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = model.eval()(images)
+    fold_batch_norms(model)
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in model.modules())
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images), expected, atol=0.01, rtol=0)  # a hundred layers amplify rounding
