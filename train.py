@@ -31,7 +31,7 @@ from tqdm import tqdm
 from dbnet.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from dbnet.config import PRESETS, ArgumentParser, Config, print_config, print_difference
 from dbnet.dataset import Batches, TextDataset, make_loader
-from dbnet.device import count_workers, pick_amp_dtype, pick_device
+from dbnet.device import compile_model, count_workers, pick_amp_dtype, pick_device
 from dbnet.errors import UserError, run_script
 from dbnet.evaluation import Evaluation
 from dbnet.files import make_folder, write_json
@@ -148,6 +148,8 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
     if start:
         load_weights(model, start, init or run / "last.pt", config)
     model.to(device, memory_format=torch.channels_last)
+    if config.compile:
+        compile_model(model)
     training = Training(
         model,
         make_optimizer(model, config),
@@ -163,16 +165,19 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
         f"{training.plan.image_size} px, batch {training.plan.in_force}, epochs {training.epoch + 1} to {config.epochs}"
     )
     unreadable: set[str] = set()
-    loader = None
+    loader = validation = None
     while training.epoch < config.epochs:
         in_force = config.changed(image_size=training.plan.image_size)
         if loader is None or train_set.config != in_force:
-            train_set.config = val_set.config = in_force
+            train_set.config = in_force
             batches = Batches(train_set, config.batch_size, config.seed)
             loader = make_loader(batches, count_workers(config), device.type == "cuda")
-            validation = Pipeline(val_set, in_force, device)
         batches.epoch = training.epoch
         row = train_epoch(training, loader, in_force, device, unreadable)
+        in_force = config.changed(image_size=training.plan.image_size)  # memory may have run out since
+        if validation is None or validation.config != in_force:
+            val_set.config = in_force
+            validation = Pipeline(val_set, in_force, device)
         evaluation = validation.evaluate(model, "validation")
         training.epoch += 1
         finish_epoch(training, config, run, row, evaluation)

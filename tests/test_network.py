@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from dbnet import Detector
 from dbnet.checkpoint import load_checkpoint, load_model, load_weights, save_checkpoint
 from dbnet.config import PRESETS, Config
+from dbnet.dataset import Batches, TextDataset, make_loader
 from dbnet.errors import UserError
 from dbnet.images import read_image
+from dbnet.inference import Pipeline
 from dbnet.loss import balanced_cross_entropy, db_loss, hardest
 from dbnet.model import BACKBONES, DBNet, Maps, fold_batch_norms
 
@@ -213,3 +216,22 @@ def test_folded_batch_norms_compute_the_same(backbone):
     assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in model.modules())
     with torch.inference_mode():
         torch.testing.assert_close(model(images), expected, atol=0.01, rtol=0)  # a hundred layers amplify rounding
+
+
+def test_polygons_made_in_other_processes_are_the_same(small):
+    """What a GPU has run beside it; here beside a CPU."""
+    torch.manual_seed(0)
+    config = small.changed(batch_size=1, box_thresh=0.0, thresh=0.5)  # an untrained network finds something everywhere
+    dataset = TextDataset(config, "val", train=False)
+    model = DBNet(config)
+    here, beside = (Pipeline(dataset, config, torch.device("cpu")) for _ in range(2))
+    beside.loader = make_loader(Batches(dataset, 1), workers=1, pin_memory=False)
+    beside._extractors = ProcessPoolExecutor(1)
+    ours, theirs = ({found.index: found for found in pipeline.detect(model)} for pipeline in (here, beside))
+    assert sorted(ours) == sorted(theirs) == list(range(len(dataset)))
+    assert any(found.polygons for found in ours.values())
+    for index, found in ours.items():
+        assert found.scores == theirs[index].scores
+        for polygon, other in zip(found.polygons, theirs[index].polygons, strict=True):
+            assert np.array_equal(polygon, other)
+    assert here.evaluate(model).per_image.keys() == {path.name for path in dataset.paths}
