@@ -60,7 +60,7 @@ def main() -> None:
     header = ("padding", "network alone", "whole evaluation", "added", "H-Mean")
     print_table(f"{images} validation images, ms an image", header, rows)
 
-    detections = [(index, polygons) for index, polygons, _, _ in pipeline.detect(model)]
+    detections = [(detection.index, detection.polygons) for detection in pipeline.detect(model)]
     parts = {
         "read and resize": lambda: [dataset.load(index) for index in range(images)],
         "score": lambda: [

@@ -35,6 +35,9 @@ class Detection(NamedTuple):
     scores: list[float]
     """mean probability inside each polygon's region, 0..1"""
 
+    prob_map: np.ndarray | None
+    """(height, width) uint8, probability x 255, of the resized image without its padding; None where there is none"""
+
     error: str | None
     """one line, where the image could not be read"""
 
@@ -90,7 +93,7 @@ class Pipeline:
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = False  # each shape of a batch would be measured anew
         plan = BatchPlan(self.config.batch_size)
-        waiting: deque[tuple[int, Future]] = deque()
+        waiting: deque[tuple[int, np.ndarray, Future]] = deque()
         launched: tuple[dict[str, Any], ProbMaps] | None = None
         batches = iter(self.loader)
         batch = next(batches, None)
@@ -107,15 +110,15 @@ class Pipeline:
             for index, error in batch["failed"] if batch else []:
                 if self.config.strict:
                     raise ImageError(error)
-                yield Detection(index, [], [], error)
+                yield Detection(index, [], [], None, error)
             if last:  # its maps have arrived while the device was busy with those of this batch
                 waiting.extend(self._extract(*last))
-            while waiting and (len(waiting) > _WAITING_IMAGES or waiting[0][1].done()):
-                index, future = waiting.popleft()
-                yield Detection(index, *future.result(), None)
+            while waiting and (len(waiting) > _WAITING_IMAGES or waiting[0][-1].done()):
+                index, prob_map, future = waiting.popleft()
+                yield Detection(index, *future.result(), prob_map, None)
             batch = following.result() if following else None
-        for index, future in waiting:
-            yield Detection(index, *future.result(), None)
+        for index, prob_map, future in waiting:
+            yield Detection(index, *future.result(), prob_map, None)
 
     def evaluate(self, model: DBNet, title: str = "") -> Evaluation:
         """CLEval of what `detect` finds in an annotated split, a TextDataset, with a progress bar; raises as it does.
@@ -132,13 +135,14 @@ class Pipeline:
         evaluation.per_image = {path.name: evaluation.per_image[path.name] for path in dataset.paths}
         return evaluation
 
-    def _extract(self, batch: dict[str, Any], prob_maps: ProbMaps) -> Iterator[tuple[int, Future]]:
-        """The index of each image of a batch, and its polygons and scores to be."""
+    def _extract(self, batch: dict[str, Any], prob_maps: ProbMaps) -> Iterator[tuple[int, np.ndarray, Future]]:
+        """The index of each image of a batch, its probability map, and its polygons and scores to be."""
         for index, size, prob_map in zip(
             batch["index"].tolist(), batch["size"].tolist(), prob_maps.numpy(), strict=True
         ):
             width, height = Letterbox(*size, self.config.image_size).resized
-            yield index, self._extractors.submit(read_off, prob_map[:height, :width], size, self.config)
+            prob_map = prob_map[:height, :width]
+            yield index, prob_map, self._extractors.submit(read_off, prob_map, size, self.config)
 
 
 @torch.inference_mode()
