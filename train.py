@@ -40,6 +40,7 @@ from dbnet.inference import Pipeline
 from dbnet.loss import Losses, db_loss
 from dbnet.memory import BatchPlan, run_until_it_fits
 from dbnet.model import DBNet
+from dbnet.optim import WeightAverage, learning_rate, make_optimizer, make_scaler
 from dbnet.overlay import sample_sheet, write_image
 
 RUNS = Path("runs")
@@ -55,13 +56,21 @@ class Training:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     plan: BatchPlan
+    average: WeightAverage | None = None
+    """of the weights, where config.ema asks for it"""
     epoch: int = 0
     """epochs finished"""
     best_hmean: float = -1.0
     best_epoch: int = 0
 
+    @property
+    def scored_model(self) -> DBNet:
+        """The network that is validated and kept in best.pt."""
+        return self.average.model if self.average else self.model
+
     def state(self) -> dict[str, Any]:
         return {
+            "average": self.average.state_dict() if self.average else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "plan": self.plan.to_dict(),
@@ -75,6 +84,8 @@ class Training:
     def load_state(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        if self.average and state.get("average"):
+            self.average.load_state_dict(state["average"])
         plan = BatchPlan.from_dict(state["plan"])
         if (plan.batch_size, plan.accumulate) == (self.plan.batch_size, self.plan.accumulate):
             self.plan = plan  # else the user asks for another batch, to start from afresh
@@ -155,6 +166,7 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
         make_optimizer(model, config),
         make_scaler(config, device),
         BatchPlan(config.batch_size, config.accumulate, config.image_size),
+        WeightAverage(model, config.ema) if config.ema else None,
     )
     if last:
         training.load_state(last)
@@ -170,7 +182,7 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
         in_force = config.changed(image_size=training.plan.image_size)
         if loader is None or train_set.config != in_force:
             train_set.config = in_force
-            batches = Batches(train_set, config.batch_size, config.seed)
+            batches = Batches(train_set, config.batch_size, config.seed, config.accumulate)
             loader = make_loader(batches, count_workers(config), device.type == "cuda")
         batches.epoch = training.epoch
         row = train_epoch(training, loader, in_force, device, unreadable)
@@ -178,7 +190,7 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
         if validation is None or validation.config != in_force:
             val_set.config = in_force
             validation = Pipeline(val_set, in_force, device)
-        evaluation = validation.evaluate(model, "validation")
+        evaluation = validation.evaluate(training.scored_model, "validation")
         training.epoch += 1
         finish_epoch(training, config, run, row, evaluation)
         if config.patience and training.epoch - training.best_epoch >= config.patience:
@@ -192,38 +204,15 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
     )
 
 
-def make_optimizer(model: DBNet, config: Config) -> torch.optim.Optimizer:
-    """Fused, because a fused step allocates nothing once its state exists: it cannot run out of memory half-way."""
-    optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    return optimizer(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-
-
-def make_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
-    """Scale the loss for fp16. In other types the scale is 1 and what is left is the scaler's other service: to skip,
-    on the device and without asking the host, a step whose gradients are not finite."""
-    if pick_amp_dtype(config, device) == torch.float16:
-        return torch.amp.GradScaler(device.type)
-    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
-
-
-def learning_rate(config: Config, epoch: int) -> float:
-    """The learning rate of an epoch, counted from 0."""
-    if config.schedule == "step":
-        return config.lr * config.step_gamma ** (epoch // config.step_epochs)
-    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
-
-
 def train_epoch(
     training: Training, loader: DataLoader, config: Config, device: torch.device, unreadable: set[str]
 ) -> dict[str, Any]:
     """One pass over the training images. Returns its row of the log; adds to `unreadable` what could not be read."""
     training.model.train()
-    lr = learning_rate(config, training.epoch)
-    for group in training.optimizer.param_groups:
-        group["lr"] = lr
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        torch.backends.cudnn.benchmark = config.pad == "square"  # else each shape of a batch would be measured anew
+        # Shapes that hardly ever come again would each be measured anew.
+        torch.backends.cudnn.benchmark = config.pad == "square"
     totals = torch.zeros(len(Losses._fields), device=device)
     steps = skipped = non_finite_streak = torch.zeros((), device=device)
     images = dropped = 0
@@ -231,6 +220,9 @@ def train_epoch(
     title = f"epoch {training.epoch + 1}/{config.epochs}"
     with tqdm(total=len(loader.dataset), desc=title, unit="img", dynamic_ncols=True) as bar:
         for batches in group_batches(loader, config.accumulate):
+            lr = learning_rate(config, training.epoch, (images + 1) / len(loader.dataset))
+            for group in training.optimizer.param_groups:
+                group["lr"] = lr
             for batch in batches:
                 for _, error in batch["failed"]:
                     if config.strict:
@@ -241,6 +233,8 @@ def train_epoch(
             if not readable:
                 continue
             losses, gradient_norm = optimizer_step(training, readable, config, device)
+            if training.average:
+                training.average.update(training.model)
 
             # All of this stays on the device: no step waits for the one before.
             finite = losses[0].isfinite()
@@ -343,8 +337,8 @@ def micro_batches(batches: list[dict[str, Any]], plan: BatchPlan, device: torch.
                 name: batch[name][start : start + plan.micro_batch].to(device, non_blocking=True)
                 for name in ("image", "prob_map", "thresh_levels", "mask")
             }
-            loaded_at = max(micro["image"].shape[1:3])
-            yield micro if loaded_at == plan.image_size else resize_sample(micro, plan.image_size / loaded_at)
+            loaded_at = int(batch["side"][0])
+            yield micro if loaded_at <= plan.image_size else resize_sample(micro, plan.image_size / loaded_at)
 
 
 def resize_sample(micro: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
@@ -398,7 +392,7 @@ def finish_epoch(training: Training, config: Config, run: Path, row: dict[str, A
         log.write(json.dumps(row) + "\n")
     in_force = config.changed(image_size=plan.image_size)
     if better:
-        save_checkpoint(run / "best.pt", in_force, training.model, hmean=score.hmean, epoch=training.epoch)
+        save_checkpoint(run / "best.pt", in_force, training.scored_model, hmean=score.hmean, epoch=training.epoch)
     save_checkpoint(run / "last.pt", config, training.model, **training.state())
 
 

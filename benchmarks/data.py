@@ -12,7 +12,7 @@ import numpy as np
 from measure import parse_arguments, print_table, print_versions, time_and_ratio, use_one_core
 
 from dbnet.config import Config
-from dbnet.dataset import Batches, TextDataset, make_loader
+from dbnet.dataset import Batches, Draw, TextDataset, make_loader
 from dbnet.geometry import Letterbox
 from dbnet.images import read_image
 from dbnet.targets import draw_targets
@@ -45,27 +45,31 @@ def measure_sample(config: Config) -> list[tuple[str, str, str, str]]:
             nonlocal epoch
             epoch += 1  # new augmentation each time
             for index in receipts:
-                work(index + epoch * len(dataset))
+                work(Draw(index, epoch))
 
         return time_and_ratio(run, RECEIPTS)
 
-    def decode(index: int) -> None:
-        pixels, size = read_image(dataset.paths[index % len(dataset)], config.image_size)
+    def decode(draw: Draw) -> None:
+        pixels, size = read_image(dataset.paths[draw.place], config.image_size)
         Letterbox(*size, config.image_size).resize(pixels)
 
-    def augment(index: int) -> None:
-        pixels, _ = dataset.load(index)
-        dataset.augmentation(index).render(pixels, np.zeros((side, side, 3), np.uint8))
+    def augment(draw: Draw) -> None:
+        pixels, _ = dataset.load(draw.place)
+        dataset.augmentation(draw).render(pixels, np.zeros((side, side, 3), np.uint8))
 
-    def targets(index: int) -> None:
-        _, letterbox = dataset.load(index)
-        text, _, _ = dataset.polygons(index, letterbox, dataset.augmentation(index))
+    def targets(draw: Draw) -> None:
+        _, letterbox = dataset.load(draw.place)
+        text, _, _ = dataset.polygons(draw, letterbox, dataset.augmentation(draw))
         draw_targets(text, side, side, config.shrink_ratio)
 
     side = config.image_size
     polygons = np.mean([len(dataset.annotations[i].polygons) for i in receipts])
     return [
-        (f"{side} px, {polygons:.0f} polygons, whole sample", *each(dataset.__getitem__), REACH[side]),
+        (
+            f"{side} px, {polygons:.0f} polygons, whole sample",
+            *each(lambda draw: dataset.__getitems__([draw])),
+            REACH[side],
+        ),
         (f"{side} px, of it: image from the cache, augmented", *each(augment), ""),
         (f"{side} px, of it: image from the cache, target maps", *each(targets), ""),
         (f"{side} px, in the first epoch besides: decode and resize", *each(decode), ""),

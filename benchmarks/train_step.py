@@ -21,6 +21,7 @@ from dbnet.dataset import Batches, TextDataset, make_loader
 from dbnet.device import count_workers, pick_device
 from dbnet.memory import BatchPlan, keep_freed_memory
 from dbnet.model import DBNet
+from dbnet.optim import make_optimizer, make_scaler
 
 STEPS = 6
 
@@ -76,7 +77,7 @@ def start(config: Config, device: torch.device) -> train.Training:
     """A training at its beginning."""
     model = DBNet(config).to(device, memory_format=torch.channels_last).train()
     plan = BatchPlan(config.batch_size, config.accumulate, config.image_size)
-    return train.Training(model, train.make_optimizer(model, config), train.make_scaler(config, device), plan)
+    return train.Training(model, make_optimizer(model, config), make_scaler(config, device), plan)
 
 
 def step(training: train.Training, batches: list[dict], config: Config, device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """Augmentations of a training sample, drawn first and applied after: what is drawn tells the sample's shape.
 
-drawn = draw(config, rng)
+drawn = draw(config, rng, side)
 drawn.render(image, canvas)                 # pixels stay 8-bit; the last step writes them where they belong
 points = drawn.move(points, width, height)  # the points of all polygons at once
 """
@@ -14,6 +14,11 @@ from dbnet.config import DataConfig
 
 _CLAHE_TILES = (8, 8)
 _ROTATIONS = {1: cv2.ROTATE_90_CLOCKWISE, 2: cv2.ROTATE_180, 3: cv2.ROTATE_90_COUNTERCLOCKWISE}
+_BLUR_SIGMAS = (0.4, 1.6)  # pixels
+_NOISE_DEVIATIONS = (2.0, 14.0)  # grey levels
+_JPEG_QUALITIES = (15, 70)
+_SHADOW_DEPTHS = (0.2, 0.6)  # share of the light that is taken away
+_SHADOW_EDGE = 0.02  # softness, as a fraction of the longer side
 
 
 @dataclass(frozen=True)
@@ -29,60 +34,187 @@ class Augmentation:
     clahe_clip: float = 0.0
     """clip limit of the contrast-limited adaptive histogram equalization; 0 leaves it out"""
 
+    shadow: tuple[float, float, float] | None = None
+    """direction of the shaded side in radians, distance of its edge from the centre as a fraction of the longer side,
+    and depth"""
+
+    blur: float = 0.0
+    """standard deviation of a Gaussian blur in pixels"""
+
+    noise: float = 0.0
+    """standard deviation of grey noise, in grey levels"""
+
+    noise_seed: int = 0
+    """which noise"""
+
+    jpeg_quality: int = 0
+    """quality of a JPEG compression, 1 to 100; 0 leaves it out"""
+
     flip: bool = False
     """mirror left and right"""
 
     quarter_turns: int = 0
     """clockwise turns by 90 degrees, 0 to 3"""
 
+    scale: float = 1.0
+    """factor on both sides"""
+
+    angle: float = 0.0
+    """clockwise rotation about the centre in degrees"""
+
+    corners: tuple[tuple[float, float], ...] = ()
+    """perspective: shift of the four corners, clockwise from the top left, as fractions of width and height"""
+
+    limit: int | None = None
+    """longest side in pixels of the result; what is longer after scaling is cut"""
+
+    place: tuple[float, float] = (0.5, 0.5)
+    """where the part that stays is cut out, from 0 (left, top) to 1 (right, bottom)"""
+
+    @property
+    def is_warp(self) -> bool:
+        """Whether pixels and words may come to lie outside of the result."""
+        return bool(self.angle or self.corners)
+
     def size(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) of an augmented image of width x height."""
-        return (height, width) if self.quarter_turns % 2 else (width, height)
+        width, height = self._scaled(width, height)
+        return (min(width, self.limit), min(height, self.limit)) if self.limit else (width, height)
 
     def move(self, points: np.ndarray, width: int, height: int) -> np.ndarray:
         """Points (n, 2) of an image of width x height, in pixels of the augmented one."""
         x, y = points.T
+        scaled = np.array(self._scaled(width, height))
         if self.flip:
             x = width - x
         for _ in range(self.quarter_turns):
             x, y = height - y, x
             width, height = height, width
-        return np.stack([x, y], axis=1)
+        points = np.stack([x, y], axis=1)
+        if self.scale != 1:
+            points = points * (scaled / (width, height))
+        if self.is_warp:
+            return cv2.perspectiveTransform(points[None].astype(np.float64), self._homography(*scaled))[0]
+        return points - self._cut(*scaled)
 
     def render(self, image: np.ndarray, canvas: np.ndarray) -> None:
         """Write the augmented (height, width, 3) uint8 RGB `image` into `canvas`, from its top-left corner; the values
         of `image` may change."""
+        scaled = self._scaled(image.shape[1], image.shape[0])
+        width, height = self.size(image.shape[1], image.shape[0])
+        place = canvas[:height, :width]
+        image = self._change_values(image)
+        if self.scale == 1 and not self.is_warp and scaled == (width, height):
+            self._turn(image, place)
+            return
+        image = self._turn(image)
+        if image.shape[1::-1] != scaled:
+            image = cv2.resize(image, scaled, interpolation=cv2.INTER_AREA if self.scale < 1 else cv2.INTER_LINEAR)
+        if self.is_warp:
+            to_corner = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # OpenCV counts from the centre of pixel 0
+            homography = np.linalg.inv(to_corner) @ self._homography(*scaled) @ to_corner
+            cv2.warpPerspective(
+                image, homography, (width, height), dst=place, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+            )
+        else:
+            left, top = self._cut(*scaled)
+            place[:] = image[top : top + height, left : left + width]
+
+    def _change_values(self, image: np.ndarray) -> np.ndarray:
         if self.brightness or self.contrast:
             change_brightness_contrast(image, self.brightness, self.contrast)
         if self.clahe_clip:
             equalize(image, self.clahe_clip)
-        width, height = self.size(image.shape[1], image.shape[0])
-        place = canvas[:height, :width]
+        if self.shadow:
+            cast_shadow(image, *self.shadow)
+        if self.blur:
+            image = cv2.GaussianBlur(image, (0, 0), self.blur)
+        if self.noise:
+            image = add_noise(image, self.noise, self.noise_seed)
+        if self.jpeg_quality:
+            image = compress(image, self.jpeg_quality)
+        return image
+
+    def _turn(self, image: np.ndarray, place: np.ndarray | None = None) -> np.ndarray:
+        """Flip and quarter turns, into `place` if it is given."""
         if self.flip and self.quarter_turns == 2:
-            cv2.flip(image, 0, dst=place)  # the mirror image turned by half is upside down
-        elif self.quarter_turns:
-            cv2.rotate(cv2.flip(image, 1) if self.flip else image, _ROTATIONS[self.quarter_turns], dst=place)
-        elif self.flip:
-            cv2.flip(image, 1, dst=place)
-        else:
+            return cv2.flip(image, 0, dst=place)  # the mirror image turned by half is upside down
+        if self.quarter_turns:
+            return cv2.rotate(cv2.flip(image, 1) if self.flip else image, _ROTATIONS[self.quarter_turns], dst=place)
+        if self.flip:
+            return cv2.flip(image, 1, dst=place)
+        if place is not None:
             place[:] = image
+        return image
+
+    def _scaled(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) after turns and scaling, before anything is cut off."""
+        if self.quarter_turns % 2:
+            width, height = height, width
+        if self.scale == 1:
+            return width, height
+        return max(1, round(self.scale * width)), max(1, round(self.scale * height))
+
+    def _cut(self, width: int, height: int) -> tuple[int, int]:
+        """Left and top, in pixels of a scaled image, of the part that stays."""
+        limit = self.limit or max(width, height)
+        return round(self.place[0] * max(0, width - limit)), round(self.place[1] * max(0, height - limit))
+
+    def _homography(self, width: int, height: int) -> np.ndarray:
+        """(3, 3) from a scaled image to the result: perspective, rotation about the centre, cut."""
+        outline = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
+        shift = np.array(self.corners or np.zeros((4, 2)), np.float32) * (width, height)
+        perspective = cv2.getPerspectiveTransform(outline, (outline + shift).astype(np.float32))
+        rotation = np.eye(3)
+        rotation[:2] = cv2.getRotationMatrix2D((width / 2, height / 2), -self.angle, 1)
+        rotation[:2, 2] -= self._cut(width, height)
+        return rotation @ perspective
 
 
-def draw(config: DataConfig, rng: np.random.Generator) -> Augmentation:
-    """Draw the augmentations that `config` gives a probability to. `rng` is the only source of chance."""
+def draw(config: DataConfig, rng: np.random.Generator, side: int | None = None) -> Augmentation:
+    """Draw the augmentations that `config` gives a probability or a range to. `rng` is the only source of chance.
+
+    `side` is the longer side that images are to have before a random scaling, and the longest that the result has;
+    images come with config.image_size.
+    """
+    side = side or config.image_size
     flip, turn, shade, equalized = rng.random(4) < (
         config.flip_p,
         config.rotate90_p,
         config.brightness_contrast_p,
         config.clahe_p,
     )
-    return Augmentation(
-        brightness=rng.uniform(-config.brightness, config.brightness) if shade else 0.0,
-        contrast=rng.uniform(-config.contrast, config.contrast) if shade else 0.0,
-        clahe_clip=config.clahe_clip if equalized else 0.0,
-        flip=bool(flip),
-        quarter_turns=int(rng.integers(1, 4)) if turn else 0,
+    values = {
+        "brightness": rng.uniform(-config.brightness, config.brightness) if shade else 0.0,
+        "contrast": rng.uniform(-config.contrast, config.contrast) if shade else 0.0,
+        "clahe_clip": config.clahe_clip if equalized else 0.0,
+        "flip": bool(flip),
+        "quarter_turns": int(rng.integers(1, 4)) if turn else 0,
+    }
+    blurred, noisy, compressed, shaded = rng.random(4) < (
+        config.blur_p,
+        config.noise_p,
+        config.jpeg_p,
+        config.shadow_p,
     )
+    scale = config.scale ** rng.uniform(-1, 1) if config.scale > 1 else 1.0
+    return Augmentation(
+        **values,
+        shadow=(rng.uniform(0, 2 * np.pi), rng.uniform(-0.3, 0.3), rng.uniform(*_SHADOW_DEPTHS)) if shaded else None,
+        blur=rng.uniform(*_BLUR_SIGMAS) if blurred else 0.0,
+        noise=rng.uniform(*_NOISE_DEVIATIONS) if noisy else 0.0,
+        noise_seed=int(rng.integers(2**31)) if noisy else 0,
+        jpeg_quality=int(rng.integers(*_JPEG_QUALITIES)) if compressed else 0,
+        scale=scale * side / config.image_size,
+        angle=rng.uniform(-config.rotate, config.rotate) if config.rotate else 0.0,
+        corners=_draw_corners(config.perspective, rng) if config.perspective else (),
+        limit=side,
+        place=tuple(rng.random(2)) if scale > 1 else (0.5, 0.5),
+    )
+
+
+def _draw_corners(largest: float, rng: np.random.Generator) -> tuple[tuple[float, float], ...]:
+    return tuple((x, y) for x, y in rng.uniform(-largest, largest, (4, 2)).tolist())
 
 
 def change_brightness_contrast(image: np.ndarray, brightness: float, contrast: float) -> None:
@@ -99,3 +231,27 @@ def equalize(image: np.ndarray, clip: float) -> None:
     luma = cv2.createCLAHE(clip, _CLAHE_TILES).apply(cv2.extractChannel(ycrcb, 0))
     cv2.insertChannel(luma, ycrcb, 0)
     cv2.cvtColor(ycrcb, cv2.COLOR_YCrCb2RGB, dst=image)
+
+
+def cast_shadow(image: np.ndarray, direction: float, distance: float, depth: float) -> None:
+    """Take `depth` of the light from (height, width, 3) uint8, in place, on one side of a soft straight edge: in the
+    `direction` (radians), from `distance` of the centre on (a fraction of the longer side)."""
+    height, width = image.shape[:2]
+    longer = max(height, width)
+    x = (np.arange(width, dtype=np.float32) - width / 2) * (np.cos(direction) / longer)
+    y = (np.arange(height, dtype=np.float32) - height / 2) * (np.sin(direction) / longer)
+    shaded = np.clip((x + (y[:, None] - distance)) / _SHADOW_EDGE, 0, 1)
+    light = cv2.merge([1 - np.float32(depth) * shaded] * 3)
+    cv2.multiply(image, light, dst=image, dtype=cv2.CV_8U)
+
+
+def add_noise(image: np.ndarray, deviation: float, seed: int) -> np.ndarray:
+    """(height, width, 3) uint8 with Gaussian noise, the same in the three channels, of a deviation in grey levels."""
+    noise = np.random.default_rng(seed).standard_normal(image.shape[:2], np.float32) * np.float32(deviation)
+    return cv2.add(image, cv2.merge([noise] * 3), dtype=cv2.CV_8U)
+
+
+def compress(image: np.ndarray, quality: int) -> np.ndarray:
+    """(height, width, 3) uint8 after JPEG compression; which channel is called red does not matter to it much."""
+    _, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return cv2.imdecode(data, cv2.IMREAD_COLOR)

@@ -35,6 +35,7 @@ class Range:
 Count = Annotated[int, Range(1)]
 Fraction = Annotated[float, Range(0, 1)]
 Weight = Annotated[float, Range(0)]
+Sizes = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ class DataConfig:
     image_size: Annotated[int, Range(STRIDE, 8192)] = 640
     """longer side in pixels that images are resized to, everywhere (rounded up to a multiple of 32)"""
 
+    train_sizes: Sizes = ()
+    """image sizes that training draws from, one for each optimizer step (640,800,1024), none larger than image_size;
+    without any it is always image_size"""
+
     pad: Literal["square", "tight"] = "square"
     """what training images are padded to: square (image_size x image_size), or tight (the next multiples of 32, with
     images of like shape in a batch: as evaluation and prediction always do)"""
@@ -96,6 +101,15 @@ class DataConfig:
     rotate90_p: Fraction = 0.0
     """probability of a rotation by 90, 180 or 270 degrees"""
 
+    rotate: Annotated[float, Range(0, 45)] = 0.0
+    """largest rotation besides, in degrees"""
+
+    scale: Annotated[float, Range(1, 4)] = 1.0
+    """largest factor of a random scaling, up (then a part is cut out, and words cut in two are masked) or down"""
+
+    perspective: Annotated[float, Range(0, 0.3)] = 0.0
+    """largest shift of the image's corners, as a fraction of its sides"""
+
     brightness_contrast_p: Fraction = 0.0
     """probability of a change of brightness and contrast"""
 
@@ -110,6 +124,18 @@ class DataConfig:
 
     clahe_clip: Annotated[float, Range(0.1)] = 2.0
     """clip limit of that equalization"""
+
+    blur_p: Fraction = 0.0
+    """probability of a blur, as by a lens out of focus"""
+
+    noise_p: Fraction = 0.0
+    """probability of noise, as of a sensor in the dark"""
+
+    jpeg_p: Fraction = 0.0
+    """probability of a JPEG compression of low quality"""
+
+    shadow_p: Fraction = 0.0
+    """probability of a shadow with a straight edge"""
 
 
 @dataclass(frozen=True)
@@ -162,6 +188,12 @@ class TrainConfig:
 
     min_lr: Weight = 1e-6
     """learning rate that the cosine schedule ends at"""
+
+    warmup_epochs: Weight = 0.0
+    """epochs over which the learning rate rises to its schedule, step by step"""
+
+    ema: Annotated[float, Range(0, 0.99999)] = 0.0
+    """decay of a moving average of the weights, which is then what is validated and kept in best.pt; 0 keeps none"""
 
     clip_grad_norm: Weight = 5.0
     """largest norm of the gradient of an optimizer step; 0 does not clip"""
@@ -234,6 +266,9 @@ class Config(PostprocessConfig, DeviceConfig, TrainConfig, LossConfig, DataConfi
             rounded = math.ceil(self.image_size / STRIDE) * STRIDE
             print(f"image size {self.image_size} is rounded up to {rounded}, a multiple of {STRIDE}", file=sys.stderr)
             object.__setattr__(self, "image_size", rounded)
+        for size in self.train_sizes:
+            if size % STRIDE or size <= 0:
+                raise UserError(f"--train-sizes {size}: must be a multiple of {STRIDE}")
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> Self:
@@ -245,7 +280,8 @@ class Config(PostprocessConfig, DeviceConfig, TrainConfig, LossConfig, DataConfi
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The configuration that `to_dict` made; fields it lacks get their defaults, unknown ones are refused."""
-        return cls().changed(**values)
+        sizes = values.get("train_sizes")
+        return cls().changed(**(values | {"train_sizes": tuple(sizes)} if isinstance(sizes, list) else values))
 
     def changed(self, **changes: Any) -> Self:
         """A copy with some fields changed. Raises UserError for a field that does not exist."""
@@ -256,7 +292,8 @@ class Config(PostprocessConfig, DeviceConfig, TrainConfig, LossConfig, DataConfi
 
     def to_dict(self) -> dict[str, Any]:
         """Field names and plain values, group by group, ready for JSON."""
-        return {name: getattr(self, name) for name in _hints()}
+        values = {name: getattr(self, name) for name in _hints()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @property
     def effective_batch(self) -> int:
@@ -280,6 +317,10 @@ def _check(name: str, hint: Any, value: Any) -> None:
         if value not in get_args(hint):
             raise UserError(f"{flag}: takes one of {', '.join(get_args(hint))}")
         return
+    if hint == Sizes:
+        if not isinstance(value, tuple) or not all(type(size) is int for size in value):
+            raise UserError(f"--{name.replace('_', '-')} {value}: takes whole numbers separated by commas")
+        return
     kind = _value_type(hint)
     allowed = (int, float) if kind is float else kind
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
@@ -294,7 +335,16 @@ def _value_type(hint: Any) -> type:
     """The plain type that a flag's text is converted to."""
     if get_origin(hint) is Literal:
         return str
+    if hint == Sizes:
+        return tuple
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+def _metavar(hint: Any) -> str | None:
+    """What stands for the value in the help; None where its choices do."""
+    if get_origin(hint) is Literal:
+        return None
+    return "INT,INT,..." if hint == Sizes else _value_type(hint).__name__.upper()
 
 
 BASELINE = Config()
@@ -348,9 +398,9 @@ class ArgumentParser(argparse.ArgumentParser):
                 kind = _value_type(hint)
                 chapter.add_argument(
                     f"--{field.name.replace('_', '-')}",
-                    type=_parse_bool if kind is bool else kind,
+                    type={bool: _parse_bool, tuple: _parse_sizes}.get(kind, kind),
                     choices=get_args(hint) if get_origin(hint) is Literal else None,
-                    metavar=None if get_origin(hint) is Literal else kind.__name__.upper(),
+                    metavar=_metavar(hint),
                     default=argparse.SUPPRESS,
                     help=" ".join(documentation[field.name].split()).replace("%", "%%"),
                 )
@@ -378,6 +428,13 @@ def _parse_bool(text: str) -> bool:
     if text.lower() not in _BOOLEANS:
         raise argparse.ArgumentTypeError(f"takes true or false, not {text!r}")
     return _BOOLEANS[text.lower()]
+
+
+def _parse_sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(size) for size in text.split(",") if size.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes whole numbers separated by commas, not {text!r}") from None
 
 
 def _field_docstrings(group: type) -> dict[str, str]:

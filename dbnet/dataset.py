@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import cv2
 import numpy as np
@@ -11,10 +11,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from dbnet.annotations import Annotation, read_split
-from dbnet.augment import Augmentation, draw
+from dbnet.augment import Augmentation
+from dbnet.augment import draw as draw_augmentation
 from dbnet.cache import PixelCache
 from dbnet.config import Config
-from dbnet.geometry import Letterbox, clip_polygons, padded, split_polygons
+from dbnet.geometry import Letterbox, clip_polygons, padded, split_polygons, visible_shares
 from dbnet.images import ImageError, read_image, read_size
 from dbnet.memory import keep_freed_memory
 from dbnet.targets import draw_targets, make_targets, polygon_mask
@@ -22,6 +23,20 @@ from dbnet.targets import draw_targets, make_targets, polygon_mask
 __all__ = ["Batches", "ImageDataset", "TextDataset", "make_loader", "make_targets"]
 
 _LIKE_SHAPES_AMONG = 16  # batches whose images are sorted by shape: enough to find company, few enough to stay random
+MOSTLY_VISIBLE = 0.9
+"""Share of a word's area inside an augmented image from which it is still learned; with less it is masked."""
+
+
+class Draw(NamedTuple):
+    """Which sample: all that its content depends on, beside the configuration."""
+
+    place: int
+    """of the image in the data set"""
+
+    epoch: int = 0
+
+    side: int | None = None
+    """longer side of the resized image in pixels; None is config.image_size"""
 
 
 class ImageDataset(Dataset):
@@ -47,64 +62,66 @@ class ImageDataset(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.__getitems__([index])[0]
+        """Sample `index`; of an augmented split, that of epoch `index // len(self)`."""
+        epoch, place = divmod(index, len(self))
+        return self.__getitems__([Draw(place, epoch)])[0]
 
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, draws: list[Draw]) -> list[dict[str, Any]]:
         """The samples of a batch, all of one shape. (The data loader looks for this name.)"""
         loaded, samples = [], []
-        for index in indices:
+        for draw in draws:
             try:
-                loaded.append((index, *self.load(index), self.augmentation(index)))
+                loaded.append((draw, *self.load(draw.place), self.augmentation(draw)))
             except ImageError as error:
-                samples.append({"index": index % len(self), "error": str(error)})
-        height, width = self._canvas([drawn.size(*letterbox.resized) for _, _, letterbox, drawn in loaded])
+                samples.append({"index": draw.place, "error": str(error)})
+        sizes = [augmentation.size(*letterbox.resized) for _, _, letterbox, augmentation in loaded]
+        height, width = self._canvas(sizes, draws[0].side)
         for image in loaded:
             samples.append(self.sample(*image, canvas=np.zeros((height, width, 3), np.uint8)))
         return samples
 
-    def load(self, index: int) -> tuple[np.ndarray, Letterbox]:
+    def load(self, place: int) -> tuple[np.ndarray, Letterbox]:
         """The resized image, (height, width, 3) uint8 RGB, and how it was resized.
 
         Raises ImageError for an image that cannot be read.
         """
-        pixels, size = read_image(self.paths[index % len(self)], self.config.image_size)
+        pixels, size = read_image(self.paths[place], self.config.image_size)
         letterbox = Letterbox(*size, self.config.image_size)
         return letterbox.resize(pixels), letterbox
 
-    def augmentation(self, index: int) -> Augmentation:
+    def augmentation(self, draw: Draw) -> Augmentation:
         """What happens to a sample beside resizing and padding: here, nothing."""
         return Augmentation()
 
     def sample(
-        self, index: int, pixels: np.ndarray, letterbox: Letterbox, augmentation: Augmentation, canvas: np.ndarray
+        self, draw: Draw, pixels: np.ndarray, letterbox: Letterbox, augmentation: Augmentation, canvas: np.ndarray
     ) -> dict[str, Any]:
         """The sample of what `load` and `augmentation` gave, on the black (height, width, 3) `canvas` of its batch."""
         augmentation.render(pixels, canvas)
         return {
             "image": torch.from_numpy(canvas),
             "size": torch.tensor((letterbox.width, letterbox.height)),
-            "index": index,
+            "index": draw.place,
         }
 
-    def elongation(self, index: int) -> int:
+    def elongation(self, draw: Draw) -> int:
         """Width less height of a padded sample: images of one image_size and like elongation have like shapes.
 
         Only the header of an image is read, once; an image without one is as good as a square.
         """
-        place = index % len(self)
-        if place not in self._sizes:
+        if draw.place not in self._sizes:
             try:
-                self._sizes[place] = read_size(self.paths[place])
+                self._sizes[draw.place] = read_size(self.paths[draw.place])
             except ImageError:
-                self._sizes[place] = (1, 1)
-        resized = Letterbox(*self._sizes[place], self.config.image_size).resized
-        height, width = self._canvas([self.augmentation(index).size(*resized)])
+                self._sizes[draw.place] = (1, 1)
+        resized = Letterbox(*self._sizes[draw.place], self.config.image_size).resized
+        height, width = self._canvas([self.augmentation(draw).size(*resized)], draw.side)
         return width - height
 
-    def _canvas(self, sizes: list[tuple[int, int]]) -> tuple[int, int]:
-        """(height, width) that holds images of these (width, height)."""
+    def _canvas(self, sizes: list[tuple[int, int]], side: int | None) -> tuple[int, int]:
+        """(height, width) that holds images of these (width, height), none longer than `side` (config.image_size)."""
         if self.pad == "square":
-            return self.config.image_size, self.config.image_size
+            return side or self.config.image_size, side or self.config.image_size
         widths, heights = zip(*sizes, strict=True) if sizes else ((1,), (1,))
         return padded(max(heights)), padded(max(widths))
 
@@ -152,13 +169,13 @@ class TextDataset(ImageDataset):
     image: (height, width, 3) uint8 tensor, RGB, augmented; image_size x image_size with `config.pad` "square";
     prob_map: (height, width) uint8 tensor, 1 on text kernels;
     thresh_levels: (height, width) uint8 tensor, 0 to 255 for thresh_min to thresh_max;
-    mask: (height, width) uint8 tensor, 0 on don't-care text;
+    mask: (height, width) uint8 tensor, 0 on don't-care text and on what a cut has left of words;
     dropped: how many degenerate polygons were left out;
+    side: the image size that the sample was made for;
     index, or `index` and `error`: as in ImageDataset, which is also the sample where `train` is false.
 
-    The augmentation depends on the seed, the index and the epoch alone, not on workers or order. The epoch rides on
-    the index: sample `i` of epoch `e` is `dataset[e * len(dataset) + i]`. Decoded images are cached from the first
-    epoch on.
+    The augmentation depends on the seed, the image, the epoch and the side alone, not on workers or order: sample `i`
+    of epoch `e` is `dataset[e * len(dataset) + i]`. Decoded images are cached from the first epoch on.
 
     Raises UserError where the split is missing or its annotations are not of the form that the README shows.
     """
@@ -172,37 +189,38 @@ class TextDataset(ImageDataset):
             self.words = Words.gather(annotations)
             self._cache = PixelCache(len(paths), config.image_size, config)
 
-    def augmentation(self, index: int) -> Augmentation:
+    def augmentation(self, draw: Draw) -> Augmentation:
         if not self.train:
-            return super().augmentation(index)
-        epoch, place = divmod(index, len(self))
-        return draw(self.config, np.random.default_rng((self.config.seed, epoch, place)))
+            return super().augmentation(draw)
+        return draw_augmentation(
+            self.config, np.random.default_rng((self.config.seed, draw.epoch, draw.place)), draw.side
+        )
 
-    def load(self, index: int) -> tuple[np.ndarray, Letterbox]:
+    def load(self, place: int) -> tuple[np.ndarray, Letterbox]:
         if not self.train:
-            return super().load(index)
-        place, side = index % len(self), self.config.image_size
+            return super().load(place)
+        side = self.config.image_size
         try:
             file = self.paths[place].stat()
         except OSError:
-            return super().load(index)  # which says what is wrong
+            return super().load(place)  # which says what is wrong
         key = (file.st_mtime_ns, file.st_size, side)
         found = self._cache.load(place, key)
         if found:
             pixels, size = found
             return pixels, Letterbox(*size, side)
-        pixels, letterbox = super().load(index)
+        pixels, letterbox = super().load(place)
         self._cache.store(place, key, pixels, (letterbox.width, letterbox.height))
         return pixels, letterbox
 
     def sample(
-        self, index: int, pixels: np.ndarray, letterbox: Letterbox, augmentation: Augmentation, canvas: np.ndarray
+        self, draw: Draw, pixels: np.ndarray, letterbox: Letterbox, augmentation: Augmentation, canvas: np.ndarray
     ) -> dict[str, Any]:
         if not self.train:
-            return super().sample(index, pixels, letterbox, augmentation, canvas)
+            return super().sample(draw, pixels, letterbox, augmentation, canvas)
         height, width = canvas.shape[:2]
         augmentation.render(pixels, canvas)
-        text, illegible, dropped = self.polygons(index, letterbox, augmentation)
+        text, illegible, dropped = self.polygons(draw, letterbox, augmentation)
         prob_map, thresh_levels = draw_targets(text, height, width, self.config.shrink_ratio)
         mask = polygon_mask(illegible, height, width)
         return {
@@ -211,48 +229,64 @@ class TextDataset(ImageDataset):
             "thresh_levels": torch.from_numpy(thresh_levels),
             "mask": torch.from_numpy(np.subtract(1, mask, out=mask)),
             "dropped": dropped,
-            "index": index % len(self),
+            "side": draw.side or self.config.image_size,
+            "index": draw.place,
         }
 
     def polygons(
-        self, index: int, letterbox: Letterbox, augmentation: Augmentation
+        self, draw: Draw, letterbox: Letterbox, augmentation: Augmentation
     ) -> tuple[list[np.ndarray], list[np.ndarray], int]:
-        """Text and don't-care polygons of a training sample, (n, 2) each, and how many degenerate ones are left out."""
-        points, counts, dont_care = self.words.of(index % len(self))
+        """Text and don't-care polygons of a training sample, (n, 2) each, and how many degenerate ones are left out.
+
+        Words that the augmentation has cut are don't-care polygons, those that it has moved out of the image are gone.
+        """
+        points, counts, dont_care = self.words.of(draw.place)
         points, counts, kept = clip_polygons(points, counts, letterbox.width, letterbox.height)
-        polygons = split_polygons(augmentation.move(letterbox.to_network(points), *letterbox.resized), counts)
+        dropped = len(kept) - len(counts)
+        points, ignored = augmentation.move(letterbox.to_network(points), *letterbox.resized), dont_care[kept]
+        polygons = split_polygons(points, counts)
+        visible = visible_shares(points, counts, *augmentation.size(*letterbox.resized))
         text, illegible = [], []
-        for polygon, ignore in zip(polygons, dont_care[kept].tolist(), strict=True):
-            (illegible if ignore else text).append(polygon)
-        return text, illegible, len(kept) - len(polygons)
+        for polygon, ignore, share in zip(polygons, ignored.tolist(), visible.tolist(), strict=True):
+            if share > 0:
+                (illegible if ignore or share < MOSTLY_VISIBLE else text).append(polygon)
+        return text, illegible, dropped
 
 
 class Batches(Sampler):
-    """Batches of indices, each index once: in order, or with a seed shuffled anew for each epoch.
+    """Batches of Draws, each image once: in order, or with a seed, for training, shuffled anew for each epoch.
 
-    The order depends on the seed and the epoch alone. Set `epoch` before iterating; it is also written into the
-    indices, as TextDataset reads it. Where the data set pads tightly, images of like shape share a batch.
+    The order depends on the seed and the epoch alone. Set `epoch` before iterating. Where the data set pads tightly,
+    images of like shape share a batch. For training with config.train_sizes, one of them is drawn for each `accumulate`
+    batches, those of an optimizer step.
     """
 
-    def __init__(self, dataset: ImageDataset, batch_size: int, seed: int | None = None) -> None:
-        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+    def __init__(self, dataset: ImageDataset, batch_size: int, seed: int | None = None, accumulate: int = 1) -> None:
+        self.dataset, self.batch_size, self.seed, self.accumulate = dataset, batch_size, seed, accumulate
         self.epoch = 0
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        order = np.arange(len(self.dataset))
+    def __iter__(self) -> Iterator[list[Draw]]:
         rng = None if self.seed is None else np.random.default_rng((self.seed, self.epoch))
+        sizes = self.dataset.config.train_sizes if rng else ()
+        side = None
+        for number, batch in enumerate(self._batches(rng)):
+            if sizes and number % self.accumulate == 0:
+                side = min(int(rng.choice(sizes)), self.dataset.config.image_size)
+            yield [draw._replace(side=side) for draw in batch]
+
+    def _batches(self, rng: np.random.Generator | None) -> Iterator[list[Draw]]:
+        order = np.arange(len(self.dataset))
         if rng:
             rng.shuffle(order)
-        order = (order + self.epoch * len(order)).tolist()
         together = self.batch_size * _LIKE_SHAPES_AMONG
         for start in range(0, len(order), together):
-            indices = order[start : start + together]
+            draws = [Draw(place, self.epoch) for place in order[start : start + together].tolist()]
             if self.dataset.pad == "tight":
-                indices.sort(key=self.dataset.elongation)
-            batches = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
+                draws.sort(key=self.dataset.elongation)
+            batches = [draws[i : i + self.batch_size] for i in range(0, len(draws), self.batch_size)]
             if rng:
                 rng.shuffle(batches)
             yield from batches

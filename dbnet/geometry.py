@@ -79,6 +79,15 @@ def clip_polygons(
     return clipped[np.repeat(kept, counts)], counts[kept], kept
 
 
+def visible_shares(points: np.ndarray, counts: np.ndarray, width: int, height: int) -> np.ndarray:
+    """(polygons,) how much of each polygon's area is left, 0..1, when its points are moved to the border of the image.
+
+    Arguments as in clip_polygons, every polygon with an area. For polygons that stand upright this is the share of
+    their area inside the image.
+    """
+    return areas(np.clip(points, 0, (width, height)), counts) / areas(points, counts)
+
+
 def areas(points: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """(polygons,) areas in square pixels, whichever way each runs (shoelace formula); arguments as in clip_polygons."""
     x, y = points.T

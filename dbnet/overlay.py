@@ -6,8 +6,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dbnet.dataset import TextDataset
+from dbnet.dataset import Draw, TextDataset
 from dbnet.errors import UserError
+from dbnet.geometry import Letterbox
 
 TEXT_COLOR = (0, 158, 115)  # bluish green and vermilion stay apart for the colour-blind (Okabe and Ito)
 DONT_CARE_COLOR = (213, 94, 0)
@@ -32,7 +33,7 @@ def sample_sheet(dataset: TextDataset, count: int = 4, side: int = 480) -> np.nd
     rows = []
     for index in range(min(count, len(dataset))):
         _, letterbox = dataset.load(index)
-        text, illegible, _ = dataset.polygons(index, letterbox, dataset.augmentation(index))
+        text, illegible, _ = dataset.polygons(Draw(index), letterbox, dataset.augmentation(Draw(index)))
         sample = dataset[index]
         image = sample["image"].numpy()
         panels = [
@@ -40,7 +41,11 @@ def sample_sheet(dataset: TextDataset, count: int = 4, side: int = 480) -> np.nd
             cv2.cvtColor(sample["prob_map"].numpy() * 255, cv2.COLOR_GRAY2RGB),
             cv2.applyColorMap(sample["thresh_levels"].numpy(), cv2.COLORMAP_VIRIDIS)[..., ::-1],
         ]
-        rows.append(np.hstack([cv2.resize(panel, (side, side), interpolation=cv2.INTER_AREA) for panel in panels]))
+        size = Letterbox(image.shape[1], image.shape[0], side).resized
+        row = np.zeros((side, 3 * side, 3), np.uint8)
+        for left, panel in zip(range(0, 3 * side, side), panels, strict=True):
+            row[: size[1], left : left + size[0]] = cv2.resize(panel, size, interpolation=cv2.INTER_AREA)
+        rows.append(row)
     return np.vstack(rows)
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -12,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbnet import augment
-from dbnet.annotations import read_annotations, read_split
-from dbnet.dataset import Batches, TextDataset, make_loader
+from dbnet.annotations import Annotation, read_annotations, read_split
+from dbnet.dataset import Batches, Draw, TextDataset, Words, make_loader
 from dbnet.errors import UserError
 from dbnet.geometry import Letterbox, areas, clip_polygons, split_polygons
 
@@ -53,6 +54,81 @@ def test_augmentation_moves_polygons_with_the_pixels(flip, quarter_turns):
     ys, xs = np.nonzero(canvas[..., 0])
     assert polygon.min(axis=0).tolist() == [xs.min(), ys.min()]
     assert polygon.max(axis=0).tolist() == [xs.max() + 1, ys.max() + 1]
+
+
+@given(
+    augmentation=st.builds(
+        augment.Augmentation,
+        flip=st.booleans(),
+        quarter_turns=st.integers(0, 3),
+        scale=st.floats(0.6, 1.8),
+        angle=st.floats(-20, 20),
+        corners=st.just(()) | st.tuples(*[st.tuples(st.floats(-0.08, 0.08), st.floats(-0.08, 0.08))] * 4),
+        limit=st.sampled_from([None, 150, 1000]),
+        place=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    )
+)
+def test_any_geometry_moves_polygons_with_the_pixels(augmentation):
+    image = np.zeros((120, 200, 3), np.uint8)
+    image[50:70, 80:130] = 255
+    square = np.array([[80.0, 50], [130, 50], [130, 70], [80, 70]])
+    width, height = augmentation.size(200, 120)
+    canvas = np.zeros((height + 8, width + 8, 3), np.uint8)
+    augmentation.render(image, canvas)
+    assert not canvas[height:].any() and not canvas[:, width:].any()
+    beyond = 8  # pixels around the result, so that outlines just outside of it count as borders too
+    expected = np.zeros((height + 2 * beyond, width + 2 * beyond), np.uint8)
+    moved = augmentation.move(square, 200, 120) + beyond
+    cv2.fillPoly(expected, [np.round((moved - 0.5) * 16).astype(np.int32)], 255, shift=4)
+    border = cv2.morphologyEx(expected, cv2.MORPH_GRADIENT, np.ones((5, 5))) > 0
+    inside = (slice(beyond, beyond + height), slice(beyond, beyond + width))
+    sure = ~border[inside]
+    assert np.array_equal(canvas[:height, :width, 0][sure] > 127, expected[inside][sure] > 127)
+
+
+def test_words_that_a_cut_parts_are_masked_and_those_outside_are_gone(small):
+    """Scaled by two and cut at the top left: of three words one is left whole, one is parted, one is outside."""
+    dataset = TextDataset(small, "train", train=True)
+    letterbox = Letterbox(128, 128, 128)
+    words = [
+        [[4, 4], [40, 4], [40, 12], [4, 12]],
+        [[50, 30], [90, 30], [90, 38], [50, 38]],
+        [[70, 90], [99, 99], [70, 99]],
+    ]
+    dataset.words = Words.gather([Annotation([np.array(word, float) for word in words], [False] * 3)])
+    cut = augment.Augmentation(scale=2.0, limit=128, place=(0.0, 0.0))
+    text, masked, dropped = dataset.polygons(Draw(0), letterbox, cut)
+    assert [polygon.tolist() for polygon in text] == [[[8, 8], [80, 8], [80, 24], [8, 24]]]
+    assert [polygon.tolist() for polygon in masked] == [[[100, 60], [180, 60], [180, 76], [100, 76]]]
+    assert dropped == 0
+
+
+def test_the_micro_batches_of_a_step_share_one_of_the_train_sizes(small):
+    for pad in ("square", "tight"):
+        config = small.changed(train_sizes=(64, 96, 160), batch_size=1, accumulate=2, pad=pad)
+        dataset = TextDataset(config, "train", train=True)
+        batches = Batches(dataset, 1, config.seed, config.accumulate)
+        sides = []
+        for epoch in range(4):
+            batches.epoch = epoch
+            loaded = list(make_loader(batches, 0, False))
+            assert sorted(int(batch["index"]) for batch in loaded) == list(range(len(dataset)))
+            for batch in loaded:
+                side = int(batch["side"])
+                assert max(batch["image"].shape[1:3]) == side and batch["prob_map"].any()
+                sides.append(side)
+        assert sides[::2] == sides[1::2]
+        assert set(sides) == {64, 96, 128}  # none larger than image_size
+
+
+@pytest.mark.parametrize("field", ["blur_p", "noise_p", "jpeg_p", "shadow_p"])
+def test_each_degradation_changes_values_and_no_word(small, field):
+    plain = small.changed(flip_p=0.0, brightness_contrast_p=0.0, clahe_p=0.0)
+    before = TextDataset(plain, "train", train=True)[0]
+    after = TextDataset(plain.changed(**{field: 1.0}), "train", train=True)[0]
+    difference = (after["image"].float() - before["image"].float()).abs().mean()
+    assert 0.2 < difference < 80
+    assert torch.equal(after["prob_map"], before["prob_map"])
 
 
 def test_photometric_augmentation_keeps_shape_and_changes_values():
@@ -130,8 +206,8 @@ def test_tight_batches_are_padded_to_32_and_hold_each_image_once(small):
     assert sorted(seen) == list(range(len(dataset)))
     assert len(batches) == len(list(batches)) == 3
     for batch in batches:
-        shapes = {dataset[index]["image"].shape for index in batch}
-        elongations = {dataset.elongation(index) for index in batch}
+        shapes = {dataset.__getitems__([draw])[0]["image"].shape for draw in batch}
+        elongations = {dataset.elongation(draw) for draw in batch}
         assert len(shapes) == len(elongations)  # what the headers say is what comes
 
 

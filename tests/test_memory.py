@@ -10,6 +10,7 @@ from dbnet.dataset import Batches, TextDataset, make_loader
 from dbnet.errors import UserError
 from dbnet.memory import BatchPlan, is_out_of_memory, run_until_it_fits
 from dbnet.model import DBNet
+from dbnet.optim import make_optimizer, make_scaler
 
 CPU = torch.device("cpu")
 
@@ -19,8 +20,8 @@ def make_training(config, model=None):
     model = model or DBNet(config)
     return train.Training(
         model.train(),
-        train.make_optimizer(model, config),
-        train.make_scaler(config, CPU),
+        make_optimizer(model, config),
+        make_scaler(config, CPU),
         BatchPlan(config.batch_size, config.accumulate, config.image_size),
     )
 

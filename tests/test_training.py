@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 from test_memory import CPU, make_training, step_batches
+from torch import nn
 
 import train
 from dbnet.config import PRESETS
 from dbnet.dataset import Batches, TextDataset, make_loader
 from dbnet.errors import UserError
+from dbnet.optim import WeightAverage, learning_rate
 
 
 def run_epoch(training, config):
@@ -30,11 +32,43 @@ def poison(model, steps):
 
 def test_schedules_by_epoch():
     step = PRESETS["baseline"].changed(step_epochs=2)
-    assert [train.learning_rate(step, epoch) for epoch in range(5)] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4, 1e-5])
+    assert [learning_rate(step, epoch) for epoch in range(5)] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4, 1e-5])
     cosine = PRESETS["v0"]
-    assert train.learning_rate(cosine, 0) == 1e-3
-    assert train.learning_rate(cosine, 10) == pytest.approx((1e-3 + 1e-6) / 2)
-    assert train.learning_rate(cosine, 20) == pytest.approx(1e-6)
+    assert learning_rate(cosine, 0) == 1e-3
+    assert learning_rate(cosine, 10) == pytest.approx((1e-3 + 1e-6) / 2)
+    assert learning_rate(cosine, 20) == pytest.approx(1e-6)
+
+
+def test_warm_up_rises_step_by_step_to_the_schedule():
+    config = PRESETS["v0"].changed(warmup_epochs=2.0)
+    rates = [learning_rate(config, epoch, progress) for epoch in range(3) for progress in (0.5, 1.0)]
+    without = [learning_rate(PRESETS["v0"], epoch) for epoch in range(3)]
+    assert rates == pytest.approx([rate * without[i // 2] for i, rate in enumerate((0.25, 0.5, 0.75, 1, 1, 1))])
+
+
+def test_the_average_follows_the_weights_and_is_what_is_scored(small):
+    config = small.changed(ema=0.9, batch_size=2)
+    training = make_training(config)
+    training.average = WeightAverage(training.model, config.ema)
+    run_epoch(training, config)
+    assert training.scored_model is training.average.model and training.average.steps == 3
+    ours, theirs = training.average.model.state_dict(), training.model.state_dict()
+    assert all(torch.isfinite(tensor).all() for tensor in ours.values())
+    assert not torch.equal(ours["pyramid.smooth.0.weight"], theirs["pyramid.smooth.0.weight"])
+
+    average = WeightAverage(nn.Linear(1, 1, bias=False), 0.5)
+    average.model.weight.fill_(0.0)
+    one = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(one.weight)
+    expected = 0.0
+    for step in range(1, 13):
+        average.update(one)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + 1 - decay
+        assert average.model.weight.item() == pytest.approx(expected)
+    again = WeightAverage(nn.Linear(1, 1, bias=False), 0.5)
+    again.load_state_dict(average.state_dict())
+    assert again.steps == 12 and torch.equal(again.model.weight, average.model.weight)
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
@@ -74,7 +108,7 @@ def test_training_stops_when_the_loss_stays_not_finite(small):
 def test_accumulation_gives_the_gradient_of_the_whole_batch(small):
     """Four times the same sample, batch norm in eval mode: then every split has the same loss, and so the same mean."""
     [batch] = step_batches(small)
-    maps = ("image", "prob_map", "thresh_levels", "mask")
+    maps = ("image", "prob_map", "thresh_levels", "mask", "side")
     batch = {name: batch[name][:1].repeat_interleave(4, dim=0) for name in maps}
     config = small.changed(clip_grad_norm=0.0)
     together, apart = make_training(config), make_training(config)
