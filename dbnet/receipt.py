@@ -367,6 +367,18 @@ class Page:
     ink: np.ndarray
     boxes: list[tuple[float, float, float, float]]
     texts: list[str]
+    line_lengths: list[int]
+    """words of each piece of a line that stands by itself (a cell), in the order of `boxes`"""
+
+    def lines(self) -> "Page":
+        """The page with such pieces of lines in place of words."""
+        boxes, texts, start = [], [], 0
+        for length in self.line_lengths:
+            words = np.array(self.boxes[start : start + length])
+            boxes.append((*words[:, :2].min(0).tolist(), *words[:, 2:].max(0).tolist()))
+            texts.append(" ".join(self.texts[start : start + length]))
+            start += length
+        return Page(self.ink, boxes, texts, [1] * len(boxes))
 
 
 def fit_words(text: str, face: Typeface, size: int, bold: bool, room: float) -> tuple[list, int]:
@@ -404,6 +416,8 @@ def print_row(page: Page, row: Row, face: Typeface, size: int, band: tuple[int, 
             spot[:] = spot - np.minimum(ink, spot) if row.inverted else np.maximum(spot, ink)
             page.boxes.append((left - margin, top - margin, right + margin, bottom + margin))
             page.texts.append(text)
+        if words:
+            page.line_lengths.append(len(words))
     return " ".join(row.cells[-1].text.split()[len(words) :]) if words else ""
 
 
@@ -412,7 +426,7 @@ def print_page(rng: np.random.Generator, width: int, height: int, face: Typeface
     size = max(8, round(width / rng.uniform(34, 62) / letter_width(face)))
     leading = rng.uniform(1.1, 1.5)
     margin = max(4, round(width * rng.uniform(0.03, 0.1)))
-    page = Page(np.zeros((height, width), np.uint8), [], [])
+    page = Page(np.zeros((height, width), np.uint8), [], [], [])
     rows = compose_receipt(rng, words, (height - 2 * margin) / (size * leading))[::-1]
     top = margin
     while rows:

@@ -239,12 +239,14 @@ def degrade(rng: np.random.Generator, image: np.ndarray, size: int, flat: bool) 
 
 
 def render_receipt(
-    rng: np.random.Generator, size: int = 640, fonts: Sequence[str] = ()
+    rng: np.random.Generator, size: int = 640, fonts: Sequence[str] = (), lines: bool = False
 ) -> tuple[np.ndarray, list[Word]]:
     """One receipt: image (height, width, 3) uint8 RGB, long side about `size`, and its words.
 
     A word is (polygon, transcription, illegible): polygon (4, 2) float64 in pixels of the image, clockwise from the
     word's top left, tight around its ink, always inside the image; illegible where the print is too faint to read.
+    With `lines`, pieces of lines take the place of words, as some data sets label them: what stands together in a
+    column.
     `fonts` are files to prefer over Pillow's own; those with Hangul give Korean receipts. Raises UserError for a
     file that is no font.
     """
@@ -265,7 +267,8 @@ def render_receipt(
     paper, contrast = develop(rng, page, flat)
     image = (scan if flat else photograph)(rng, paper, homography, frame)
     outlines = []
-    for box, text in zip(page.boxes, page.texts, strict=True):
+    labelled = page.lines() if lines else page
+    for box, text in zip(labelled.boxes, labelled.texts, strict=True):
         x0, y0, x1, y1 = (max(0, round(edge)) for edge in box)
         faint = float(contrast[y0:y1, x0:x1].mean()) < MIN_CONTRAST
         polygon = transform(homography, corners(*box) - 0.5) + 0.5  # OpenCV counts from the centre of pixel 0
@@ -276,10 +279,12 @@ def render_receipt(
 # ---- data set on disk
 
 
-def write_image(job: tuple[str, int], folder: Path, size: int, seed: int, fonts: Sequence[str]) -> tuple[str, dict]:
+def write_image(
+    job: tuple[str, int], folder: Path, size: int, seed: int, fonts: Sequence[str], lines: bool
+) -> tuple[str, dict]:
     """Render and write image `index` of `split`; returns its file name and its entry of the json."""
     split, index = job
-    image, words = render_receipt(np.random.default_rng([seed, SPLITS.index(split), index]), size, fonts)
+    image, words = render_receipt(np.random.default_rng([seed, SPLITS.index(split), index]), size, fonts, lines)
     name = f"synth_{split}_{index:05d}.jpg"
     _, encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
     (folder / "images" / split / name).write_bytes(encoded.tobytes())
@@ -314,6 +319,7 @@ def write_dataset(
     seed: int = 0,
     fonts: Sequence[str] = (),
     workers: int | None = None,
+    lines: bool = False,
 ) -> int:
     """Write a data set of receipts in the layout that `dbnet.annotations` reads, and return the number of its words.
 
@@ -327,7 +333,7 @@ def write_dataset(
     jobs = [(split, index) for split in SPLITS for index in range(counts[split])]
     workers = min(workers or os.cpu_count() or 1, len(jobs))
     images: dict[str, dict[str, dict]] = {split: {} for split in SPLITS}
-    render = partial(write_image, folder=folder, size=size, seed=seed, fonts=fonts)
+    render = partial(write_image, folder=folder, size=size, seed=seed, fonts=fonts, lines=lines)
     try:
         for split in SPLITS:
             (folder / "images" / split).mkdir(parents=True, exist_ok=True)
@@ -358,9 +364,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--font", action="append", default=[], metavar="FILE", help="a .ttf or .otf to print with; repeatable"
     )
+    parser.add_argument("--lines", action="store_true", help="label pieces of lines, not words")
     args = parser.parse_args(arguments)
-    words = write_dataset(args.out, args.train, args.val, args.test, args.size, args.seed, args.font)
-    print(f"{args.out}: {args.train} train, {args.val} val, {args.test} test images with {words} words")
+    words = write_dataset(args.out, args.train, args.val, args.test, args.size, args.seed, args.font, lines=args.lines)
+    counts = f"{args.train} train, {args.val} val, {args.test} test images"
+    print(f"{args.out}: {counts} with {words} {'lines' if args.lines else 'words'}")
 
 
 if __name__ == "__main__":

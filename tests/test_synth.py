@@ -154,7 +154,7 @@ def test_a_longer_data_set_begins_with_the_shorter_one(tmp_path):
 
 
 def test_an_interrupted_run_leaves_no_jsons(tmp_path, monkeypatch):
-    def interrupt(rng, size, fonts):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dbnet.synth.render_receipt", interrupt)
@@ -227,3 +227,15 @@ def test_a_font_with_hangul_gives_korean_receipts(tmp_path):
     texts = [t for i in range(8) for _, t, _ in render_receipt(np.random.default_rng(i), 256, [font])[1]]
     assert any("가" <= letter <= "힣" for text in texts for letter in text)
     assert any(text.isascii() for text in texts)
+
+
+def test_lines_are_the_words_of_a_column_joined_on_the_same_pixels():
+    image, words = render_receipt(np.random.default_rng(5), 256)
+    same, lines = render_receipt(np.random.default_rng(5), 256, lines=True)
+    assert np.array_equal(image, same)
+    assert len(lines) < len(words)
+    assert " ".join(text for _, text, _ in lines) == " ".join(text for _, text, _ in words)
+    for polygon, text, _ in lines:
+        low, high = polygon.min(axis=0) - 1, polygon.max(axis=0) + 1
+        inside = [word for outline, word, _ in words if (outline > low).all() and (outline < high).all()]
+        assert text in " ".join(inside)
