@@ -220,7 +220,7 @@ class TextDataset(ImageDataset):
             return super().sample(draw, pixels, letterbox, augmentation, canvas)
         height, width = canvas.shape[:2]
         augmentation.render(pixels, canvas)
-        text, illegible, dropped = self.polygons(draw, letterbox, augmentation)
+        text, illegible, dropped = self.polygons(draw.place, letterbox, augmentation)
         prob_map, thresh_levels = draw_targets(text, height, width, self.config.shrink_ratio)
         mask = polygon_mask(illegible, height, width)
         return {
@@ -234,13 +234,13 @@ class TextDataset(ImageDataset):
         }
 
     def polygons(
-        self, draw: Draw, letterbox: Letterbox, augmentation: Augmentation
+        self, place: int, letterbox: Letterbox, augmentation: Augmentation
     ) -> tuple[list[np.ndarray], list[np.ndarray], int]:
         """Text and don't-care polygons of a training sample, (n, 2) each, and how many degenerate ones are left out.
 
         Words that the augmentation has cut are don't-care polygons, those that it has moved out of the image are gone.
         """
-        points, counts, dont_care = self.words.of(draw.place)
+        points, counts, dont_care = self.words.of(place)
         points, counts, kept = clip_polygons(points, counts, letterbox.width, letterbox.height)
         dropped = len(kept) - len(counts)
         points, ignored = augmentation.move(letterbox.to_network(points), *letterbox.resized), dont_care[kept]

@@ -97,7 +97,7 @@ def test_words_that_a_cut_parts_are_masked_and_those_outside_are_gone(small):
     ]
     dataset.words = Words.gather([Annotation([np.array(word, float) for word in words], [False] * 3)])
     cut = augment.Augmentation(scale=2.0, limit=128, place=(0.0, 0.0))
-    text, masked, dropped = dataset.polygons(Draw(0), letterbox, cut)
+    text, masked, dropped = dataset.polygons(0, letterbox, cut)
     assert [polygon.tolist() for polygon in text] == [[[8, 8], [80, 8], [80, 24], [8, 24]]]
     assert [polygon.tolist() for polygon in masked] == [[[100, 60], [180, 60], [180, 76], [100, 76]]]
     assert dropped == 0
