@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dbnet import augment
 from dbnet.annotations import Annotation, read_annotations, read_split
-from dbnet.dataset import Batches, Draw, TextDataset, Words, make_loader
+from dbnet.dataset import Batches, TextDataset, Words, make_loader
 from dbnet.errors import UserError
 from dbnet.geometry import Letterbox, areas, clip_polygons, split_polygons
 
