@@ -97,8 +97,8 @@ class ScaleAttention(nn.Module):
 
 @torch.no_grad()
 def fold_batch_norms(model: DBNet) -> None:
-    """Fold each batch norm into the convolution that it follows, in place: a network in eval mode computes the same, to
-    rounding, in less time.
+    """Fold each batch norm that runs in eval mode into the convolution that it follows, in place: the network then
+    computes the same, to rounding, in less time.
 
     Which follows which is seen in a run on a small image, because the order of registration need not be that of
     execution (HRNet). A pair is folded where the batch norm alone takes what the convolution gives, and each runs once.
