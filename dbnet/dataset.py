@@ -40,7 +40,7 @@ class ImageDataset(Dataset):
         self.paths = paths
         self.config = config
         self.pad = pad
-        self._sizes: dict[int, tuple[int, int]] = {}
+        self._sizes: dict[int, tuple[int, int] | None] = {}
         keep_freed_memory()  # whoever makes a data set is going to make and drop large arrays by the thousand
 
     def __len__(self) -> int:
@@ -86,18 +86,22 @@ class ImageDataset(Dataset):
             "index": index,
         }
 
-    def elongation(self, index: int) -> int:
-        """Width less height of a padded sample: images of one image_size and like elongation have like shapes.
-
-        Only the header of an image is read, once; an image without one is as good as a square.
-        """
+    def size(self, index: int) -> tuple[int, int] | None:
+        """Width and height of the original image in pixels, from its header, which is read once; None without one."""
         place = index % len(self)
         if place not in self._sizes:
             try:
                 self._sizes[place] = read_size(self.paths[place])
             except ImageError:
-                self._sizes[place] = (1, 1)
-        resized = Letterbox(*self._sizes[place], self.config.image_size).resized
+                self._sizes[place] = None
+        return self._sizes[place]
+
+    def elongation(self, index: int) -> int:
+        """Width less height of a padded sample: images of one image_size and like elongation have like shapes.
+
+        An image without a header is as good as a square.
+        """
+        resized = Letterbox(*(self.size(index) or (1, 1)), self.config.image_size).resized
         height, width = self._canvas([self.augmentation(index).size(*resized)])
         return width - height
 

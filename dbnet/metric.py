@@ -81,6 +81,16 @@ class ImageScore:
 
 
 @dataclass(frozen=True)
+class WordScores:
+    """CLEval of an image word by word; an element for each ground truth, in the order given."""
+
+    chars: np.ndarray
+    """(len,) int: pseudo-characters, 0 if it is don't-care or not scored; they sum to `chars_gt`."""
+    found: np.ndarray
+    """(len,) int: how many of them were found; they sum to `chars_tp`."""
+
+
+@dataclass(frozen=True)
 class DatasetScore(ImageScore):
     """CLEval of a data set: precision, recall and hmean are means over its images, all counts are sums."""
 
@@ -130,6 +140,15 @@ def score_image(
     Raises:
         ValueError: if a polygon is not (n, 2) or not finite, or `dont_care` is not one flag for each ground truth.
     """
+    return score_words(gt_polygons, det_polygons, dont_care)[0]
+
+
+def score_words(
+    gt_polygons: Sequence[ArrayLike],
+    det_polygons: Sequence[ArrayLike],
+    dont_care: Sequence[bool] | None = None,
+) -> tuple[ImageScore, WordScores]:
+    """What `score_image` gives, and for each word what it contributes to it."""
     if dont_care is None:
         dont_care = np.zeros(len(gt_polygons), bool)
     elif len(dont_care) != len(gt_polygons):
@@ -158,7 +177,7 @@ def score_image(
     gran_precision = int(np.maximum(matches_of_det - 1, 0).sum())
     recall = max(0, chars_tp - gran_recall) / max(chars_gt, 1)
     precision = max(0, chars_tp - gran_precision) / max(chars_det, 1)
-    return ImageScore(
+    image = ImageScore(
         precision=precision,
         recall=recall,
         hmean=2 * precision * recall / (precision + recall) if precision + recall else 0.0,
@@ -174,6 +193,10 @@ def score_image(
         gran_recall=gran_recall,
         gran_precision=gran_precision,
     )
+    words = WordScores(np.zeros(len(gt_polygons), int), np.zeros(len(gt_polygons), int))
+    words.chars[is_scored] = np.where(gt_valid, lengths, 0)
+    words.found[is_scored] = np.bincount(np.repeat(np.arange(len(gts)), lengths)[is_claimed], minlength=len(gts))
+    return image, words
 
 
 @dataclass(frozen=True)
