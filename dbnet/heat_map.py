@@ -21,6 +21,8 @@ def draw_heat_map(
 ) -> np.ndarray:
     """Draw (rows, columns) values, the highest brightest; the first row is at the bottom, as on a graph's axis.
 
+    The lowest quarter is all of one colour: beside bad values the good ones could not be told apart.
+
     Args:
         values: (rows, columns) numbers between 0 and 1.
         rows, columns: the number that each row and column stands for.
@@ -33,7 +35,8 @@ def draw_heat_map(
     """
     width = max(_LEFT + len(columns) * _CELL[0] + _RIGHT, 60 + 11 * max(map(len, [title, *marks])))
     canvas = np.full((_TOP + len(rows) * _CELL[1] + _BOTTOM, width, 3), _PAPER, np.uint8)
-    levels = (values - values.min()) / max(np.ptp(values), 1e-9) * 255
+    low, high = np.quantile(values, 0.25), values.max()
+    levels = np.clip((values - low) / max(high - low, 1e-9), 0, 1) * 255
     colors = cv2.applyColorMap(np.rint(levels).astype(np.uint8), cv2.COLORMAP_VIRIDIS)[..., ::-1]
 
     def corner(row: int, column: int) -> tuple[int, int]:
@@ -54,14 +57,13 @@ def draw_heat_map(
 
     for number, (legend, (row, column)) in enumerate(marks.items()):
         x, y = corner(row, column)
-        inset, thickness = (0, 4) if number == 0 else (7, 1)
-        color = (213, 94, 0) if number == 0 else _PAPER  # vermilion stays apart from viridis for the colour-blind
+        inset, thickness = (0, 4) if number == 0 else (6, 2)
+        color = (213, 94, 0)  # vermilion stays apart from viridis for the colour-blind
         cv2.rectangle(
             canvas, (x + inset, y + inset), (x + _CELL[0] - 2 - inset, y + _CELL[1] - 2 - inset), color, thickness
         )
         key = canvas.shape[0] - 50 + 26 * number
-        cv2.rectangle(canvas, (24, key - 8), (48, key + 8), color if number == 0 else (68, 1, 84), cv2.FILLED)
-        cv2.rectangle(canvas, (28, key - 5), (44, key + 5), color, 1)
+        cv2.rectangle(canvas, (26, key - 7), (46, key + 7), color, thickness)
         cv2.putText(canvas, legend, (60, key + 6), _FONT, 0.5, _INK, 1, cv2.LINE_AA)
     return canvas
 

@@ -5,8 +5,8 @@
     print(tuning.cross_validated)                # H-Mean to expect of values chosen like this
 
 Every combination scores exactly what `extract_polygons` and `score_image` give with it, but little of that is computed
-anew for each: contours and their scores depend on thresh alone, offsets on the unclip ratio too, and the other two only
-select among the polygons. Combinations that select the same ones share a score. Nothing here knows of the network.
+anew for each: contours and their scores depend on thresh alone, offsets and how they lie on the words depend on the
+unclip ratio too, and the other two only select among the polygons. Nothing here knows of the network.
 """
 
 import multiprocessing
@@ -26,7 +26,7 @@ from dbnet.annotations import Annotation
 from dbnet.config import Config
 from dbnet.errors import UserError
 from dbnet.heat_map import draw_heat_map
-from dbnet.metric import score_image
+from dbnet.metric import score_selections
 from dbnet.postprocess import Region, find_regions, grow_regions, to_image_pixels
 
 
@@ -211,16 +211,21 @@ def _score_selections(page: Page, regions: list[Region], config: Config, grid: G
     whole = [nothing if each.polygon is None else each.polygon for each in grown]
     polygons = to_image_pixels(whole, tuple(scale), page.size)
 
+    selections: dict[bytes, np.ndarray] = {}
+    chosen_by = {}
+    for place in np.ndindex(len(grid.box_thresh), len(grid.min_size)):
+        box_thresh, min_size = grid.box_thresh[place[0]], grid.min_size[place[1]]
+        is_chosen = (region_scores >= box_thresh) & (breadths >= min_size) & (grown_breadths >= min_size + 2)
+        is_chosen &= is_chosen.cumsum() <= config.max_candidates
+        chosen_by[place] = is_chosen.tobytes()
+        selections[chosen_by[place]] = is_chosen
+    annotation = page.annotation
+    found = score_selections(annotation.polygons, polygons, annotation.dont_care, list(selections.values()))
+    score_of = dict(zip(selections, found, strict=True))
     scores = np.empty((len(grid.box_thresh), len(grid.min_size), 3))
-    known: dict[bytes, tuple[float, float, float]] = {}
-    for (b, box_thresh), (m, min_size) in product(enumerate(grid.box_thresh), enumerate(grid.min_size)):
-        is_kept = (region_scores >= box_thresh) & (breadths >= min_size) & (grown_breadths >= min_size + 2)
-        kept = np.flatnonzero(is_kept)[: config.max_candidates]
-        if kept.tobytes() not in known:
-            found = [polygons[index] for index in kept]
-            score = score_image(page.annotation.polygons, found, page.annotation.dont_care)
-            known[kept.tobytes()] = score.precision, score.recall, score.hmean
-        scores[b, m] = known[kept.tobytes()]
+    for place, selection in chosen_by.items():
+        score = score_of[selection]
+        scores[place] = score.precision, score.recall, score.hmean
     return scores
 
 
