@@ -68,6 +68,8 @@ def check_tuning_flags(args: argparse.Namespace, changes: dict[str, Any]) -> Non
     for flag, value in (("--save", args.save), ("--tune-picture", args.tune_picture)):
         if value and not args.tune:
             raise UserError(f"{flag}: belongs to --tune; add that, or leave {flag} out")
+    if args.tune_picture and args.tune_picture.suffix.lower() != ".png":
+        raise UserError(f"--tune-picture {args.tune_picture}: the picture is a PNG; name a FILE.png")
     others = sorted(changes.keys() - FREE_TO_SAVE)
     if args.save and others:
         raise UserError(
@@ -113,7 +115,9 @@ def tune_checkpoint(args: argparse.Namespace, changes: dict[str, Any]) -> None:
     check_writable(picture)
     dataset, config = pipeline.dataset, pipeline.config
     pages = []
-    for found in tqdm(pipeline.detect(model), total=len(dataset), unit="img", leave=False, dynamic_ncols=True):
+    for found in tqdm(
+        pipeline.detect(model), total=len(dataset), unit="img", leave=False, dynamic_ncols=True, smoothing=0
+    ):
         name, annotation = dataset.paths[found.index].name, dataset.annotations[found.index]
         pages.append(Page(name, found.prob_map, dataset.size(found.index), annotation))
         if found.error:
@@ -135,7 +139,7 @@ def save_tuning(args: argparse.Namespace, tuning: "Tuning", config: Config) -> N
 
     own, best = tuning.combinations[0], tuning.combinations[tuning.best]
     if not tuning.pays:
-        print(f"not saved: on images that had no part in the choice the gain is gone; {args.checkpoint} keeps its own")
+        print(f"not saved: cross-validated, other values are no better; {args.checkpoint} keeps its own")
         return
     record = {"before": own.changes(config), "after": best.changes(config), "split": args.split}
     record |= {"own_hmean": float(tuning.means[0, 2]), "cross_validated_hmean": tuning.cross_validated}

@@ -76,9 +76,14 @@ def total_iou(scores: Iterable[IoUScore]) -> IoUScore:
 
 
 def _score(matched: int, words: int, detections: int) -> IoUScore:
-    precision, recall = matched / max(detections, 1), matched / max(words, 1)
-    hmean = 2 * precision * recall / (precision + recall) if matched else 0.0
-    return IoUScore(precision, recall, hmean, matched, words, detections)
+    return IoUScore(
+        precision=matched / max(detections, 1),
+        recall=matched / max(words, 1),
+        hmean=2 * matched / max(words + detections, 1),
+        matched=matched,
+        words=words,
+        detections=detections,
+    )
 
 
 def _shapes(polygons: Sequence[ArrayLike]) -> np.ndarray:

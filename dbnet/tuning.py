@@ -39,8 +39,8 @@ class Page(NamedTuple):
     prob_map: np.ndarray | None
     """(height, width) uint8, probability x 255, of the image without padding; None if the image could not be read"""
 
-    size: tuple[int, int]
-    """width and height of the image in pixels"""
+    size: tuple[int, int] | None
+    """width and height of the image in pixels; None only where there is no map"""
 
     annotation: Annotation
     """its words"""
@@ -114,7 +114,7 @@ class Tuning:
     @property
     def best(self) -> int:
         """Index of the combination with the highest H-Mean; no matter how small its lead is."""
-        return choose(self.scores[..., 2])
+        return int(self.means[:, 2].argmax())
 
     @property
     def cross_validated(self) -> float:
