@@ -112,3 +112,15 @@ def load_model(path: Path, changes: dict[str, Any]) -> tuple[DBNet, Config, dict
     if config.compile:
         compile_model(model)
     return model, config, content
+
+
+def change_checkpoint(path: Path, changes: dict[str, Any], **state: Any) -> None:
+    """Change fields of the configuration in a checkpoint and add `state` (tensors and plain values), atomically.
+
+    All else in the file, be it a `best.pt` or a `last.pt`, stays as it was. Raises UserError as `load_checkpoint` does,
+    and where the file cannot be written.
+    """
+    content = load_checkpoint(path)
+    content["config"] = content["config"].changed(**changes).to_dict()
+    with write_whole(path) as file:
+        torch.save({**content, **state}, file)

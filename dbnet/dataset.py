@@ -55,7 +55,7 @@ class ImageDataset(Dataset):
         self.paths = paths
         self.config = config
         self.pad = pad
-        self._sizes: dict[int, tuple[int, int]] = {}
+        self._sizes: dict[int, tuple[int, int] | None] = {}
         keep_freed_memory()  # whoever makes a data set is going to make and drop large arrays by the thousand
 
     def __len__(self) -> int:
@@ -104,17 +104,21 @@ class ImageDataset(Dataset):
             "index": draw.place,
         }
 
+    def size(self, place: int) -> tuple[int, int] | None:
+        """Width and height of the original image in pixels, from its header, which is read once; None without one."""
+        if place not in self._sizes:
+            try:
+                self._sizes[place] = read_size(self.paths[place])
+            except ImageError:
+                self._sizes[place] = None
+        return self._sizes[place]
+
     def elongation(self, draw: Draw) -> int:
         """Width less height of a padded sample: images of one image_size and like elongation have like shapes.
 
-        Only the header of an image is read, once; an image without one is as good as a square.
+        An image without a header is as good as a square.
         """
-        if draw.place not in self._sizes:
-            try:
-                self._sizes[draw.place] = read_size(self.paths[draw.place])
-            except ImageError:
-                self._sizes[draw.place] = (1, 1)
-        resized = Letterbox(*self._sizes[draw.place], self.config.image_size).resized
+        resized = Letterbox(*(self.size(draw.place) or (1, 1)), self.config.image_size).resized
         height, width = self._canvas([self.augmentation(draw).size(*resized)], draw.side)
         return width - height
 

@@ -131,7 +131,8 @@ class Pipeline:
             self.detect(model), title, len(dataset), unit="img", leave=False, dynamic_ncols=True, smoothing=0
         ):
             name, annotation = dataset.paths[detection.index].name, dataset.annotations[detection.index]
-            evaluation.update(name, annotation, detection.polygons, detection.error)
+            size = dataset.size(detection.index)
+            evaluation.update(name, annotation, detection.polygons, detection.error, size)
         evaluation.per_image = {path.name: evaluation.per_image[path.name] for path in dataset.paths}
         return evaluation
 

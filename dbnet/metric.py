@@ -19,6 +19,7 @@ what there are many of is the last, since numpy is quickest along a long last ax
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 import shapely
@@ -81,6 +82,16 @@ class ImageScore:
 
 
 @dataclass(frozen=True)
+class WordScores:
+    """CLEval of an image word by word; an element for each ground truth, in the order given."""
+
+    chars: np.ndarray
+    """(len,) int: pseudo-characters, 0 if it is don't-care or not scored; they sum to `chars_gt`."""
+    found: np.ndarray
+    """(len,) int: how many of them were found; they sum to `chars_tp`."""
+
+
+@dataclass(frozen=True)
 class DatasetScore(ImageScore):
     """CLEval of a data set: precision, recall and hmean are means over its images, all counts are sums."""
 
@@ -130,22 +141,61 @@ def score_image(
     Raises:
         ValueError: if a polygon is not (n, 2) or not finite, or `dont_care` is not one flag for each ground truth.
     """
+    return score_words(gt_polygons, det_polygons, dont_care)[0]
+
+
+def score_words(
+    gt_polygons: Sequence[ArrayLike],
+    det_polygons: Sequence[ArrayLike],
+    dont_care: Sequence[bool] | None = None,
+) -> tuple[ImageScore, WordScores]:
+    """What `score_image` gives, and for each word what it contributes to it."""
+    page = _measure(gt_polygons, det_polygons, dont_care)
+    return _score(page, np.arange(len(page.dets))[:MAX_DETECTIONS])
+
+
+def score_selections(
+    gt_polygons: Sequence[ArrayLike],
+    det_polygons: Sequence[ArrayLike],
+    dont_care: Sequence[bool] | None,
+    selections: Sequence[np.ndarray],
+) -> list[ImageScore]:
+    """`score_image` of each of several selections of the detections; polygons are compared once for all of them.
+
+    Each selection is (len(det_polygons),) bool. The other arguments are as in `score_image`.
+    """
+    page = _measure(gt_polygons, det_polygons, dont_care)
+    return [_score(page, np.flatnonzero(chosen[page.det_is_scored])[:MAX_DETECTIONS])[0] for chosen in selections]
+
+
+def _measure(
+    gt_polygons: Sequence[ArrayLike], det_polygons: Sequence[ArrayLike], dont_care: Sequence[bool] | None
+) -> "_Page":
+    """All that there is to say about polygons and pairs of them, whichever detections count in the end."""
     if dont_care is None:
         dont_care = np.zeros(len(gt_polygons), bool)
     elif len(dont_care) != len(gt_polygons):
         raise ValueError(f"dont_care has {len(dont_care)} flags for {len(gt_polygons)} ground truths")
-    gts, is_scored = _read_polygons(gt_polygons)
-    dets, _ = _read_polygons(det_polygons, limit=MAX_DETECTIONS)
-    gt_valid = ~np.asarray(dont_care, bool)[is_scored]
-
+    gts, gt_is_scored = _read_polygons(gt_polygons)
+    dets, det_is_scored = _read_polygons(det_polygons)
+    gt_valid = ~np.asarray(dont_care, bool)[gt_is_scored]
     lengths = _lengths(gts, np.arange(len(gts)), _word_length)
     centres = _character_centres(gts, lengths)
     pairs = _pair_up(gts, dets, gt_valid, lengths, centres)
-    det_valid = _valid_detections(pairs, gt_valid, len(dets))
+    return _Page(gts, dets, gt_is_scored, det_is_scored, gt_valid, lengths, pairs)
+
+
+def _score(page: "_Page", chosen: np.ndarray) -> tuple[ImageScore, WordScores]:
+    """CLEval of the detections at the indices `chosen`, as if there were no others."""
+    is_chosen = np.zeros(len(page.dets), bool)
+    is_chosen[chosen] = True
+    gts, dets, gt_valid, lengths = page.gts, page.dets, page.gt_valid, page.lengths
+    pairs = page.pairs if is_chosen.all() else page.pairs.of_detections(is_chosen)
+    det_valid = _valid_detections(pairs, gt_valid, len(dets)) & is_chosen
     is_matched = _match(pairs, gt_valid, det_valid)
 
     claims = pairs.centre[is_matched[pairs.pair_of_centre]]
-    is_claimed = np.zeros(centres.shape[1], bool)
+    is_claimed = np.zeros(lengths.sum(), bool)
     is_claimed[claims] = True
     chars_tp = int(is_claimed.sum())
     matches_of_gt = np.bincount(pairs.gt[is_matched], minlength=len(gts))
@@ -158,12 +208,12 @@ def score_image(
     gran_precision = int(np.maximum(matches_of_det - 1, 0).sum())
     recall = max(0, chars_tp - gran_recall) / max(chars_gt, 1)
     precision = max(0, chars_tp - gran_precision) / max(chars_det, 1)
-    return ImageScore(
+    image = ImageScore(
         precision=precision,
         recall=recall,
         hmean=2 * precision * recall / (precision + recall) if precision + recall else 0.0,
         words=len(gts),
-        detections=len(dets),
+        detections=len(chosen),
         chars_gt=chars_gt,
         chars_det=chars_det,
         chars_tp=chars_tp,
@@ -174,6 +224,11 @@ def score_image(
         gran_recall=gran_recall,
         gran_precision=gran_precision,
     )
+    words = WordScores(np.zeros(len(page.gt_is_scored), int), np.zeros(len(page.gt_is_scored), int))
+    words.chars[page.gt_is_scored] = np.where(gt_valid, lengths, 0)
+    found = np.bincount(np.repeat(np.arange(len(gts)), lengths)[is_claimed], minlength=len(gts))
+    words.found[page.gt_is_scored] = found
+    return image, words
 
 
 @dataclass(frozen=True)
@@ -248,13 +303,41 @@ class _Pairs:
     centre: np.ndarray
     """(m,) and which centre."""
 
+    def of_detections(self, is_chosen: np.ndarray) -> Self:
+        """Only the pairs of these detections, (number of detections,) bool; their indices stay as they are."""
+        keeps = is_chosen[self.det]
+        keeps_centre = keeps[self.pair_of_centre]
+        pair_of_centre = (np.cumsum(keeps) - 1)[self.pair_of_centre[keeps_centre]]
+        pairs = self.gt[keeps], self.det[keeps], self.has_centre[keeps], self.area_precision[keeps]
+        return type(self)(*pairs, pair_of_centre, self.centre[keeps_centre])
 
-def _read_polygons(polygons: Sequence[ArrayLike], limit: int | None = None) -> tuple[_Polygons, np.ndarray]:
-    """Those with points enough to be scored, the first `limit` of them, and (len(polygons),) which have enough."""
+
+@dataclass(frozen=True)
+class _Page:
+    """The polygons of an image, and what was measured on them."""
+
+    gts: _Polygons
+    """ground truths that are scored"""
+    dets: _Polygons
+    """detections that have points enough to be scored"""
+    gt_is_scored: np.ndarray
+    """for each ground truth given, whether it is one of `gts`"""
+    det_is_scored: np.ndarray
+    """for each detection given, whether it is one of `dets`"""
+    gt_valid: np.ndarray
+    """(len(gts),) which are not don't-care"""
+    lengths: np.ndarray
+    """(len(gts),) pseudo-characters of each"""
+    pairs: _Pairs
+    """ground truths and detections that may have to do with each other"""
+
+
+def _read_polygons(polygons: Sequence[ArrayLike]) -> tuple[_Polygons, np.ndarray]:
+    """Those with points enough to be scored, and (len(polygons),) which have."""
     arrays = [np.asarray(polygon) for polygon in polygons]
     counts = np.array([len(array) for array in arrays], np.intp)
     is_scored = counts >= MIN_POINTS
-    scored = np.flatnonzero(is_scored)[:limit]
+    scored = np.flatnonzero(is_scored)
     arrays, counts = [arrays[index] for index in scored], counts[scored]
     points = np.concatenate(arrays, dtype=np.float64) if arrays else np.empty((0, 2))
     if points.ndim != 2 or points.shape[1] != 2:

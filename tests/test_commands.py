@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from dbnet.checkpoint import change_checkpoint, load_checkpoint
 from dbnet.errors import UserError, run_script
 from dbnet.submission import read_submission, write_submission
 
@@ -88,6 +89,83 @@ def test_evaluate_writes_scores_image_by_image(place, tmp_path):
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["images"] == len(scores["per_image"]) == 2
     assert scores["hmean"] == pytest.approx(np.mean([image["hmean"] for image in scores["per_image"].values()]))
+
+
+@pytest.fixture
+def evaluate(place, monkeypatch, capsys):
+    """Run evaluate.py in this process, to success, and return what it says."""
+
+    def run(*arguments):
+        monkeypatch.chdir(place)
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        capsys.readouterr()
+        importlib.import_module("evaluate").main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_tuned_values_are_saved_if_they_are_better_and_evaluation_then_uses_them(place, data, tmp_path, evaluate):
+    def scores(*flags):
+        evaluate(checkpoint, "--data", data, "--json", tmp_path / "a.json", *flags)
+        return json.loads((tmp_path / "a.json").read_text())
+
+    # A network that was hardly trained finds something in one of the two images; twice this one is the data set.
+    checkpoint = Path(shutil.copy(place / "runs/first/best.pt", tmp_path / "best.pt"))
+    found = scores("--thresh", "0.3", "--box-thresh", "0.2")["per_image"]
+    name = max(found, key=lambda name: found[name]["hmean"])
+    annotations = json.loads((data / "jsons/val.json").read_text())["images"]
+    copy = "copy" + Path(name).suffix
+    shutil.copy(data / "images/val" / name, data / "images/val" / copy)
+    (data / "jsons/val.json").write_text(json.dumps({"images": dict.fromkeys((name, copy), annotations[name])}))
+    change_checkpoint(checkpoint, {"thresh": 0.95, "box_thresh": 0.95})
+    before = load_checkpoint(checkpoint)
+    assert scores()["hmean"] == 0
+
+    tune = [checkpoint, "--data", data, "--tune", "--workers", "0"]
+    shown = evaluate(*tune, "--json", tmp_path / "tuning.json")
+    assert load_checkpoint(checkpoint)["config"] == before["config"]  # nothing is saved unasked
+    assert Image.open(tmp_path / "tuning.png").height > 400
+    best = json.loads((tmp_path / "tuning.json").read_text())["combinations"][0]
+    assert best["hmean"] > 0 and f"{best['hmean']:+.4f}" in shown
+
+    assert "\nsaved: " in evaluate(*tune, "--save", "--tune-picture", tmp_path / "b.png")
+    assert (tmp_path / "b.png").exists()
+    after = load_checkpoint(checkpoint)
+    values = {"thresh": best["thresh"], "box_thresh": best["box_thresh"]}
+    values |= {"polygon_unclip_ratio": best["unclip_ratio"], "min_size": best["min_size"]}
+    assert after["config"] == before["config"].changed(**values)
+    assert after["tunings"][0]["before"]["thresh"] == 0.95 and after["tunings"][0]["after"] == values
+    assert after["epoch"] == before["epoch"] and after["model"].keys() == before["model"].keys()
+    assert scores()["hmean"] == pytest.approx(best["hmean"])
+
+    content = checkpoint.read_bytes()
+    assert "\nnot saved: " in evaluate(*tune, "--save")
+    assert checkpoint.read_bytes() == content
+
+
+def test_evaluate_shows_iou_and_recall_by_size_of_text(evaluate, tmp_path):
+    shown = evaluate("runs/first/best.pt", "--json", tmp_path / "scores.json")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert f"IoU over 0.5: precision {scores['iou']['precision']:.4f}" in shown
+    assert len(scores["by_size"]) == 8
+    assert sum(row["chars_gt"] for row in scores["by_size"]) == scores["chars_gt"] > 0
+    assert sum(row["chars_tp"] for row in scores["by_size"]) == scores["chars_tp"]
+    assert f"{scores['by_size'][5]['chars_gt']}" in shown.split("characters")[1].split("recall")[0]
+
+
+def test_a_submission_is_scored_without_the_images_except_by_size(data, tmp_path, evaluate):
+    images = json.loads((data / "jsons/val.json").read_text())["images"]
+    polygons = {
+        name: [np.array(word["points"], int) for word in image["words"].values()] for name, image in images.items()
+    }
+    write_submission(tmp_path / "a.csv", polygons)
+    arguments = ["--submission", tmp_path / "a.csv", "--data", data, "--json", tmp_path / "a.json"]
+    assert "left out" not in evaluate(*arguments)
+    shutil.rmtree(data / "images")
+    assert "2 images whose files are not there" in evaluate(*arguments)
+    scores = json.loads((tmp_path / "a.json").read_text())
+    assert scores["iou"]["recall"] == 1 and sum(row["chars_gt"] for row in scores["by_size"]) == 0
 
 
 def test_predict_takes_the_newest_run_and_writes_a_row_an_image(place, tmp_path):
@@ -195,6 +273,12 @@ def test_mistakes_of_evaluate_and_predict(place, tmp_path, typed):
     refused(typed("evaluate.py", cwd=place), "--submission")
     refused(typed("evaluate.py", checkpoint, "--split", "absent", cwd=place), "absent")
     refused(typed("evaluate.py", checkpoint, "--json", tmp_path / "file" / "a.json", cwd=place), "a.json")
+    refused(typed("evaluate.py", checkpoint, "--save", cwd=place), "--save: belongs to --tune")
+    refused(typed("evaluate.py", checkpoint, "--tune-picture", "a.png", cwd=place), "--tune-picture: belongs to")
+    refused(typed("evaluate.py", "--submission", "a.csv", "--tune", cwd=place), "--tune: a submission has no")
+    refused(typed("evaluate.py", checkpoint, "--tune", "--save", "--thresh", "0.2", cwd=place), "another --thresh")
+    refused(typed("evaluate.py", checkpoint, "--tune", "--tune-picture", "absent/a.png", cwd=place), "absent/a.png")
+    refused(typed("evaluate.py", checkpoint, "--tune", "--tune-picture", "a.gif", cwd=place), "a.gif", ".png")
     refused(typed("evaluate.py", checkpoint, "--backbone", "resnet18", cwd=place), "another architecture")
     refused(typed("predict.py", cwd=tmp_path), "runs/: holds no best.pt")
     refused(typed("predict.py", checkpoint, "--images", tmp_path / "empty", cwd=place), "holds no images")

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dbnet import metric
-from dbnet.metric import CLEval, score_image
+from dbnet.metric import CLEval, score_image, score_selections
 
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases" / "cleval.json"
 
@@ -303,3 +303,24 @@ def test_common_area_with_any_outline_is_the_intersection(quad, outline):
     computed = metric._common_area_with_outlines(turned.T[:, :, None], polygons, np.array([0]))
     expected = shapely.Polygon(quad).intersection(shapely.Polygon(outline)).area
     assert computed[0] == pytest.approx(expected, abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ several selections
+
+
+@given(any_polygons, any_polygons, st.lists(st.booleans(), min_size=6, max_size=6), st.integers(0, 2**18 - 1))
+@settings(deadline=None)
+def test_selections_score_as_if_there_were_no_other_detections(gt, det, flags, bits):
+    selections = [np.array([bits >> (6 * turn + place) & 1 for place in range(len(det))], bool) for turn in range(3)]
+    scores = score_selections(gt, det, flags[: len(gt)], selections)
+    for chosen, score in zip(selections, scores, strict=True):
+        others_gone = [polygon for polygon, is_chosen in zip(det, chosen, strict=True) if is_chosen]
+        assert score == score_image(gt, others_gone, flags[: len(gt)])
+
+
+def test_of_a_selection_the_first_500_are_scored():
+    chosen = np.ones(503, bool)
+    chosen[:3] = False
+    [all_of_them, later] = score_selections([WORD], [FAR] * 500 + [WORD] * 3, None, [np.ones(503, bool), chosen])
+    assert (all_of_them.detections, all_of_them.chars_tp) == (500, 0)
+    assert (later.detections, later.chars_tp) == (500, 4)
