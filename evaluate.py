@@ -24,13 +24,18 @@ WORST = 10  # images in the list of the worst
 def main() -> None:
     parser = ArgumentParser(__doc__)
     parser.add_argument("checkpoint", nargs="?", type=Path, metavar="CKPT", help="checkpoint to score")
-    parser.add_argument("--submission", type=Path, metavar="FILE.csv", help="submission to score in place of it")
+    parser.add_argument(
+        "--submission",
+        type=Path,
+        metavar="FILE",
+        help="submission to score in place of it, in any format that predict.py writes",
+    )
     parser.add_argument("--split", default="val", help="split of the data set (val)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all scores as JSON")
     parser.add_config_flags()
     args, changes = parser.parse()
     if (args.checkpoint is None) == (args.submission is None):
-        raise UserError("name either a checkpoint or --submission FILE.csv (see --help)")
+        raise UserError("name either a checkpoint or --submission FILE (see --help)")
 
     # Imported here, so that --help and a mistaken command line answer at once.
     from dbnet.files import check_writable, write_json
@@ -63,13 +68,13 @@ def evaluate_checkpoint(args: argparse.Namespace, changes: dict[str, Any]) -> "E
 
 def evaluate_submission(args: argparse.Namespace, changes: dict[str, Any]) -> "Evaluation":
     """Score the polygons of a submission file; images that it lacks count as without detections, and are said."""
-    from dbnet.annotations import find_json, read_annotations
+    from dbnet.annotations import read_labels
     from dbnet.evaluation import Evaluation
-    from dbnet.submission import read_submission
+    from dbnet.submission import read_detections
 
-    split = find_json(Path(Config().changed(**changes).data), args.split)
-    annotations = read_annotations(split)
-    submission = read_submission(args.submission)
+    config = Config().changed(**changes)
+    split, annotations = read_labels(Path(config.data), args.split, config.format)
+    submission = read_detections(args.submission, list(annotations))
     unknown = [name for name in submission if name not in annotations]
     if unknown:
         raise UserError(
@@ -79,7 +84,7 @@ def evaluate_submission(args: argparse.Namespace, changes: dict[str, Any]) -> "E
     print(f"{args.submission} on {split}")
     evaluation = Evaluation()
     for name, annotation in annotations.items():
-        evaluation.update(name, annotation, submission.get(name, []))
+        evaluation.update(name, annotation, submission[name].polygons if name in submission else [])
     missing = [name for name in annotations if name not in submission]
     if missing:
         print(f"{len(missing)} images of the split have no row and count 0, {missing[0]} first")
