@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,7 +138,7 @@ def _decode(where: str, data: bytes) -> str:
 
 def check_name(where: Path | str, name: str) -> str:
     """The name, where it is that of a file and leads into no other folder. Raises UserError."""
-    if not name or Path(name).name != name or "\0" in name:
+    if not name or name == ".." or Path(name).name != name or "\0" in name:
         raise UserError(f"{where}: {name!r} is not a plain file name; images lie directly in their folder")
     return name
 
@@ -244,10 +245,9 @@ def parse_totaltext(where: str, text: str) -> Annotation:
     long lists over several lines. Don't care is the transcription `#`."""
     annotation = Annotation()
     starts = [match.start() for match in re.finditer(r"^[ \t]*x:", text, re.MULTILINE)]
-    before = text[: starts[0]] if starts else text
-    if before.strip():
+    if text[: starts[0] if starts else None].strip():
         raise UserError(f"{where}: line 1: must begin with x: [[...]], y: [[...]]")
-    for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+    for start, end in pairwise([*starts, len(text)]):
         number = text.count("\n", 0, start) + 1
         match = _TOTALTEXT.fullmatch(text[start:end].strip())
         x, y = (match[group].replace(",", " ").split() for group in (1, 2)) if match else ([], [])

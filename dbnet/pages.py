@@ -75,13 +75,13 @@ def _full_size(page: "PdfPage", max_pixels: int) -> tuple[float, tuple[int, int]
     """Pixels for a point, and the page's (width, height) in pixels."""
     width, height = page.get_size()
     scale = min(DPI * _POINT, math.sqrt(max_pixels / (width * height)))
-    return scale, (max(1, round(width * scale)), max(1, round(height * scale)))
+    return scale, (math.ceil(width * scale), math.ceil(height * scale))
 
 
 @contextmanager
 def _open_page(path: Path) -> "Iterator[PdfPage]":
     page = _PAGE.fullmatch(path.name)
-    with _open(pdf_of(path)) as document:
+    with _open(path) as document:
         if not page:
             raise ImageError(f"{path}: a PDF of {len(document)} pages; name one, e.g. {path.name}#page=1")
         if not 1 <= int(page[2]) <= len(document):
@@ -91,14 +91,16 @@ def _open_page(path: Path) -> "Iterator[PdfPage]":
 
 @contextmanager
 def _open(path: Path) -> "Iterator[PdfDocument]":
+    """The document that `path`, a file or a page in it, names; messages name the path."""
     try:
         import pypdfium2
     except ImportError:
         raise UserError(f"{path}: reading PDF files needs pypdfium2: pip install pypdfium2") from None
+    file = pdf_of(path)
     with _one_at_a_time:
         try:
-            with path.open("rb"):  # for the system's own reason where it cannot
-                document = pypdfium2.PdfDocument(path)
+            with file.open("rb"):  # for the system's own reason where it cannot
+                document = pypdfium2.PdfDocument(file)
             try:
                 document.init_forms()
                 yield document
@@ -108,4 +110,4 @@ def _open(path: Path) -> "Iterator[PdfDocument]":
             raise ImageError(f"{path}: cannot be read ({error.strerror})") from None
         except (pypdfium2.PdfiumError, ArithmeticError, ValueError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
-            raise ImageError(f"{path}: not a PDF that can be opened ({reason})") from None
+            raise ImageError(f"{path}: cannot be read as a PDF ({reason})") from None
