@@ -62,7 +62,7 @@ def main() -> None:
 
     model, config, _ = load_model(checkpoint, changes)
     paths = find_images_at(args.images) if args.images else read_image_paths(Path(config.data), "test", config.format)
-    form = choose_format(args.out, args.out_format, (path.name for path in paths))
+    form = choose_format(args.out, args.out_format, [path.name for path in paths])
     device = pick_device(config.device)
     check_writable(args.out)
     if args.overlays:

@@ -299,24 +299,27 @@ def read_text_files(files: list[TextFile], form: str, images: list[str]) -> dict
     The file on NAME.jpg is called NAME.txt (or .json), NAME.jpg.txt, or such with a prefix that all of them have:
     gt_, poly_gt_ or res_. Raises UserError for a file on none of the images, or two files on one.
     """
-    by_stem: dict[str, list[str]] = {}
+    candidates: dict[str, list[str]] = {}
     for name in images:
-        by_stem.setdefault(name_stem(name), []).append(name)
-    prefix = next((p for p in ("poly_gt_", "gt_", "res_") if all(file.stem.startswith(p) for file in files)), "")
-    stems = [file.stem.removeprefix(prefix) for file in files]
-    if not all(stem in by_stem or stem in images for stem in stems):
-        whole = [file.stem for file in files]
-        stems = whole if all(stem in by_stem or stem in images for stem in whole) else stems
-    names = set(images)
+        candidates.setdefault(name_stem(name), []).append(name)
+    for name in images:
+        candidates.setdefault(name, [name])
+    stems = [file.stem for file in files]
+    prefix = next((p for p in ("poly_gt_", "gt_", "res_") if all(stem.startswith(p) for stem in stems)), "")
+    without = [stem.removeprefix(prefix) for stem in stems]
+    if any(stem in candidates for stem in without) or not all(stem in candidates for stem in stems):
+        stems = without
     found: dict[str, Annotation] = {}
     for file, stem in zip(files, stems, strict=True):
-        candidates = by_stem.get(stem) or [stem] * (stem in names)
-        if len(candidates) != 1:
-            wrong = f"belongs to {candidates[0]} or {candidates[1]}; rename one of these" if candidates else ""
-            raise UserError(f"{file.where}: {wrong or f'there is no image {stem!r}; put it there or take this away'}")
-        if candidates[0] in found:
-            raise UserError(f"{file.where}: another file is on {candidates[0]} as well; keep one of them")
-        found[candidates[0]] = TEXT_PARSERS[form](file.where, file.read())
+        match candidates.get(stem, []):
+            case [name] if name not in found:
+                found[name] = TEXT_PARSERS[form](file.where, file.read())
+            case [name]:
+                raise UserError(f"{file.where}: another file is on {name} as well; keep one of them")
+            case [first, second, *_]:
+                raise UserError(f"{file.where}: may be on {first} or {second}; rename one of these")
+            case _:
+                raise UserError(f"{file.where}: there is no image {stem!r}; put it there or take this file away")
     return {name: found[name] for name in images if name in found}
 
 

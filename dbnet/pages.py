@@ -14,7 +14,7 @@ import numpy as np
 from dbnet.errors import ImageError, UserError
 
 if TYPE_CHECKING:
-    from pypdfium2 import PdfDocument, PdfPage
+    from pypdfium2 import PdfDocument
 
 DPI = 200  # of a page whose polygons are given in pixels; a PDF itself has none
 
@@ -58,35 +58,36 @@ def read_page(path: Path, side: int | None, max_pixels: int) -> tuple[np.ndarray
     Raises:
         ImageError: the file is no PDF that can be opened, or has no such page.
     """
-    with _open_page(path) as page:
-        scale, size = _full_size(page, max_pixels)
+    with _open_page(path) as (document, index):
+        scale, size = _full_size(document, index, max_pixels)
         if side is not None:
             scale *= min(1, side / max(size))
-        return page.render(scale=scale, rev_byteorder=True).to_numpy().copy(), size
+        return document[index].render(scale=scale, rev_byteorder=True).to_numpy().copy(), size
 
 
 def read_page_size(path: Path, max_pixels: int) -> tuple[int, int]:
     """(width, height) of a page as `read_page` gives it, without rendering. Raises as it does."""
-    with _open_page(path) as page:
-        return _full_size(page, max_pixels)[1]
+    with _open_page(path) as (document, index):
+        return _full_size(document, index, max_pixels)[1]
 
 
-def _full_size(page: "PdfPage", max_pixels: int) -> tuple[float, tuple[int, int]]:
+def _full_size(document: "PdfDocument", index: int, max_pixels: int) -> tuple[float, tuple[int, int]]:
     """Pixels for a point, and the page's (width, height) in pixels."""
-    width, height = page.get_size()
+    width, height = document.get_page_size(index)
     scale = min(DPI * _POINT, math.sqrt(max_pixels / (width * height)))
     return scale, (math.ceil(width * scale), math.ceil(height * scale))
 
 
 @contextmanager
-def _open_page(path: Path) -> "Iterator[PdfPage]":
+def _open_page(path: Path) -> "Iterator[tuple[PdfDocument, int]]":
+    """The document that a page is in, and the page's place there, from 0."""
     page = _PAGE.fullmatch(path.name)
     with _open(path) as document:
         if not page:
             raise ImageError(f"{path}: a PDF of {len(document)} pages; name one, e.g. {path.name}#page=1")
         if not 1 <= int(page[2]) <= len(document):
             raise ImageError(f"{path}: no such page; the file has {len(document)}")
-        yield document[int(page[2]) - 1]
+        yield document, int(page[2]) - 1
 
 
 @contextmanager

@@ -3,7 +3,6 @@ the choice between it and the other formats that detections are written in."""
 
 import csv
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,10 @@ _MAX_FIELD = 1 << 28  # a row of 500 polygons with many points is longer than th
 _FORMAT_OF_SUFFIX = {".csv": "csv", ".json": "competition", ".zip": "icdar"}
 
 
-def choose_format(path: Path, form: str, names: Iterable[str]) -> str:
+def choose_format(path: Path, form: str, names: list[str]) -> str:
     """The format of detections to be written to `path`: `form`, or what its suffix says where that is auto.
 
-    Raises UserError where it says nothing, or where the format could not tell the images of these names apart.
+    Raises UserError where it says nothing, or where the format cannot hold images of these names.
     """
     if form == "auto":
         form = _FORMAT_OF_SUFFIX.get(path.suffix.lower(), "")
@@ -29,6 +28,9 @@ def choose_format(path: Path, form: str, names: Iterable[str]) -> str:
         raise UserError(f"{path}: its suffix names no format; end it in .csv, .json or .zip, or say --out-format")
     if form == "icdar":
         check_stems(names)
+    for name in names if form != "csv" else []:
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            raise UserError(f"{ascii(name)}: the file name is not UTF-8, as {form} files are; rename it or write a CSV")
     return form
 
 

@@ -112,6 +112,8 @@ def test_the_format_follows_the_suffix_and_tells_images_apart():
         choose_format(Path("a.txt"), "auto", [])
     with pytest.raises(UserError, match=r"a\.png: .*same name as a\.jpg"):
         choose_format(Path("a.zip"), "auto", ["a.jpg", "a.png"])
+    with pytest.raises(UserError, match="the file name is not UTF-8, as coco files are"):
+        choose_format(Path("a.json"), "coco", ["\udcff\n.jpg"])
 
 
 # ---- text files as they come
@@ -383,7 +385,7 @@ def test_broken_coco_is_named(tmp_path, content, message):
     [
         ({"b.txt": b""}, r"b\.txt: there is no image 'b'"),
         ({"a.txt": b"", "a.jpg.txt": b""}, "another file is on a.jpg"),
-        ({"twin.txt": b""}, r"belongs to twin\.jpg or twin\.png"),
+        ({"twin.txt": b""}, r"may be on twin\.jpg or twin\.png"),
         ({"a.txt": "합계".encode("cp949")}, "not text in UTF-8"),
         ({"a.md": b""}, "holds no annotations"),
     ],
