@@ -30,7 +30,7 @@ def choose_format(path: Path, form: str, names: list[str]) -> str:
         check_stems(names)
     for name in names if form != "csv" else []:
         if any("\ud800" <= character <= "\udfff" for character in name):
-            raise UserError(f"{ascii(name)}: the file name is not UTF-8, as {form} files are; rename it or write a CSV")
+            raise UserError(f"{name!a}: the file name is not UTF-8, as {form} files are; rename it or write a CSV")
     return form
 
 
