@@ -45,7 +45,7 @@ names = st.one_of(
 
 
 @pytest.mark.parametrize("form", ["competition", "coco", "icdar"])
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)  # a file a case, and a disk has its own pace
 @given(images=st.dictionaries(names, words, min_size=1, max_size=5).filter(lambda images: len(stems(images))))
 def test_what_is_written_is_read(tmp_path_factory, form, images):
     path = tmp_path_factory.mktemp(form) / f"a{SUFFIX[form]}"
@@ -72,7 +72,7 @@ def scores(found):
     return [score for _, _, score in found] or None
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)  # a file a case, and a disk has its own pace
 @given(images=st.dictionaries(names.filter(lambda name: "\r" not in name), words, max_size=5))
 def test_a_csv_is_read_among_the_other_formats(tmp_path_factory, images):
     path = tmp_path_factory.mktemp("csv") / "a.csv"
@@ -439,6 +439,7 @@ pieces = st.sampled_from(
 
 
 @pytest.mark.parametrize("form", list(TEXT_PARSERS))
+@settings(deadline=None)
 @given(text=st.lists(pieces, max_size=40).map("".join) | st.text(max_size=60))
 def test_any_text_is_read_or_refused(form, text):
     try:
@@ -461,6 +462,7 @@ json_values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(
     images=st.lists(st.fixed_dictionaries({"id": st.integers(0, 2), "file_name": st.text(max_size=3)}), max_size=2),
     annotations=st.lists(st.fixed_dictionaries({"image_id": st.integers(0, 2), "segmentation": json_values})),
