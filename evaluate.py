@@ -32,7 +32,12 @@ FREE_TO_SAVE = {"data", "workers", "strict", "batch_size", "device", "amp", "com
 def main() -> None:
     parser = ArgumentParser(__doc__)
     parser.add_argument("checkpoint", nargs="?", type=Path, metavar="CKPT", help="checkpoint to score")
-    parser.add_argument("--submission", type=Path, metavar="FILE.csv", help="submission to score in place of it")
+    parser.add_argument(
+        "--submission",
+        type=Path,
+        metavar="FILE",
+        help="submission to score in place of it, in any format that predict.py writes",
+    )
     parser.add_argument("--split", default="val", help="split of the data set (val)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all scores as JSON")
     parser.add_argument("--tune", action="store_true", help="search the best thresholds, unclip ratio and min_size")
@@ -43,7 +48,7 @@ def main() -> None:
     parser.add_config_flags()
     args, changes = parser.parse()
     if (args.checkpoint is None) == (args.submission is None):
-        raise UserError("name either a checkpoint or --submission FILE.csv (see --help)")
+        raise UserError("name either a checkpoint or --submission FILE (see --help)")
     check_tuning_flags(args, changes)
 
     # Imported here, so that --help and a mistaken command line answer at once.
@@ -170,15 +175,14 @@ def print_tuning(tuning: "Tuning", config: Config) -> None:
 
 def evaluate_submission(args: argparse.Namespace, changes: dict[str, Any]) -> "Evaluation":
     """Score the polygons of a submission file; images that it lacks count as without detections, and are said."""
-    from dbnet.annotations import find_json, read_annotations
+    from dbnet.annotations import read_labels
     from dbnet.evaluation import Evaluation
     from dbnet.images import ImageError, read_size
-    from dbnet.submission import read_submission
+    from dbnet.submission import read_detections
 
-    data = Path(Config().changed(**changes).data)
-    split = find_json(data, args.split)
-    annotations = read_annotations(split)
-    submission = read_submission(args.submission)
+    config = Config().changed(**changes)
+    split, annotations = read_labels(Path(config.data), args.split, config.format)
+    submission = read_detections(args.submission, list(annotations))
     unknown = [name for name in submission if name not in annotations]
     if unknown:
         raise UserError(
@@ -189,10 +193,10 @@ def evaluate_submission(args: argparse.Namespace, changes: dict[str, Any]) -> "E
     evaluation = Evaluation()
     for name, annotation in annotations.items():
         try:
-            size = read_size(data / "images" / args.split / name)
+            size = read_size(Path(config.data) / "images" / args.split / name)
         except ImageError:  # a submission can be scored without the images, except by size of text
             size = None
-        evaluation.update(name, annotation, submission.get(name, []), size=size)
+        evaluation.update(name, annotation, submission[name].polygons if name in submission else [], size=size)
     missing = [name for name in annotations if name not in submission]
     if missing:
         print(f"{len(missing)} images of the split have no row and count 0, {missing[0]} first")

@@ -69,6 +69,10 @@ class DataConfig:
     data: str = "data/datasets"
     """folder with images/{train,val,test}/ and jsons/{train,val,test}.json"""
 
+    format: Literal["auto", "competition", "coco", "icdar", "polygons", "totaltext", "labelme"] = "auto"
+    """what the annotations are: auto (by looking), competition or coco (jsons/SPLIT.json), or a file for each image in
+    labels/SPLIT/: icdar (x1,y1,...,x4,y4,transcription), polygons (any number of points), totaltext, labelme"""
+
     image_size: Annotated[int, Range(STRIDE, 8192)] = 640
     """longer side in pixels that images are resized to, everywhere (rounded up to a multiple of 32)"""
 

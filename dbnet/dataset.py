@@ -185,7 +185,7 @@ class TextDataset(ImageDataset):
     """
 
     def __init__(self, config: Config, split: str, train: bool) -> None:
-        paths, annotations = read_split(Path(config.data), split)
+        paths, annotations = read_split(Path(config.data), split, config.format)
         super().__init__(paths, config, config.pad if train else "tight")
         self.train = train
         self.annotations = annotations

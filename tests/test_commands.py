@@ -191,6 +191,38 @@ def test_a_submission_scores_what_its_checkpoint_scores(place, tmp_path):
     assert ours == theirs
 
 
+def test_detections_score_alike_in_every_format(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+
+    def run(script, *words):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        importlib.import_module(script).main()
+
+    scores = {}
+    for name, flags in {"a.csv": [], "a.json": [], "a.zip": [], "coco.json": ["--out-format", "coco"]}.items():
+        out = tmp_path / name
+        images = ["--images", "data/datasets/images/v*/*.jpg", "--thresh", "0.4", "--box-thresh", "0"]
+        run("predict", "runs/first/best.pt", *images, "--out", out, *flags)
+        run("evaluate", "--submission", out, "--json", tmp_path / "scores.json")
+        scores[name] = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["a.csv"]["detections"] > 0
+    assert all(score == scores["a.csv"] for score in scores.values())
+
+
+def test_pages_of_a_pdf_get_rows_and_overlays(place, tmp_path):
+    first, second = (
+        Image.open(path).convert("RGB") for path in sorted((place / "data/datasets/images/test").iterdir())
+    )
+    first.save(tmp_path / "two pages.pdf", save_all=True, append_images=[second])
+    out = tmp_path / "a.csv"
+    arguments = ["--images", tmp_path / "two pages.pdf", "--out", out, "--overlays", tmp_path / "overlays"]
+    result = command("predict.py", "runs/first/best.pt", *arguments, cwd=place)
+    assert result.returncode == 0, result.stderr
+    names = ["two pages.pdf#page=1", "two pages.pdf#page=2"]
+    assert list(read_submission(out)) == names
+    assert sorted(path.name for path in (tmp_path / "overlays").iterdir()) == [f"{name}.jpg" for name in names]
+
+
 def test_a_run_goes_on_where_it_stopped_and_its_weights_start_another_preset(place, tmp_path):
     work = Path(shutil.copytree(place, tmp_path / "work"))
     result = command("train.py", "--run", "first", "--resume", "--epochs", "2", cwd=work)
@@ -283,6 +315,9 @@ def test_mistakes_of_evaluate_and_predict(place, tmp_path, typed):
     refused(typed("predict.py", cwd=tmp_path), "runs/: holds no best.pt")
     refused(typed("predict.py", checkpoint, "--images", tmp_path / "empty", cwd=place), "holds no images")
     refused(typed("predict.py", checkpoint, "--images", tmp_path / "absent", cwd=place), "no such file or folder")
+    refused(typed("predict.py", checkpoint, "--out", tmp_path / "a.txt", cwd=place), "a.txt", "--out-format")
+    refused(typed("evaluate.py", checkpoint, "--format", "voc", cwd=place), "--format", "labelme")
+    refused(typed("evaluate.py", checkpoint, "--format", "icdar", cwd=place), "--format icdar", "labels/val")
     refused(typed("predict.py", checkpoint, "--out", tmp_path / "absent" / "a.csv", cwd=place), "a.csv")
     refused(typed("predict.py", checkpoint, "--overlays", tmp_path / "file", cwd=place), "file", "another folder")
     refused(typed("predict.py", tmp_path / "file", cwd=place), "file: not a checkpoint")
