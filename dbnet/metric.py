@@ -18,6 +18,7 @@ what there are many of is the last, since numpy is quickest along a long last ax
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from enum import StrEnum
 from functools import cached_property
 
 import numpy as np
@@ -87,6 +88,66 @@ class DatasetScore(ImageScore):
     images: int
 
 
+class Outcome(StrEnum):
+    """What became of a ground truth or a detection."""
+
+    CORRECT = "correct"
+    """Matched one to one."""
+    MISSED = "missed"
+    """A ground truth without a match."""
+    FALSE = "false"
+    """A detection without a match."""
+    SPLIT = "split"
+    """A ground truth matched with several detections, or one of these."""
+    MERGED = "merged"
+    """A detection matched with several ground truths, or one of these."""
+    DONT_CARE = "dont_care"
+    """A don't-care ground truth, or a detection mainly on such: neither right nor wrong."""
+    UNSCORED = "unscored"
+    """Of fewer than MIN_POINTS points, or after the first MAX_DETECTIONS detections."""
+
+
+@dataclass(frozen=True)
+class ImageMatch:
+    """Which ground truths and detections of an image CLEval matched, and what came of it."""
+
+    score: ImageScore
+    gt_scored: np.ndarray
+    """(ground truths,) which of those given are scored. Below, indices of ground truths are among these."""
+    det_scored: np.ndarray
+    """(detections,) which of those given are scored. Below, indices of detections are among these."""
+    gt_valid: np.ndarray
+    """(gt_scored.sum(),) which are not don't-care."""
+    det_valid: np.ndarray
+    """(det_scored.sum(),) which are not don't-care."""
+    gt: np.ndarray
+    """(matches,) the ground truth of each matched pair."""
+    det: np.ndarray
+    """(matches,) the detection of each matched pair."""
+    lengths: np.ndarray
+    """(gt_scored.sum(),) characters of each ground truth."""
+    is_found: np.ndarray
+    """(lengths.sum(),) which characters were found, word after word."""
+
+    def gt_outcomes(self) -> list[Outcome]:
+        """For each ground truth given. One both split and merged is SPLIT, so those are `score.splits` many."""
+        outcomes = _outcomes(self.gt_valid, self.gt, self.det, (Outcome.MISSED, Outcome.SPLIT, Outcome.MERGED))
+        return _spread(outcomes, self.gt_scored)
+
+    def det_outcomes(self) -> list[Outcome]:
+        """For each detection given. One both split and merged is MERGED, so those are `score.merges` many."""
+        outcomes = _outcomes(self.det_valid, self.det, self.gt, (Outcome.FALSE, Outcome.MERGED, Outcome.SPLIT))
+        return _spread(outcomes, self.det_scored)
+
+    def gt_chars(self) -> np.ndarray:
+        """(ground truths, 2) int, for each given: its characters that were found, and all; 0 where it is unscored."""
+        chars = np.zeros((len(self.gt_scored), 2), np.intp)
+        word = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        chars[self.gt_scored, 0] = np.bincount(word[self.is_found], minlength=len(self.lengths))
+        chars[self.gt_scored, 1] = self.lengths
+        return chars
+
+
 @dataclass
 class CLEval:
     """Collects the scores of images; `compute` sums them up. Processes that share a data set concatenate `images`."""
@@ -130,13 +191,22 @@ def score_image(
     Raises:
         ValueError: if a polygon is not (n, 2) or not finite, or `dont_care` is not one flag for each ground truth.
     """
+    return match_image(gt_polygons, det_polygons, dont_care).score
+
+
+def match_image(
+    gt_polygons: Sequence[ArrayLike],
+    det_polygons: Sequence[ArrayLike],
+    dont_care: Sequence[bool] | None = None,
+) -> ImageMatch:
+    """`score_image`, and what became of each polygon; arguments and errors are the same."""
     if dont_care is None:
         dont_care = np.zeros(len(gt_polygons), bool)
     elif len(dont_care) != len(gt_polygons):
         raise ValueError(f"dont_care has {len(dont_care)} flags for {len(gt_polygons)} ground truths")
-    gts, is_scored = _read_polygons(gt_polygons)
-    dets, _ = _read_polygons(det_polygons, limit=MAX_DETECTIONS)
-    gt_valid = ~np.asarray(dont_care, bool)[is_scored]
+    gts, gt_scored = _read_polygons(gt_polygons)
+    dets, det_scored = _read_polygons(det_polygons, limit=MAX_DETECTIONS)
+    gt_valid = ~np.asarray(dont_care, bool)[gt_scored]
 
     lengths = _lengths(gts, np.arange(len(gts)), _word_length)
     centres = _character_centres(gts, lengths)
@@ -148,8 +218,9 @@ def score_image(
     is_claimed = np.zeros(centres.shape[1], bool)
     is_claimed[claims] = True
     chars_tp = int(is_claimed.sum())
-    matches_of_gt = np.bincount(pairs.gt[is_matched], minlength=len(gts))
-    matches_of_det = np.bincount(pairs.det[is_matched], minlength=len(dets))
+    gt, det = pairs.gt[is_matched], pairs.det[is_matched]
+    matches_of_gt = np.bincount(gt, minlength=len(gts))
+    matches_of_det = np.bincount(det, minlength=len(dets))
     false_positives = np.flatnonzero(det_valid & (matches_of_det == 0))
     fp_chars = int(_lengths(dets, false_positives, _false_positive_length).sum())
     chars_gt = int(lengths[gt_valid].sum())
@@ -158,7 +229,7 @@ def score_image(
     gran_precision = int(np.maximum(matches_of_det - 1, 0).sum())
     recall = max(0, chars_tp - gran_recall) / max(chars_gt, 1)
     precision = max(0, chars_tp - gran_precision) / max(chars_det, 1)
-    return ImageScore(
+    score = ImageScore(
         precision=precision,
         recall=recall,
         hmean=2 * precision * recall / (precision + recall) if precision + recall else 0.0,
@@ -174,6 +245,25 @@ def score_image(
         gran_recall=gran_recall,
         gran_precision=gran_precision,
     )
+    return ImageMatch(score, gt_scored, det_scored, gt_valid, det_valid, gt, det, lengths, is_claimed)
+
+
+def _outcomes(
+    is_valid: np.ndarray, own: np.ndarray, partner: np.ndarray, names: tuple[Outcome, Outcome, Outcome]
+) -> list[Outcome]:
+    """Outcomes of the ground truths or of the detections, from the matched pairs: (k,) indices `own` on this side and
+    `partner` on the other. `names` are of those without a partner, with several, and with one that has several."""
+    partners = np.bincount(own, minlength=len(is_valid))
+    shares_partner = np.zeros(len(is_valid), bool)
+    shares_partner[own[np.bincount(partner)[partner] > 1]] = True
+    conditions = [~is_valid, partners == 0, partners > 1, shares_partner]
+    return [Outcome(name) for name in np.select(conditions, [Outcome.DONT_CARE, *names], Outcome.CORRECT).tolist()]
+
+
+def _spread(outcomes: list[Outcome], is_scored: np.ndarray) -> list[Outcome]:
+    """The outcomes of what is scored, in their places among all."""
+    following = iter(outcomes)
+    return [next(following) if scored else Outcome.UNSCORED for scored in is_scored]
 
 
 @dataclass(frozen=True)
@@ -250,11 +340,12 @@ class _Pairs:
 
 
 def _read_polygons(polygons: Sequence[ArrayLike], limit: int | None = None) -> tuple[_Polygons, np.ndarray]:
-    """Those with points enough to be scored, the first `limit` of them, and (len(polygons),) which have enough."""
+    """Those that are scored: with points enough, the first `limit` of them; and (len(polygons),) which those are."""
     arrays = [np.asarray(polygon) for polygon in polygons]
     counts = np.array([len(array) for array in arrays], np.intp)
     is_scored = counts >= MIN_POINTS
     scored = np.flatnonzero(is_scored)[:limit]
+    is_scored[scored[-1] + 1 if len(scored) else 0 :] = False
     arrays, counts = [arrays[index] for index in scored], counts[scored]
     points = np.concatenate(arrays, dtype=np.float64) if arrays else np.empty((0, 2))
     if points.ndim != 2 or points.shape[1] != 2:
