@@ -148,9 +148,8 @@ def print_comparison(comparison: "Comparison") -> None:
     print(f"\n{'':<9}  {'there':>6}    here   change   ({comparison.path}; {len(comparison.after)} images in both)")
     for name, there, here in zip(("precision", "recall", "H-Mean"), before, after, strict=True):
         print(f"{name:<9}  {there:6.4f}  {here:6.4f}  {here - there:+7.4f}")
-    print(
-        f"\n{len(better)} images better, {len(worse)} worse, {len(comparison.after) - len(better) - len(worse)} as before"
-    )
+    same = len(comparison.after) - len(better) - len(worse)
+    print(f"\n{len(better)} images better, {len(worse)} worse, {same} as before")
     for title, changes in (("most improved", better[:CHANGED]), ("most worsened", worse[:CHANGED])):
         if changes:
             width = max(len(title), *(len(name) for name, _ in changes))

@@ -31,6 +31,7 @@ from dbnet.metric import Outcome, match_image
 PICTURE_SIDE = 1024  # longer side in pixels
 PICTURE_BYTES = 75_000  # at most; 400 images in base64, with maps and polygons, then stay under 60 MB
 MAP_SIDE = 512
+MAP_BYTES = 15_000  # at most
 MAP_LEVELS = 16  # of probability, 4 bits a pixel
 
 SIZE_EDGES = (0, 0.005, 0.01, 0.015, 0.02, 0.025, 0.1, 0.5, 1)
@@ -41,9 +42,9 @@ _QUALITIES = (75, 65, 55, 45, 35, 25)  # of JPEG, tried one after the other
 _SHRINK = 0.8
 _FAR = 100_000  # pixels; what lies beyond is drawn there
 
-# Low to high probability: dark violet over green to yellow, and ever less transparent.
-_MAP_COLORS = cv2.applyColorMap(np.linspace(0, 255, MAP_LEVELS).astype(np.uint8), cv2.COLORMAP_VIRIDIS)[:, 0, ::-1]
-_MAP_ALPHAS = np.linspace(0, 215, MAP_LEVELS).astype(np.uint8)
+# Low to high probability: dark violet over green to yellow, ever less transparent; the lowest, noise, is not seen.
+_MAP_COLORS = cv2.applyColorMap(np.linspace(0, 255, MAP_LEVELS, dtype=np.uint8)[None], cv2.COLORMAP_VIRIDIS)[0, :, ::-1]
+_MAP_ALPHAS = np.linspace(-15, 215, MAP_LEVELS).clip(0).astype(np.uint8)
 
 
 @dataclass
@@ -203,17 +204,19 @@ def encode_picture(pixels: np.ndarray) -> bytes:
 
 
 def encode_map(prob_map: np.ndarray) -> bytes:
-    """A (height, width) uint8 probability map x 255 as a small PNG to lay over the picture: coloured, of MAP_LEVELS
-    levels, the lowest transparent."""
+    """A (height, width) uint8 probability map x 255 as a PNG to lay over the picture, of at most MAP_SIDE pixels and
+    MAP_BYTES: coloured, of MAP_LEVELS levels, the lowest transparent."""
     height, width = prob_map.shape
-    if max(width, height) > MAP_SIDE:
-        prob_map = cv2.resize(prob_map, Letterbox(width, height, MAP_SIDE).resized, interpolation=cv2.INTER_AREA)
-    levels = np.round(prob_map * ((MAP_LEVELS - 1) / 255)).astype(np.uint8)
-    image = Image.fromarray(levels)
-    image.putpalette(_MAP_COLORS.tobytes())
-    file = BytesIO()
-    image.save(file, "PNG", bits=4, transparency=_MAP_ALPHAS.tobytes(), optimize=True)
-    return file.getvalue()
+    side = min(MAP_SIDE, max(width, height))
+    while True:
+        reduced = cv2.resize(prob_map, Letterbox(width, height, side).resized, interpolation=cv2.INTER_AREA)
+        image = Image.fromarray(np.round(reduced * ((MAP_LEVELS - 1) / 255)).astype(np.uint8))
+        image.putpalette(_MAP_COLORS.tobytes())
+        file = BytesIO()
+        image.save(file, "PNG", bits=4, transparency=_MAP_ALPHAS.tobytes())
+        if file.tell() <= MAP_BYTES:
+            return file.getvalue()
+        side = int(side * _SHRINK)
 
 
 def _flat(polygon: np.ndarray) -> list[int]:

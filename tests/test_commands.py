@@ -90,6 +90,38 @@ def test_evaluate_writes_scores_image_by_image(place, tmp_path):
     assert scores["hmean"] == pytest.approx(np.mean([image["hmean"] for image in scores["per_image"].values()]))
 
 
+def test_evaluate_writes_a_report_and_compares(place, tmp_path):
+    earlier, page = tmp_path / "earlier.json", tmp_path / "report.html"
+    flags = ["--thresh", "0.4", "--box-thresh", "0"]
+    command("evaluate.py", "runs/first/best.pt", "--json", earlier, *flags, cwd=place)
+    result = command("evaluate.py", "runs/first/best.pt", "--report", page, "--compare", earlier, *flags, cwd=place)
+    assert result.returncode == 0, result.stderr
+    assert "0 images better, 0 worse, 2 as before" in result.stdout
+    written = page.read_text()
+    assert all(f'id="{kind}-{index}"' in written for kind in ("jpeg", "prob_map") for index in range(2))
+
+    (tmp_path / "empty.csv").write_text("filename,polygons\n")
+    scored = ["evaluate.py", "--submission", tmp_path / "empty.csv", "--report", page, "--compare", earlier]
+    result = command(*scored, cwd=place)
+    assert result.returncode == 0, result.stderr
+    assert 'id="jpeg-1"' in page.read_text() and 'id="prob_map-' not in page.read_text()
+    assert "cannot be read" not in page.read_text()
+
+
+def test_a_report_or_a_comparison_that_cannot_be_is_refused_before_the_work(place, tmp_path, typed):
+    score = ["evaluate.py", "runs/first/best.pt"]
+    refused(
+        typed(*score, "--report", tmp_path / "no" / "report.html", cwd=place), "no/report.html", "cannot be written"
+    )
+    refused(typed(*score, "--compare", tmp_path / "no.json", cwd=place), "no.json", "cannot be read")
+    other = tmp_path / "other.json"
+    other.write_text('{"per_image": {"elsewhere.jpg": {"precision": 1, "recall": 1, "hmean": 1}}}')
+    refused(typed(*score, "--compare", other, cwd=place), "other.json", "no image of this split")
+    (tmp_path / "empty.csv").write_text("filename,polygons\n")
+    submission = ["evaluate.py", "--submission", tmp_path / "empty.csv"]
+    refused(typed(*submission, "--compare", other, cwd=place), "other.json", "no image of this split")
+
+
 def test_predict_takes_the_newest_run_and_writes_a_row_an_image(place, tmp_path):
     out = tmp_path / "submission.csv"
     result = command("predict.py", "--out", out, "--overlays", tmp_path / "overlays", cwd=place)
