@@ -3,7 +3,7 @@
     python evaluate.py runs/NAME/best.pt --report report.html
     python docs/make_screenshots.py report.html
 
-Writes report.jpg, all images, and report-image.jpg, the image of most mistakes, beside this script. Needs Chromium, its
+Writes report.jpg, all images, and report-image.jpg, the worst of them, beside this script. Needs Chromium, its
 driver (Debian: apt install chromium chromium-driver) and `pip install selenium`.
 """
 

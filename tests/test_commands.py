@@ -91,19 +91,20 @@ def test_evaluate_writes_scores_image_by_image(place, tmp_path):
 
 
 def test_evaluate_writes_a_report_and_compares(place, tmp_path):
-    earlier, page = tmp_path / "earlier.json", tmp_path / "report.html"
-    flags = ["--thresh", "0.4", "--box-thresh", "0"]
-    command("evaluate.py", "runs/first/best.pt", "--json", earlier, *flags, cwd=place)
-    result = command("evaluate.py", "runs/first/best.pt", "--report", page, "--compare", earlier, *flags, cwd=place)
+    earlier, page, empty = tmp_path / "earlier.json", tmp_path / "report.html", tmp_path / "empty.csv"
+    flags = ["--thresh", "0.4", "--box-thresh", "0", "--json", earlier, "--report", page]
+    result = command("evaluate.py", "runs/first/best.pt", *flags, cwd=place)
     assert result.returncode == 0, result.stderr
-    assert "0 images better, 0 worse, 2 as before" in result.stdout
-    written = page.read_text()
-    assert all(f'id="{kind}-{index}"' in written for kind in ("jpeg", "prob_map") for index in range(2))
+    assert all(f'id="{kind}-{index}"' in page.read_text() for kind in ("jpeg", "prob_map") for index in range(2))
 
-    (tmp_path / "empty.csv").write_text("filename,polygons\n")
-    scored = ["evaluate.py", "--submission", tmp_path / "empty.csv", "--report", page, "--compare", earlier]
-    result = command(*scored, cwd=place)
+    empty.write_text("filename,polygons\n")
+    result = command("evaluate.py", "--submission", empty, "--report", page, "--compare", earlier, cwd=place)
     assert result.returncode == 0, result.stderr
+    precision = json.loads(earlier.read_text())["precision"]
+    assert (
+        f"precision  {precision:.4f}  0.0000  {-precision:+.4f}" in result.stdout
+        and "2 images in both" in result.stdout
+    )
     assert 'id="jpeg-1"' in page.read_text() and 'id="prob_map-' not in page.read_text()
     assert page.read_text().count('"error":null') == 2
 
