@@ -102,7 +102,7 @@ def test_evaluate_writes_a_report_and_compares(place, tmp_path):
     assert result.returncode == 0, result.stderr
     precision = json.loads(earlier.read_text())["precision"]
     assert (
-        f"precision  {precision:.4f}  0.0000  {-precision:+.4f}" in result.stdout
+        f"precision  {precision:.4f}  0.0000  {0 - precision:+.4f}" in result.stdout
         and "2 images in both" in result.stdout
     )
     assert 'id="jpeg-1"' in page.read_text() and 'id="prob_map-' not in page.read_text()
