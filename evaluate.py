@@ -4,6 +4,8 @@
     python evaluate.py runs/NAME/best.pt --box-thresh 0.35     with another threshold than it was trained with
     python evaluate.py --submission submission.csv             without a network
     python evaluate.py runs/NAME/best.pt --json scores.json    all numbers, image by image
+    python evaluate.py runs/NAME/best.pt --report report.html  a page that shows each image and each mistake
+    python evaluate.py runs/NAME/best.pt --compare scores.json what got better and worse since those scores
     python evaluate.py runs/NAME/best.pt --tune                which thresholds and unclip ratio would be best
     python evaluate.py runs/NAME/best.pt --tune --save         and keep them in the checkpoint, if they really are
 
@@ -18,15 +20,16 @@ from dbnet.config import ArgumentParser, Config
 from dbnet.errors import UserError, run_script
 
 if TYPE_CHECKING:
+    from dbnet.comparison import Comparison
     from dbnet.evaluation import Evaluation
     from dbnet.inference import Pipeline
     from dbnet.model import DBNet
+    from dbnet.report import Report
     from dbnet.tuning import Tuning
 
-WORST = 10  # images in the list of the worst
-BEST = 10  # combinations in the list of the best
+REPORTED = ("data", "backbone", "image_size", "use_polygon", "thresh", "box_thresh", "polygon_unclip_ratio", "min_size")
 # What says where and how fast, but not what the network sees or how its maps are read: --save leaves these as they are.
-FREE_TO_SAVE = {"data", "workers", "strict", "batch_size", "device", "amp", "compile"}
+FREE_TO_SAVE = {"data", "format", "workers", "strict", "batch_size", "device", "amp", "compile"}
 
 
 def main() -> None:
@@ -40,6 +43,8 @@ def main() -> None:
     )
     parser.add_argument("--split", default="val", help="split of the data set (val)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all scores as JSON")
+    parser.add_argument("--report", type=Path, metavar="FILE.html", help="write a page that shows every image")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="JSON of another evaluation to compare with")
     parser.add_argument("--tune", action="store_true", help="search the best thresholds, unclip ratio and min_size")
     parser.add_argument("--save", action="store_true", help="with --tune: keep the best ones in the checkpoint")
     parser.add_argument(
@@ -52,24 +57,22 @@ def main() -> None:
     check_tuning_flags(args, changes)
 
     # Imported here, so that --help and a mistaken command line answer at once.
-    from dbnet.files import check_writable, write_json
+    from dbnet.files import check_writable
 
-    if args.json:
-        check_writable(args.json)
+    for path in filter(None, (args.json, args.report)):
+        check_writable(path)
     if args.tune:
         tune_checkpoint(args, changes)
-        return
-    evaluation = evaluate_submission(args, changes) if args.submission else evaluate_checkpoint(args, changes)
-    print_scores(evaluation)
-    if args.json:
-        write_json(args.json, evaluation.to_dict())
-        print(f"all scores: {args.json}")
+    else:
+        score(args, changes)
 
 
 def check_tuning_flags(args: argparse.Namespace, changes: dict[str, Any]) -> None:
-    """Raise UserError for --save and --tune-picture without --tune, and for --save with settings of another network."""
-    if args.tune and args.submission:
-        raise UserError("--tune: a submission has no probability maps; name a checkpoint in place of --submission")
+    """Raise UserError for flags that do not go with --tune, and for --save with settings of another network."""
+    if args.tune:
+        for flag, value in (("--submission", args.submission), ("--report", args.report), ("--compare", args.compare)):
+            if value:
+                raise UserError(f"--tune: scores combinations of a checkpoint's settings; leave {flag} out")
     for flag, value in (("--save", args.save), ("--tune-picture", args.tune_picture)):
         if value and not args.tune:
             raise UserError(f"{flag}: belongs to --tune; add that, or leave {flag} out")
@@ -81,6 +84,28 @@ def check_tuning_flags(args: argparse.Namespace, changes: dict[str, Any]) -> Non
             f"--save: the checkpoint would get values that were tuned with another --{others[0].replace('_', '-')} "
             f"than its own; leave one of the two out"
         )
+
+
+def score(args: argparse.Namespace, changes: dict[str, Any]) -> None:
+    """Score the checkpoint or the submission, and show and write what was asked for."""
+    from dbnet.comparison import Comparison
+    from dbnet.files import write_json
+    from dbnet.report import Report
+
+    comparison = Comparison.read(args.compare) if args.compare else None
+    report = Report() if args.report else None
+    evaluate = evaluate_submission if args.submission else evaluate_checkpoint
+    evaluation = evaluate(args, changes, report, comparison)
+    print(evaluation.table())
+    if comparison:
+        comparison.compare(evaluation.per_image)
+        print(comparison.table())
+    if args.json:
+        write_json(args.json, evaluation.to_dict())
+        print(f"all scores: {args.json}")
+    if report:
+        report.write(args.report, evaluation, comparison)
+        print(f"report: {args.report} ({args.report.stat().st_size / 1e6:.1f} MB)")
 
 
 def open_checkpoint(args: argparse.Namespace, changes: dict[str, Any]) -> "tuple[DBNet, Pipeline]":
@@ -100,10 +125,57 @@ def open_checkpoint(args: argparse.Namespace, changes: dict[str, Any]) -> "tuple
     return model, Pipeline(dataset, config, device)
 
 
-def evaluate_checkpoint(args: argparse.Namespace, changes: dict[str, Any]) -> "Evaluation":
+def evaluate_checkpoint(
+    args: argparse.Namespace, changes: dict[str, Any], report: "Report | None", comparison: "Comparison | None"
+) -> "Evaluation":
     """Run the network over the split and score what it finds."""
     model, pipeline = open_checkpoint(args, changes)
-    return pipeline.evaluate(model)
+    if comparison:
+        comparison.check_shares(path.name for path in pipeline.dataset.paths)
+    if report:
+        report.title = f"{args.checkpoint} on {args.split}"
+        report.settings = {field: getattr(pipeline.config, field) for field in REPORTED}
+    return pipeline.evaluate(model, report=report)
+
+
+def evaluate_submission(
+    args: argparse.Namespace, changes: dict[str, Any], report: "Report | None", comparison: "Comparison | None"
+) -> "Evaluation":
+    """Score the polygons of a submission file; images that it lacks count as without detections, and are said."""
+    from dbnet.annotations import read_labels
+    from dbnet.evaluation import Evaluation
+    from dbnet.images import ImageError, read_size
+    from dbnet.submission import read_detections
+
+    config = Config().changed(**changes)
+    split, annotations = read_labels(Path(config.data), args.split, config.format)
+    submission = read_detections(args.submission, list(annotations))
+    unknown = [name for name in submission if name not in annotations]
+    if unknown:
+        raise UserError(
+            f"{args.submission}: {unknown[0]} is not in {split} (nor are {len(unknown) - 1} others); "
+            f"choose the split with --split and the data set with --data"
+        )
+    if comparison:
+        comparison.check_shares(annotations)
+    if report:
+        report.title, report.settings = f"{args.submission} on {args.split}", {"data": config.data}
+    print(f"{args.submission} on {split}")
+    evaluation = Evaluation()
+    for name, annotation in annotations.items():
+        path = Path(config.data) / "images" / args.split / name
+        try:
+            size = read_size(path)
+        except ImageError:  # a submission can be scored without the images, except by size of text
+            size = None
+        polygons = submission[name].polygons if name in submission else []
+        evaluation.update(name, annotation, polygons, size=size)
+        if report:
+            report.add(path, annotation, polygons)
+    missing = [name for name in annotations if name not in submission]
+    if missing:
+        print(f"{len(missing)} images of the split have no row and count 0, {missing[0]} first")
+    return evaluation
 
 
 def tune_checkpoint(args: argparse.Namespace, changes: dict[str, Any]) -> None:
@@ -128,7 +200,7 @@ def tune_checkpoint(args: argparse.Namespace, changes: dict[str, Any]) -> None:
         if found.error:
             print(f"counts 0: {found.error}")
     tuning = tune(pages, config, workers=count_workers(config))
-    print_tuning(tuning, config)
+    print(tuning.table(config))
     write_image(picture, draw_tuning(tuning))
     print(f"picture of H-Mean over thresh and box_thresh: {picture}")
     if args.json:
@@ -151,91 +223,6 @@ def save_tuning(args: argparse.Namespace, tuning: "Tuning", config: Config) -> N
     tunings = [*load_checkpoint(args.checkpoint).get("tunings", []), record]
     change_checkpoint(args.checkpoint, best.changes(config), tunings=tunings)
     print(f"saved: {args.checkpoint} now has the best values; its old ones are kept in it, under `tunings`")
-
-
-def print_tuning(tuning: "Tuning", config: Config) -> None:
-    """Print the best combinations beside the checkpoint's own, and what of the gain lasts on unseen images."""
-    own = tuning.means[0, 2]
-    names = tuning.combinations[0].names(config)
-    print(f"\n{len(tuning.combinations)} combinations on {tuning.scores.shape[1]} images\n")
-    header = [f"{name:>{max(len(name), 6)}}" for name in names]
-    print("  ".join([f"{'':>6}", *header, "precision", "recall", "H-Mean", "   gain"]))
-    for place, index in [("own", 0), *enumerate(tuning.ranking(BEST), start=1)]:
-        precision, recall, hmean = tuning.means[index]
-        cells = [f"{value:>{len(cell)}g}" for value, cell in zip(tuning.combinations[index], header, strict=True)]
-        print(
-            "  ".join([f"{place:>6}", *cells, f"{precision:9.4f}", f"{recall:6.4f}", f"{hmean:6.4f}"]),
-            f" {hmean - own:+7.4f}",
-        )
-    print(
-        f"\ncross-validated, each half of the images with the values that are best on the other half:\n"
-        f"H-Mean {tuning.cross_validated:.4f}, {tuning.cross_validated - own:+.4f} to the checkpoint's own {own:.4f}\n"
-    )
-
-
-def evaluate_submission(args: argparse.Namespace, changes: dict[str, Any]) -> "Evaluation":
-    """Score the polygons of a submission file; images that it lacks count as without detections, and are said."""
-    from dbnet.annotations import read_labels
-    from dbnet.evaluation import Evaluation
-    from dbnet.images import ImageError, read_size
-    from dbnet.submission import read_detections
-
-    config = Config().changed(**changes)
-    split, annotations = read_labels(Path(config.data), args.split, config.format)
-    submission = read_detections(args.submission, list(annotations))
-    unknown = [name for name in submission if name not in annotations]
-    if unknown:
-        raise UserError(
-            f"{args.submission}: {unknown[0]} is not in {split} (nor are {len(unknown) - 1} others); "
-            f"choose the split with --split and the data set with --data"
-        )
-    print(f"{args.submission} on {split}")
-    evaluation = Evaluation()
-    for name, annotation in annotations.items():
-        try:
-            size = read_size(Path(config.data) / "images" / args.split / name)
-        except ImageError:  # a submission can be scored without the images, except by size of text
-            size = None
-        evaluation.update(name, annotation, submission[name].polygons if name in submission else [], size=size)
-    missing = [name for name in annotations if name not in submission]
-    if missing:
-        print(f"{len(missing)} images of the split have no row and count 0, {missing[0]} first")
-    return evaluation
-
-
-def print_scores(evaluation: "Evaluation") -> None:
-    """Print totals and the worst images."""
-    score = evaluation.compute()
-    for line in evaluation.unreadable:
-        print(f"counts 0: {line}")
-    print(f"\nprecision {score.precision:.4f}\nrecall    {score.recall:.4f}\nH-Mean    {score.hmean:.4f}\n")
-    print(
-        f"{score.images} images, {score.words} words, {score.detections} detections, "
-        f"{score.splits} splits, {score.merges} merges\n"
-    )
-    iou = evaluation.total_iou()
-    print(f"IoU over 0.5: precision {iou.precision:.4f}, recall {iou.recall:.4f}, H-Mean {iou.hmean:.4f}\n")
-    print_recall_by_size(evaluation)
-    worst = evaluation.worst(WORST)
-    width = max(len("worst images"), *(len(name) for name, _ in worst))
-    print(f"{'worst images':<{width}}  H-Mean  precision  recall  words  detections")
-    for name, image in worst:
-        print(
-            f"{name:<{width}}  {image.hmean:6.4f}  {image.precision:9.4f}  {image.recall:6.4f}  "
-            f"{image.words:5d}  {image.detections:10d}"
-        )
-
-
-def print_recall_by_size(evaluation: "Evaluation") -> None:
-    """Print CLEval's characters, and the share of them that was found, by height of text over the longer side."""
-    rows = evaluation.by_size()
-    print("size of text  " + "".join(f"{row['from']:>8g}" for row in rows) + f"{rows[-1]['to']:>5g}")
-    print("characters    " + "".join(f"{row['chars_gt']:>8d}" for row in rows))
-    print("recall        " + "".join(f"{row['recall']:>8.4f}" if row["chars_gt"] else f"{'-':>8}" for row in rows))
-    without_size = len(evaluation.per_image) - len(evaluation.chars_per_image)
-    if without_size:
-        print(f"{without_size} images whose files are not there to tell their size are left out of these")
-    print()
 
 
 if __name__ == "__main__":

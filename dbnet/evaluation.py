@@ -8,8 +8,10 @@ import numpy as np
 
 from dbnet.annotations import Annotation
 from dbnet.iou import IoUScore, score_iou, total_iou
-from dbnet.metric import CLEval, DatasetScore, ImageScore, score_words
+from dbnet.metric import CLEval, DatasetScore, ImageScore, match_image
 from dbnet.text_size import chars_by_size, size_rows
+
+WORST = 10  # images in the list of the worst
 
 
 @dataclass
@@ -39,10 +41,11 @@ class Evaluation:
         """Score the detected (n, 2) polygons of the image `name`, in pixels of the original; `size` is that one's width
         and height, None if it is not known."""
         polygons = list(polygons)
-        self.per_image[name], words = score_words(annotation.polygons, polygons, annotation.dont_care)
+        match = match_image(annotation.polygons, polygons, annotation.dont_care)
+        self.per_image[name] = match.score
         self.iou_per_image[name] = score_iou(annotation.polygons, polygons, annotation.dont_care)
         if size:
-            self.chars_per_image[name] = chars_by_size(annotation.polygons, size, words.chars, words.found)
+            self.chars_per_image[name] = chars_by_size(annotation.polygons, size, match.gt_chars())
         if error:
             self.unreadable.append(error)
 
@@ -75,3 +78,37 @@ class Evaluation:
                 for name, score in self.per_image.items()
             },
         }
+
+    def table(self) -> str:
+        """Totals, recall by size of text and the worst images, as text."""
+        score, iou = self.compute(), self.total_iou()
+        lines = [
+            *(f"counts 0: {line}" for line in self.unreadable),
+            f"\nprecision {score.precision:.4f}\nrecall    {score.recall:.4f}\nH-Mean    {score.hmean:.4f}\n",
+            f"{score.images} images, {score.words} words, {score.detections} detections, "
+            f"{score.splits} splits, {score.merges} merges\n",
+            f"IoU over 0.5: precision {iou.precision:.4f}, recall {iou.recall:.4f}, H-Mean {iou.hmean:.4f}\n",
+            *self._size_lines(),
+        ]
+        worst = self.worst(WORST)
+        width = max(len("worst images"), *(len(name) for name, _ in worst))
+        lines.append(f"\n{'worst images':<{width}}  H-Mean  precision  recall  words  detections")
+        for name, image in worst:
+            lines.append(
+                f"{name:<{width}}  {image.hmean:6.4f}  {image.precision:9.4f}  {image.recall:6.4f}  "
+                f"{image.words:5d}  {image.detections:10d}"
+            )
+        return "\n".join(lines)
+
+    def _size_lines(self) -> list[str]:
+        """CLEval's characters, and the share of them that was found, by height of text over the longer side."""
+        rows = self.by_size()
+        lines = [
+            "size of text  " + "".join(f"{row['from']:>8g}" for row in rows) + f"{rows[-1]['to']:>5g}",
+            "characters    " + "".join(f"{row['chars_gt']:>8d}" for row in rows),
+            "recall        " + "".join(f"{row['recall']:>8.4f}" if row["chars_gt"] else f"{'-':>8}" for row in rows),
+        ]
+        without_size = len(self.per_image) - len(self.chars_per_image)
+        if without_size:
+            lines.append(f"{without_size} images whose files are not there to tell their size are left out of these")
+        return lines

@@ -19,6 +19,7 @@ from dbnet.images import ImageError
 from dbnet.memory import BatchPlan, run_until_it_fits
 from dbnet.model import DBNet
 from dbnet.postprocess import extract_polygons
+from dbnet.report import Report
 
 _WAITING_IMAGES = 64  # on a GPU, more maps than this do not wait for their polygons; then the network does
 
@@ -120,10 +121,10 @@ class Pipeline:
         for index, prob_map, future in waiting:
             yield Detection(index, *future.result(), prob_map, None)
 
-    def evaluate(self, model: DBNet, title: str = "") -> Evaluation:
+    def evaluate(self, model: DBNet, title: str = "", report: Report | None = None) -> Evaluation:
         """CLEval of what `detect` finds in an annotated split, a TextDataset, with a progress bar; raises as it does.
 
-        Scores are in the order of the data set.
+        Scores are in the order of the data set. A `report` takes in each image.
         """
         dataset: TextDataset = self.dataset
         evaluation = Evaluation()
@@ -133,6 +134,9 @@ class Pipeline:
             name, annotation = dataset.paths[detection.index].name, dataset.annotations[detection.index]
             size = dataset.size(detection.index)
             evaluation.update(name, annotation, detection.polygons, detection.error, size)
+            if report:
+                path = dataset.paths[detection.index]
+                report.add(path, annotation, detection.polygons, detection.scores, detection.prob_map)
         evaluation.per_image = {path.name: evaluation.per_image[path.name] for path in dataset.paths}
         return evaluation
 

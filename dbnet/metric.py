@@ -18,6 +18,7 @@ what there are many of is the last, since numpy is quickest along a long last ax
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from enum import StrEnum
 from functools import cached_property
 from typing import Self
 
@@ -82,20 +83,71 @@ class ImageScore:
 
 
 @dataclass(frozen=True)
-class WordScores:
-    """CLEval of an image word by word; an element for each ground truth, in the order given."""
-
-    chars: np.ndarray
-    """(len,) int: pseudo-characters, 0 if it is don't-care or not scored; they sum to `chars_gt`."""
-    found: np.ndarray
-    """(len,) int: how many of them were found; they sum to `chars_tp`."""
-
-
-@dataclass(frozen=True)
 class DatasetScore(ImageScore):
     """CLEval of a data set: precision, recall and hmean are means over its images, all counts are sums."""
 
     images: int
+
+
+class Outcome(StrEnum):
+    """What became of a ground truth or a detection."""
+
+    CORRECT = "correct"
+    """Matched one to one."""
+    MISSED = "missed"
+    """A ground truth without a match."""
+    FALSE = "false"
+    """A detection without a match."""
+    SPLIT = "split"
+    """A ground truth matched with several detections, or one of these."""
+    MERGED = "merged"
+    """A detection matched with several ground truths, or one of these."""
+    DONT_CARE = "dont_care"
+    """A don't-care ground truth, or a detection mainly on such: neither right nor wrong."""
+    UNSCORED = "unscored"
+    """Of fewer than MIN_POINTS points, or after the first MAX_DETECTIONS detections."""
+
+
+@dataclass(frozen=True)
+class ImageMatch:
+    """Which ground truths and detections of an image CLEval matched, and what came of it."""
+
+    score: ImageScore
+    gt_scored: np.ndarray
+    """(ground truths,) which of those given are scored. Below, indices of ground truths are among these."""
+    det_scored: np.ndarray
+    """(detections,) which of those given are scored. Below, indices of detections are among these."""
+    gt_valid: np.ndarray
+    """(gt_scored.sum(),) which are not don't-care."""
+    det_valid: np.ndarray
+    """(det_scored.sum(),) which are not don't-care."""
+    gt: np.ndarray
+    """(matches,) the ground truth of each matched pair."""
+    det: np.ndarray
+    """(matches,) the detection of each matched pair."""
+    lengths: np.ndarray
+    """(gt_scored.sum(),) characters of each ground truth."""
+    is_found: np.ndarray
+    """(lengths.sum(),) which characters were found, word after word."""
+
+    def gt_outcomes(self) -> list[Outcome]:
+        """For each ground truth given. One both split and merged is SPLIT, so those are `score.splits` many."""
+        outcomes = _outcomes(self.gt_valid, self.gt, self.det, (Outcome.MISSED, Outcome.SPLIT, Outcome.MERGED))
+        return _spread(outcomes, self.gt_scored)
+
+    def det_outcomes(self) -> list[Outcome]:
+        """For each detection given. One both split and merged is MERGED, so those are `score.merges` many."""
+        outcomes = _outcomes(self.det_valid, self.det, self.gt, (Outcome.FALSE, Outcome.MERGED, Outcome.SPLIT))
+        return _spread(outcomes, self.det_scored)
+
+    def gt_chars(self) -> np.ndarray:
+        """(ground truths, 2) int, for each given: its characters that were found, and all; 0 where it is unscored or
+        don't-care. They sum to `score.chars_tp` and `score.chars_gt`."""
+        chars = np.zeros((len(self.gt_scored), 2), np.intp)
+        word = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        chars[self.gt_scored, 0] = np.bincount(word[self.is_found], minlength=len(self.lengths))
+        chars[self.gt_scored, 1] = np.where(self.gt_valid, self.lengths, 0)
+        return chars
 
 
 @dataclass
@@ -141,17 +193,17 @@ def score_image(
     Raises:
         ValueError: if a polygon is not (n, 2) or not finite, or `dont_care` is not one flag for each ground truth.
     """
-    return score_words(gt_polygons, det_polygons, dont_care)[0]
+    return match_image(gt_polygons, det_polygons, dont_care).score
 
 
-def score_words(
+def match_image(
     gt_polygons: Sequence[ArrayLike],
     det_polygons: Sequence[ArrayLike],
     dont_care: Sequence[bool] | None = None,
-) -> tuple[ImageScore, WordScores]:
-    """What `score_image` gives, and for each word what it contributes to it."""
+) -> ImageMatch:
+    """`score_image`, and what became of each polygon; arguments and errors are the same."""
     page = _measure(gt_polygons, det_polygons, dont_care)
-    return _score(page, np.arange(len(page.dets))[:MAX_DETECTIONS])
+    return _match_selection(page, np.arange(len(page.dets))[:MAX_DETECTIONS])
 
 
 def score_selections(
@@ -165,7 +217,8 @@ def score_selections(
     Each selection is (len(det_polygons),) bool. The other arguments are as in `score_image`.
     """
     page = _measure(gt_polygons, det_polygons, dont_care)
-    return [_score(page, np.flatnonzero(chosen[page.det_is_scored])[:MAX_DETECTIONS])[0] for chosen in selections]
+    chosen = [np.flatnonzero(selection[page.det_is_scored])[:MAX_DETECTIONS] for selection in selections]
+    return [_match_selection(page, detections).score for detections in chosen]
 
 
 def _measure(
@@ -185,7 +238,7 @@ def _measure(
     return _Page(gts, dets, gt_is_scored, det_is_scored, gt_valid, lengths, pairs)
 
 
-def _score(page: "_Page", chosen: np.ndarray) -> tuple[ImageScore, WordScores]:
+def _match_selection(page: "_Page", chosen: np.ndarray) -> ImageMatch:
     """CLEval of the detections at the indices `chosen`, as if there were no others."""
     is_chosen = np.zeros(len(page.dets), bool)
     is_chosen[chosen] = True
@@ -198,8 +251,9 @@ def _score(page: "_Page", chosen: np.ndarray) -> tuple[ImageScore, WordScores]:
     is_claimed = np.zeros(lengths.sum(), bool)
     is_claimed[claims] = True
     chars_tp = int(is_claimed.sum())
-    matches_of_gt = np.bincount(pairs.gt[is_matched], minlength=len(gts))
-    matches_of_det = np.bincount(pairs.det[is_matched], minlength=len(dets))
+    gt, det = pairs.gt[is_matched], pairs.det[is_matched]
+    matches_of_gt = np.bincount(gt, minlength=len(gts))
+    matches_of_det = np.bincount(det, minlength=len(dets))
     false_positives = np.flatnonzero(det_valid & (matches_of_det == 0))
     fp_chars = int(_lengths(dets, false_positives, _false_positive_length).sum())
     chars_gt = int(lengths[gt_valid].sum())
@@ -208,7 +262,7 @@ def _score(page: "_Page", chosen: np.ndarray) -> tuple[ImageScore, WordScores]:
     gran_precision = int(np.maximum(matches_of_det - 1, 0).sum())
     recall = max(0, chars_tp - gran_recall) / max(chars_gt, 1)
     precision = max(0, chars_tp - gran_precision) / max(chars_det, 1)
-    image = ImageScore(
+    score = ImageScore(
         precision=precision,
         recall=recall,
         hmean=2 * precision * recall / (precision + recall) if precision + recall else 0.0,
@@ -224,11 +278,30 @@ def _score(page: "_Page", chosen: np.ndarray) -> tuple[ImageScore, WordScores]:
         gran_recall=gran_recall,
         gran_precision=gran_precision,
     )
-    words = WordScores(np.zeros(len(page.gt_is_scored), int), np.zeros(len(page.gt_is_scored), int))
-    words.chars[page.gt_is_scored] = np.where(gt_valid, lengths, 0)
-    found = np.bincount(np.repeat(np.arange(len(gts)), lengths)[is_claimed], minlength=len(gts))
-    words.found[page.gt_is_scored] = found
-    return image, words
+    det_scored = np.zeros(len(page.det_is_scored), bool)
+    det_scored[np.flatnonzero(page.det_is_scored)[chosen]] = True
+    place = np.cumsum(is_chosen) - 1
+    return ImageMatch(
+        score, page.gt_is_scored, det_scored, gt_valid, det_valid[chosen], gt, place[det], lengths, is_claimed
+    )
+
+
+def _outcomes(
+    is_valid: np.ndarray, own: np.ndarray, partner: np.ndarray, names: tuple[Outcome, Outcome, Outcome]
+) -> list[Outcome]:
+    """Outcomes of the ground truths or of the detections, from the matched pairs: (k,) indices `own` on this side and
+    `partner` on the other. `names` are of those without a partner, with several, and with one that has several."""
+    partners = np.bincount(own, minlength=len(is_valid))
+    shares_partner = np.zeros(len(is_valid), bool)
+    shares_partner[own[np.bincount(partner)[partner] > 1]] = True
+    conditions = [~is_valid, partners == 0, partners > 1, shares_partner]
+    return [Outcome(name) for name in np.select(conditions, [Outcome.DONT_CARE, *names], Outcome.CORRECT).tolist()]
+
+
+def _spread(outcomes: list[Outcome], is_scored: np.ndarray) -> list[Outcome]:
+    """The outcomes of what is scored, in their places among all."""
+    following = iter(outcomes)
+    return [next(following) if scored else Outcome.UNSCORED for scored in is_scored]
 
 
 @dataclass(frozen=True)

@@ -28,16 +28,14 @@ def bin_of_size(heights: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.searchsorted(SIZE_EDGES[1:-1], heights / max(size), side="right")
 
 
-def chars_by_size(
-    polygons: Sequence[ArrayLike], size: tuple[int, int], chars: np.ndarray, found: np.ndarray
-) -> np.ndarray:
-    """(bins, 2) int: characters of the words in each bin, and how many of them were found.
+def chars_by_size(polygons: Sequence[ArrayLike], size: tuple[int, int], gt_chars: np.ndarray) -> np.ndarray:
+    """(bins, 2) int: characters of the words in each bin that were found, and all.
 
-    `chars` and `found` are for each word of an image of `size` (width, height) pixels, as `score_words` gives them. The
-    columns sum to `chars_gt` and `chars_tp` of the image. The penalties for splits are no matter of size and not in.
+    `gt_chars` are those of each word of an image of `size` (width, height) pixels, as `ImageMatch.gt_chars` gives them.
+    The columns sum to `chars_tp` and `chars_gt` of the image. The penalties for splits are no matter of size.
     """
     bins = bin_of_size(text_heights(polygons), size)
-    counts = [np.bincount(bins, weights, minlength=len(SIZE_EDGES) - 1) for weights in (chars, found)]
+    counts = [np.bincount(bins, chars, minlength=len(SIZE_EDGES) - 1) for chars in gt_chars.T]
     return np.stack(counts, axis=1).astype(int)
 
 
@@ -46,5 +44,5 @@ def size_rows(counts: Iterable[np.ndarray]) -> list[dict[str, float]]:
     totals = sum(counts, np.zeros((len(SIZE_EDGES) - 1, 2), int))
     return [
         {"from": low, "to": high, "chars_gt": chars, "chars_tp": found, "recall": found / max(chars, 1)}
-        for low, high, (chars, found) in zip(SIZE_EDGES, SIZE_EDGES[1:], totals.tolist(), strict=False)
+        for low, high, (found, chars) in zip(SIZE_EDGES, SIZE_EDGES[1:], totals.tolist(), strict=False)
     ]

@@ -29,6 +29,8 @@ from dbnet.heat_map import draw_heat_map
 from dbnet.metric import score_selections
 from dbnet.postprocess import Region, find_regions, grow_regions, to_image_pixels
 
+BEST = 10  # combinations in the table of the best
+
 
 class Page(NamedTuple):
     """An annotated image and what the network made of it."""
@@ -134,6 +136,25 @@ class Tuning:
             if len(best) == count:
                 break
         return list(best.values())
+
+    def table(self, config: Config) -> str:
+        """The best combinations beside the configuration's own, and what of the gain lasts elsewhere, as text."""
+        own = self.means[0, 2]
+        header = [f"{name:>{max(len(name), 6)}}" for name in Values.names(config)]
+        lines = [
+            f"\n{len(self.combinations)} combinations on {self.scores.shape[1]} images\n",
+            "  ".join([f"{'':>6}", *header, "precision", "recall", "H-Mean", "   gain"]),
+        ]
+        for place, index in [("own", 0), *enumerate(self.ranking(BEST), start=1)]:
+            precision, recall, hmean = self.means[index]
+            cells = [f"{value:>{len(cell)}g}" for value, cell in zip(self.combinations[index], header, strict=True)]
+            cells += [f"{precision:9.4f}", f"{recall:6.4f}", f"{hmean:6.4f}", f"{hmean - own:+7.4f}"]
+            lines.append("  ".join([f"{place:>6}", *cells]))
+        lines.append(
+            f"\ncross-validated, each half of the images with the values that are best on the other half:\n"
+            f"H-Mean {self.cross_validated:.4f}, {self.cross_validated - own:+.4f} to the checkpoint's own {own:.4f}\n"
+        )
+        return "\n".join(lines)
 
     def by_thresholds(self) -> np.ndarray:
         """(box_thresh, thresh) H-Means over two axes of the grid, with the other two values those of the best."""

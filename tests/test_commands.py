@@ -168,6 +168,39 @@ def test_a_submission_is_scored_without_the_images_except_by_size(data, tmp_path
     assert scores["iou"]["recall"] == 1 and sum(row["chars_gt"] for row in scores["by_size"]) == 0
 
 
+def test_evaluate_writes_a_report_and_compares(place, tmp_path):
+    earlier, page, empty = tmp_path / "earlier.json", tmp_path / "report.html", tmp_path / "empty.csv"
+    flags = ["--thresh", "0.4", "--box-thresh", "0", "--json", earlier, "--report", page]
+    result = command("evaluate.py", "runs/first/best.pt", *flags, cwd=place)
+    assert result.returncode == 0, result.stderr
+    assert all(f'id="{kind}-{index}"' in page.read_text() for kind in ("jpeg", "prob_map") for index in range(2))
+
+    empty.write_text("filename,polygons\n")
+    result = command("evaluate.py", "--submission", empty, "--report", page, "--compare", earlier, cwd=place)
+    assert result.returncode == 0, result.stderr
+    precision = json.loads(earlier.read_text())["precision"]
+    assert (
+        f"precision  {precision:.4f}  0.0000  {0 - precision:+.4f}" in result.stdout
+        and "2 images in both" in result.stdout
+    )
+    assert 'id="jpeg-1"' in page.read_text() and 'id="prob_map-' not in page.read_text()
+    assert page.read_text().count('"error":null') == 2
+
+
+def test_a_report_or_a_comparison_that_cannot_be_is_refused_before_the_work(place, tmp_path, typed):
+    score = ["evaluate.py", "runs/first/best.pt"]
+    refused(
+        typed(*score, "--report", tmp_path / "no" / "report.html", cwd=place), "no/report.html", "cannot be written"
+    )
+    refused(typed(*score, "--compare", tmp_path / "no.json", cwd=place), "no.json", "cannot be read")
+    other = tmp_path / "other.json"
+    other.write_text('{"per_image": {"elsewhere.jpg": {"precision": 1, "recall": 1, "hmean": 1}}}')
+    refused(typed(*score, "--compare", other, cwd=place), "other.json", "no image of this split")
+    (tmp_path / "empty.csv").write_text("filename,polygons\n")
+    submission = ["evaluate.py", "--submission", tmp_path / "empty.csv"]
+    refused(typed(*submission, "--compare", other, cwd=place), "other.json", "no image of this split")
+
+
 def test_predict_takes_the_newest_run_and_writes_a_row_an_image(place, tmp_path):
     out = tmp_path / "submission.csv"
     result = command("predict.py", "--out", out, "--overlays", tmp_path / "overlays", cwd=place)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dbnet.annotations import Annotation
 from dbnet.evaluation import Evaluation
-from dbnet.metric import score_image, score_words
+from dbnet.metric import match_image, score_image
 from dbnet.text_size import SIZE_EDGES, bin_of_size, chars_by_size, size_rows, text_heights
 
 
@@ -38,8 +38,8 @@ def test_a_word_on_an_edge_is_in_the_bin_above_and_nothing_is_beyond_the_last():
 def test_characters_are_counted_where_their_word_belongs():
     # On 1000 pixels: 4 characters of height 10 (found), 4 of 10 (missed), 2 of 30 (don't care), 3 of 40 (found).
     words = [box(0, 0, 40, 10), box(0, 100, 40, 10), box(0, 200, 60, 30), box(0, 300, 120, 40)]
-    _, scores = score_words(words, [words[0], words[3]], [False, False, True, False])
-    rows = size_rows([chars_by_size(words, (1000, 700), scores.chars, scores.found)])
+    match = match_image(words, [words[0], words[3]], [False, False, True, False])
+    rows = size_rows([chars_by_size(words, (1000, 700), match.gt_chars())])
     by_edge = {row["from"]: (row["chars_gt"], row["chars_tp"], row["recall"]) for row in rows}
     chars = score_image([words[3]], [words[3]]).chars_gt
     assert by_edge[0.01] == (8, 4, 0.5)
@@ -56,12 +56,11 @@ any_polygons = st.lists(st.lists(st.tuples(coordinates, coordinates), min_size=1
 @given(any_polygons, any_polygons, st.lists(st.booleans(), min_size=6, max_size=6), st.integers(1, 2000))
 @settings(deadline=None)
 def test_bins_sum_to_the_whole_image(gt, det, flags, side):
-    image, words = score_words(gt, det, flags[: len(gt)])
-    assert image == score_image(gt, det, flags[: len(gt)])
-    counts = chars_by_size(gt, (side, 1), words.chars, words.found)
+    match = match_image(gt, det, flags[: len(gt)])
+    counts = chars_by_size(gt, (side, 1), match.gt_chars())
     assert counts.shape == (8, 2)
-    assert counts.sum(axis=0).tolist() == [image.chars_gt, image.chars_tp]
-    assert (counts[:, 1] <= counts[:, 0]).all()
+    assert counts.sum(axis=0).tolist() == [match.score.chars_tp, match.score.chars_gt]
+    assert (counts[:, 0] <= counts[:, 1]).all()
 
 
 def test_an_evaluation_sums_over_images_of_known_size():
