@@ -1,6 +1,8 @@
 """The data on disk: DATA/images/{train,val,test}/ and DATA/jsons/{train,val,test}.json, checked as they are read."""
 
 import json
+import os
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from dbnet.errors import UserError
-from dbnet.images import SUFFIXES, list_images
+from dbnet.geometry import fault_of
+from dbnet.images import SUFFIXES, check_name, list_images
 
 
 @dataclass
@@ -30,7 +33,7 @@ def read_annotations(path: Path) -> dict[str, Annotation]:
     Raises UserError, naming the file, the image and the word, for anything else than this form.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_read_object)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; the annotations of a split belong there") from None
     except OSError as error:
@@ -55,6 +58,12 @@ def read_split(data: Path, split: str) -> tuple[list[Path], list[Annotation]]:
     present = {path.name for path in list_images(folder)}
     missing = [name for name in annotations if name not in present]
     if missing:
+        spelled = {unicodedata.normalize("NFC", name): name for name in present}
+        if unicodedata.normalize("NFC", missing[0]) in spelled:
+            raise UserError(
+                f"{folder / missing[0]}: {split}.json and the file spell this name in different Unicode forms (NFC and "
+                f"NFD); rename the files (convmv -f utf-8 -t utf-8 --nfc)"
+            )
         raise UserError(
             f"{folder / missing[0]}: no such image, but {split}.json names it (and {len(missing) - 1} more like it); "
             f"put it there or take it out of the json"
@@ -82,12 +91,13 @@ def find_images_at(places: list[Path]) -> list[Path]:
     """
     paths = []
     for place in places:
-        if place.is_dir():
+        if os.path.isdir(place):  # unlike Path's, it takes no offence at a name too long
             found = list_images(place)
             if not found:
                 raise UserError(f"{place}: holds no images ({', '.join(SUFFIXES)})")
             paths.extend(found)
-        elif place.exists():
+        elif os.path.isfile(place):
+            check_name(place)
             paths.append(place)
         else:
             raise UserError(f"{place}: no such file or folder")
@@ -120,8 +130,18 @@ def _check_folder(data: Path) -> None:
         raise UserError(f"{data}: no such folder; name the data set with --data DIR")
 
 
+def _read_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; raises ValueError where a name is there twice, since only one of the two would be read."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice!r} is there twice in one object")
+    return content
+
+
 def _read_image(path: Path, name: str, entry: object) -> Annotation:
-    if not name or Path(name).name != name or "\0" in name:
+    is_plain = Path(name).name == name and name not in ("", "..") and "\0" not in name
+    if not is_plain or name.encode(errors="ignore").decode() != name:  # a lone surrogate is no character
         raise UserError(f"{path}: {name!r} is not a plain file name; images lie directly in their folder")
     words = entry.get("words", {}) if isinstance(entry, dict) else None
     if not isinstance(words, dict):
@@ -141,6 +161,7 @@ def _read_points(path: Path, name: str, word_id: str, word: object) -> np.ndarra
         polygon = np.array(points, dtype=np.float64).reshape(len(points), 2)
     except (ValueError, TypeError, OverflowError):
         raise UserError(f'{path}: {name}: word {word_id}: "points" must be a list of [x, y] pairs of numbers') from None
-    if not np.isfinite(polygon).all():
-        raise UserError(f"{path}: {name}: word {word_id}: a coordinate is not a finite number")
+    fault = fault_of(polygon)
+    if fault:
+        raise UserError(f"{path}: {name}: word {word_id}: {fault}")
     return polygon

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from dbnet.annotations import Annotation
+from dbnet.config import Config
 from dbnet.metric import CLEval, DatasetScore, ImageScore, score_image
 
 
@@ -40,3 +41,24 @@ class Evaluation:
         """Plain values for JSON: precision, recall, hmean, images and the other totals, and `per_image`."""
         per_image = {name: asdict(score) for name, score in self.per_image.items()}
         return {**asdict(self.compute()), "unreadable": self.unreadable, "per_image": per_image}
+
+
+def advise_on_collapse(score: DatasetScore, highest: float, config: Config) -> str | None:
+    """One line on what to look at when a validation finds no text though there is some; None where it is all right.
+
+    `highest` is the greatest probability, 0..1, in all of its maps (nan where the network gives no numbers): it tells a
+    network that has learned nothing from thresholds that it does not reach.
+    """
+    if score.detections or not score.words:
+        return None
+    if not highest >= 0:
+        return "no detections: the network's output is not finite; lower --lr, use --amp off, or go back to best.pt"
+    if highest <= config.thresh:
+        return (
+            f"no detections: no pixel's probability is above {highest:.2f}, and --thresh is {config.thresh:g}; normal "
+            f"in the first epochs from scratch, else look at --show-samples and lower --lr"
+        )
+    return (
+        f"no detections: probabilities reach {highest:.2f}, above --thresh {config.thresh:g}, but no region passes "
+        f"--box-thresh {config.box_thresh:g} and --min-size {config.min_size:g}; evaluate with lower ones"
+    )
