@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbnet.config import ArgumentParser, Config
-from dbnet.errors import UserError, run_script
+from dbnet.errors import UserError, printable, run_script
 
 if TYPE_CHECKING:
     from dbnet.evaluation import Evaluation
@@ -96,7 +96,7 @@ def print_scores(evaluation: "Evaluation") -> None:
         f"{score.images} images, {score.words} words, {score.detections} detections, "
         f"{score.splits} splits, {score.merges} merges\n"
     )
-    worst = evaluation.worst(WORST)
+    worst = [(printable(name), image) for name, image in evaluation.worst(WORST)]
     width = max(len("worst images"), *(len(name) for name, _ in worst))
     print(f"{'worst images':<{width}}  H-Mean  precision  recall  words  detections")
     for name, image in worst:
