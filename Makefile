@@ -1,6 +1,6 @@
 # make demo    render receipts, train on them, evaluate, predict (8 minutes on two cores)
 # make test    the checks and tests
-# make test-long    what takes minutes: the tests marked long, and a thousand of each kind of hostile input
+# make test-long    what takes minutes: the tests marked long, and 12,000 cases of hostile input
 # make lint    ruff alone
 PYTHON ?= python3
 VENV ?= .venv

@@ -8,7 +8,7 @@ from hypothesis import settings
 from dbnet.config import Config
 from dbnet.synth import write_dataset
 
-settings.register_profile("long", max_examples=1000)  # make test-long; the default is a hundred
+settings.register_profile("long", max_examples=1500)  # make test-long; the default is a hundred
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
