@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from dbnet.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from dbnet.config import PRESETS, ArgumentParser, Config, print_config, print_difference
+from dbnet.curves import show_progress
 from dbnet.dataset import Batches, TextDataset, make_loader
 from dbnet.device import compile_model, count_workers, pick_amp_dtype, pick_device
 from dbnet.errors import UserError, run_script
@@ -394,6 +395,7 @@ def finish_epoch(training: Training, config: Config, run: Path, row: dict[str, A
     if better:
         save_checkpoint(run / "best.pt", in_force, training.scored_model, hmean=score.hmean, epoch=training.epoch)
     save_checkpoint(run / "last.pt", config, training.model, **training.state())
+    show_progress(run)
 
 
 def peak_memory(device: torch.device) -> float:
