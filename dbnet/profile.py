@@ -59,7 +59,7 @@ class Measured(NamedTuple):
     """What came out for a case."""
 
     memory_gb: float
-    """most that tensors took on the GPU; on a CPU, by how much the process grew"""
+    """most that tensors took on the GPU; on a CPU, by how much the data of the process grew"""
 
     images_per_second: float
     """of optimizer steps whose batches are ready"""
@@ -102,8 +102,8 @@ def print_profile(preset: str, config: Config, start: Start, step: Step) -> None
     print(f"{preset} on {name}: {config.backbone}, torch {torch.__version__}")
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        *cells, last = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join([*cells, last.strip()]))
+        aligned = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join([*aligned[:-1], row[-1]]))
     print("* what training starts with; the rest is where it goes when memory runs out")
     print("peak: " + ("of tensors on the GPU" if device.type == "cuda" else "growth of a process that does only this"))
     print(f"epochs: {images:,} images each ({source}), training steps alone")
@@ -188,7 +188,9 @@ def measure_case(config: Config, case: Case, device: torch.device, start: Start,
 def run_steps(config: Config, device: torch.device, start: Start, step: Step) -> Measured:
     """Some optimizer steps of config.batch_size x config.accumulate, measured. Raises what says out of memory."""
     keep_freed_memory()  # as training has it
-    before = resident_gb()[0]
+    with suppress(OSError):  # the largest so far begins anew
+        Path("/proc/self/clear_refs").write_text("5")
+    before = resident_gb()["RssAnon"]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         torch.backends.cudnn.benchmark = config.pad == "square"
@@ -206,7 +208,11 @@ def run_steps(config: Config, device: torch.device, start: Start, step: Step) ->
     seconds: list[float] = []
     while not seconds or (len(seconds) < _TIMED_STEPS and sum(seconds) < _STEP_SECONDS):
         seconds.append(run(config.accumulate))
-    peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else resident_gb()[1] - before
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 1e9
+    else:
+        after = resident_gb()
+        peak = after["VmHWM"] - after["RssFile"] - before
     images = len(seconds) * config.effective_batch
     return Measured(peak, images / sum(seconds), len(seconds), config.accumulate)
 
@@ -230,15 +236,16 @@ def synthetic_batch(config: Config) -> dict[str, Any]:
     }
 
 
-def resident_gb() -> tuple[float, float]:
-    """Memory of this process in RAM, now and at most so far. Where the system tells only the latter, it is both."""
+def resident_gb() -> dict[str, float]:
+    """Memory of this process in RAM: RssAnon (its data) and RssFile (the code of its libraries) now, and VmHWM, the
+    largest sum so far. Where the system tells the last alone, it stands for the first as well."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        sizes = dict(line.split(":", 1) for line in lines if line.startswith(("VmRSS:", "VmHWM:")))
-        return tuple(int(sizes[name].split()[0]) * 1024 / 1e9 for name in ("VmRSS", "VmHWM"))
-    except (OSError, KeyError):
+        lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+        wanted = ("RssAnon:", "RssFile:", "VmHWM:")
+        return {line[0].rstrip(":"): int(line[1]) * 1024 / 1e9 for line in lines if line[0] in wanted}
+    except OSError:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-        return peak, peak
+        return {"RssAnon": peak, "RssFile": 0.0, "VmHWM": peak}
 
 
 def free_host_gb() -> float:
