@@ -35,7 +35,7 @@ Step = Callable[[Any, list[dict[str, Any]], Config, torch.device], object]
 
 COMPETITION_IMAGES = 3272  # of its training split, for the hours where there is no data set yet
 _TIMED_STEPS = 5
-_STEP_SECONDS = 10.0  # after so many no further step of a case begins
+_STEP_SECONDS = 10.0  # after so many no further step of a case begins, be it the first
 _LIMIT_SECONDS = {"cpu": 120.0, "cuda": 600.0}  # no case begins that is expected to end later
 _MICRO_BATCHES_ON_A_CPU = 2  # of a step: the second finds the gradients of the first, and so the peak is reached
 _WORDS = (5, 20)  # across and down a synthetic image
@@ -65,10 +65,10 @@ class Measured(NamedTuple):
     """of optimizer steps whose batches are ready"""
 
     steps: int
-    """that were timed, after one of a single micro-batch that was not"""
+    """that were timed, after a first one of a single micro-batch; 0 where that took so long that it stands alone"""
 
     micro_batches: int
-    """of each timed step"""
+    """of each step that was timed"""
 
 
 class _OnlyPlan(BatchPlan):
@@ -96,7 +96,8 @@ def print_profile(preset: str, config: Config, start: Start, step: Step) -> None
         else:
             minutes = config.epochs * images / result.images_per_second / 60
             taken = f"{minutes / 60:.1f} h" if minutes >= 60 else f"{minutes:.1f} min"
-            steps = f"{result.steps} step{'s' * (result.steps > 1)} of {case.micro_batch} x {result.micro_batches}"
+            counted = f"{result.steps} step{'s' * (result.steps > 1)}" if result.steps else "first step"
+            steps = f"{counted} of {case.micro_batch} x {result.micro_batches}"
             rows.append((*cells, f"{result.memory_gb:.2f}", f"{result.images_per_second:.3g}", taken, steps))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{preset} on {name}: {config.backbone}, torch {torch.__version__}")
@@ -106,6 +107,8 @@ def print_profile(preset: str, config: Config, start: Start, step: Step) -> None
         print("  ".join([*aligned[:-1], row[-1]]))
     print("* what training starts with; the rest is where it goes when memory runs out")
     print("peak: " + ("of tensors on the GPU" if device.type == "cuda" else "growth of a process that does only this"))
+    if any(isinstance(result, Measured) and not result.steps for result in results.values()):
+        print("a first step is slower than the next ones and does not find the optimizer's memory taken yet")
     print(f"epochs: {images:,} images each ({source}), training steps alone")
     if config.pad == "tight" or config.train_sizes:
         print("all images were square and of full size: what --pad tight and --train-sizes save comes on top")
@@ -149,8 +152,8 @@ def measure_cases(config: Config, device: torch.device, start: Start, step: Step
         if known:
             larger = case.pixels / known[0].pixels
             left = _LIMIT_SECONDS[device.type] - (time.monotonic() - begun)
-            micro_batches = 1 + _micro_batches(case, device)
-            seconds = larger * micro_batches * known[0].micro_batch / known[1].images_per_second
+            seconds = larger * known[0].micro_batch / known[1].images_per_second
+            seconds *= 1 + _micro_batches(case, device) if seconds < _STEP_SECONDS else 1
             if seconds > left:
                 results[case] = f"no: about {seconds:.0f} s more, and {_LIMIT_SECONDS[device.type]:.0f} s are the limit"
                 continue
@@ -204,17 +207,18 @@ def run_steps(config: Config, device: torch.device, start: Start, step: Step) ->
             torch.cuda.synchronize(device)
         return time.perf_counter() - begun
 
-    run(1)  # creates the optimizer's state and finds the fastest kernels
+    first = run(1)  # creates the optimizer's state and finds the fastest kernels
     seconds: list[float] = []
-    while not seconds or (len(seconds) < _TIMED_STEPS and sum(seconds) < _STEP_SECONDS):
+    while first < _STEP_SECONDS and len(seconds) < _TIMED_STEPS and sum(seconds) < _STEP_SECONDS:
         seconds.append(run(config.accumulate))
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 1e9
     else:
         after = resident_gb()
         peak = after["VmHWM"] - after["RssFile"] - before
-    images = len(seconds) * config.effective_batch
-    return Measured(peak, images / sum(seconds), len(seconds), config.accumulate)
+    if not seconds:
+        return Measured(peak, config.batch_size / first, 0, 1)
+    return Measured(peak, len(seconds) * config.effective_batch / sum(seconds), len(seconds), config.accumulate)
 
 
 def synthetic_batch(config: Config) -> dict[str, Any]:

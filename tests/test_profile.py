@@ -76,6 +76,23 @@ def start_nothing(config, device, plan):
     return None
 
 
+def test_a_first_step_that_takes_long_stands_alone(small, monkeypatch):
+    monkeypatch.setattr(profile, "_STEP_SECONDS", 0.02)
+    sleeps = []
+
+    def sleep(training, batches, config, device):
+        sleeps.append(len(batches))
+        time.sleep(0.05)
+
+    config = small.changed(image_size=64, batch_size=2, accumulate=2)
+    measured = profile.run_steps(config, CPU, start_nothing, sleep)
+    assert sleeps == [1] and (measured.steps, measured.micro_batches) == (0, 1)
+    assert 5 < measured.images_per_second <= 40
+    monkeypatch.setattr(profile, "_STEP_SECONDS", 60)
+    measured = profile.run_steps(config, CPU, start_nothing, sleep)
+    assert sleeps == [1, 1, *[2] * 5] and (measured.steps, measured.micro_batches) == (5, 2)
+
+
 @pytest.mark.parametrize(("step", "words"), [(exhaust, "out of memory"), (die, "the system ended the process")])
 def test_out_of_memory_is_a_row(small, step, words):
     result = measure_case(small, Case("off", 64, 1, 2), CPU, start_nothing, step)
