@@ -288,15 +288,16 @@ class Config(PostprocessConfig, DeviceConfig, TrainConfig, LossConfig, DataConfi
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The configuration that `to_dict` made; fields it lacks get their defaults, unknown ones are refused."""
-        sizes = values.get("train_sizes")
-        return cls().changed(**(values | {"train_sizes": tuple(sizes)} if isinstance(sizes, list) else values))
+        return cls().changed(**values)
 
     def changed(self, **changes: Any) -> Self:
-        """A copy with some fields changed. Raises UserError for a field that does not exist."""
+        """A copy with some fields changed; lists, as JSON has them, count as tuples. Raises UserError for a field that
+        does not exist."""
         unknown = sorted(changes.keys() - _hints().keys())
         if unknown:
             raise UserError(f"unknown configuration field {unknown[0]!r}; --help lists all of them")
-        return dataclasses.replace(self, **changes)
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
+        return dataclasses.replace(self, **values)
 
     def to_dict(self) -> dict[str, Any]:
         """Field names and plain values, group by group, ready for JSON."""
