@@ -4,6 +4,7 @@
     python evaluate.py runs/NAME/best.pt --box-thresh 0.35     with another threshold than it was trained with
     python evaluate.py --submission submission.csv             without a network
     python evaluate.py runs/NAME/best.pt --json scores.json    all numbers, image by image
+    python evaluate.py runs/A/best.pt runs/B/best.pt --tta     mean of two networks, at several sizes
 
 Precision, recall and H-Mean are means over the images. A checkpoint carries its configuration; flags override it.
 """
@@ -23,13 +24,19 @@ WORST = 10  # images in the list of the worst
 
 def main() -> None:
     parser = ArgumentParser(__doc__)
-    parser.add_argument("checkpoint", nargs="?", type=Path, metavar="CKPT", help="checkpoint to score")
+    parser.add_argument(
+        "checkpoints",
+        nargs="*",
+        type=Path,
+        metavar="CKPT",
+        help="checkpoint to score, several whose probability maps are averaged, or a .onnx file",
+    )
     parser.add_argument("--submission", type=Path, metavar="FILE.csv", help="submission to score in place of it")
     parser.add_argument("--split", default="val", help="split of the data set (val)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all scores as JSON")
     parser.add_config_flags()
     args, changes = parser.parse()
-    if (args.checkpoint is None) == (args.submission is None):
+    if bool(args.checkpoints) == (args.submission is not None):
         raise UserError("name either a checkpoint or --submission FILE.csv (see --help)")
 
     # Imported here, so that --help and a mistaken command line answer at once.
@@ -46,19 +53,15 @@ def main() -> None:
 
 def evaluate_checkpoint(args: argparse.Namespace, changes: dict[str, Any]) -> "Evaluation":
     """Run the network over the split and score what it finds."""
-    import torch
-
-    from dbnet.checkpoint import load_model
     from dbnet.dataset import TextDataset
-    from dbnet.device import pick_device
-    from dbnet.inference import Pipeline
+    from dbnet.inference import Pipeline, load_network
 
-    model, config, _ = load_model(args.checkpoint, changes)
+    network = load_network(args.checkpoints, changes)
+    config = network.config
     dataset = TextDataset(config, args.split, train=False)
-    device = pick_device(config.device)
-    model.to(device, memory_format=torch.channels_last)
-    print(f"{args.checkpoint} ({config.backbone}, {config.image_size} px) on {args.split} of {config.data}, {device}")
-    return Pipeline(dataset, config, device).evaluate(model)
+    checkpoints = " ".join(map(str, args.checkpoints))
+    print(f"{checkpoints} ({network}) on {args.split} of {config.data}, {network.device}")
+    return Pipeline(dataset, config, network.device).evaluate(network)
 
 
 def evaluate_submission(args: argparse.Namespace, changes: dict[str, Any]) -> "Evaluation":
