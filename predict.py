@@ -5,9 +5,17 @@
     python predict.py runs/A/best.pt runs/B/best.pt --tta          mean of two networks, at several sizes
     python predict.py runs/NAME/best.pt --images photos/ --overlays overlays/
     python predict.py runs/NAME/best.pt --images a.jpg b.png --box-thresh 0.35
+    python predict.py --images scans/*.pdf 'photos/**/*.jpg' --out found.json
 
 The CSV has a row for each image, `filename,polygons`: polygons separated by `|`, each `x1 y1 x2 y2 ...` in whole
-pixels of the image as a viewer shows it. It is written whole or not at all.
+pixels of the image as a viewer shows it. Other formats, by the suffix of --out or --out-format:
+
+    .csv    csv           the submission
+    .json   competition   the annotation format of jsons/SPLIT.json, with a score for each word
+    .zip    icdar         res_NAME.txt for each image, lines of x1,y1,...,xn,yn (ICDAR 2015 wants --use-polygon false)
+            coco          COCO annotations with scores, whose list of annotations is COCO's results
+
+The file is written whole or not at all. A page of a PDF is an image called FILE.pdf#page=NUMBER, in pixels at 200 dpi.
 """
 
 from pathlib import Path
@@ -26,10 +34,20 @@ def main() -> None:
         help="checkpoint, several whose probability maps are averaged, or a .onnx file (newest runs/*/best.pt)",
     )
     parser.add_argument(
-        "--images", nargs="+", type=Path, metavar="DIR|FILE", help="folders or files (DATA/images/test)"
+        "--images",
+        nargs="+",
+        type=Path,
+        metavar="PLACE",
+        help="folders, images, PDFs, quoted patterns (DATA/images/test)",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("submission.csv"), metavar="FILE.csv", help="where to (submission.csv)"
+        "--out", type=Path, default=Path("submission.csv"), metavar="FILE", help="where to (submission.csv)"
+    )
+    parser.add_argument(
+        "--out-format",
+        choices=("auto", "csv", "competition", "icdar", "coco"),
+        default="auto",
+        help="format of that file (by its suffix)",
     )
     parser.add_argument("--overlays", type=Path, metavar="DIR", help="also write each image with its polygons here")
     parser.add_config_flags()
@@ -38,39 +56,45 @@ def main() -> None:
     # Imported here, so that --help and a mistaken command line answer at once.
     from tqdm import tqdm
 
-    from dbnet.annotations import find_images_at, read_image_paths
+    from dbnet.annotations import Annotation, find_images_at, read_image_paths
     from dbnet.dataset import ImageDataset
     from dbnet.files import check_writable, make_folder
-    from dbnet.images import read_image
+    from dbnet.images import name_stem, read_image, read_size
     from dbnet.inference import Pipeline, load_network
     from dbnet.overlay import draw_polygons, write_image
-    from dbnet.submission import write_submission
+    from dbnet.submission import choose_format, write_detections
 
     checkpoints = args.checkpoints or [default_checkpoint()]
     network = load_network(checkpoints, changes)
     config = network.config
-    paths = find_images_at(args.images) if args.images else read_image_paths(Path(config.data), "test")
+    paths = find_images_at(args.images) if args.images else read_image_paths(Path(config.data), "test", config.format)
+    form = choose_format(args.out, args.out_format, [path.name for path in paths])
     check_writable(args.out)
     if args.overlays:
         make_folder(args.overlays)
     print(f"{' '.join(map(str, checkpoints))} ({network}) on {len(paths)} images, {network.device}")
 
-    rows = {path.name: [] for path in paths}
+    rows = {path.name: Annotation() for path in paths}
     unreadable = []
     pipeline = Pipeline(ImageDataset(paths, config), config, network.device)
     for detection in tqdm(pipeline.detect(network), total=len(paths), unit="img", dynamic_ncols=True, smoothing=0):
         path = paths[detection.index]
-        rows[path.name] = detection.polygons
+        rows[path.name] = Annotation(detection.polygons, [False] * len(detection.polygons), detection.scores)
         if detection.error:
             unreadable.append(detection.error)
-        elif args.overlays:
+            continue
+        if form in ("competition", "coco"):
+            rows[path.name].size = read_size(path)
+        if args.overlays:
             pixels, _ = read_image(path)
-            write_image(args.overlays / f"{path.stem}.jpg", draw_polygons(pixels, detection.polygons))
-    write_submission(args.out, rows)
+            write_image(args.overlays / f"{name_stem(path.name)}.jpg", draw_polygons(pixels, detection.polygons))
+    write_detections(args.out, form, rows)
     for line in unreadable:
         print(f"no polygons: {line}")
-    found = sum(map(len, rows.values()))
+    found = sum(len(annotation.polygons) for annotation in rows.values())
     print(f"{args.out}: {len(rows)} images, {found} polygons, {len(unreadable)} images could not be read")
+    if form == "icdar" and any(len(polygon) != 4 for row in rows.values() for polygon in row.polygons):
+        print(f"{args.out}: has polygons of more than four points; where a form refuses them, add --use-polygon false")
     if args.overlays:
         print(f"{args.overlays}: the images with their polygons")
 

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dbnet.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from dbnet.checkpoint import load_checkpoint, load_weights, save_checkpoint, start_from
 from dbnet.config import PRESETS, ArgumentParser, Config, print_config, print_difference
 from dbnet.dataset import Batches, TextDataset, count_workers, make_loader
 from dbnet.device import compile_model, pick_amp_dtype, pick_device
@@ -156,9 +156,12 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
     val_set = TextDataset(config, "val", train=False)
 
     start = last or (load_checkpoint(init) if init else None)
-    model = DBNet(config.changed(weights="none") if start else config)
-    if start:
-        load_weights(model, start, init or run / "last.pt", config)
+    has_backbone = last or (start and start["config"].backbone == config.backbone)
+    model = DBNet(config.changed(weights="none") if has_backbone else config)
+    if last:
+        load_weights(model, last, run / "last.pt", config)
+    elif start:
+        start_from(model, start, init)
     model.to(device, memory_format=torch.channels_last)
     if config.compile:
         compile_model(model)

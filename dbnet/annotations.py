@@ -1,25 +1,34 @@
-"""The data on disk: DATA/images/{train,val,test}/ and DATA/jsons/{train,val,test}.json, checked as they are read."""
+"""The data on disk: DATA/images/{train,val,test}/ and DATA/jsons/{train,val,test}.json, checked as they are read.
 
+Annotations may also be in the formats that `dbnet.formats` reads, and those lie in more places: see `find_labels`.
+"""
+
+import glob
 import json
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from dbnet.errors import UserError
+from dbnet.errors import ImageError, UserError
+from dbnet.files import write_whole
+from dbnet.formats import (
+    TEXT_PARSERS,
+    Annotation,
+    check_name,
+    is_coco,
+    list_text_files,
+    load_json,
+    parse_coco,
+    read_text_files,
+    recognize_text_files,
+    scores_of,
+    scores_or_none,
+    to_polygon,
+)
 from dbnet.images import SUFFIXES, list_images
+from dbnet.pages import list_pages, pdf_of
 
-
-@dataclass
-class Annotation:
-    """The words of one image, in pixels of the upright original."""
-
-    polygons: list[np.ndarray] = field(default_factory=list)
-    """(n, 2) float64 arrays of points (x, y), n as in the file"""
-
-    dont_care: list[bool] = field(default_factory=list)
-    """for each polygon, whether it counts neither for the losses nor for the metric"""
+ONE_FILE_FORMATS = ("competition", "coco")  # the others have a file for each image
 
 
 def read_annotations(path: Path) -> dict[str, Annotation]:
@@ -29,79 +38,156 @@ def read_annotations(path: Path) -> dict[str, Annotation]:
 
     Raises UserError, naming the file, the image and the word, for anything else than this form.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the annotations of a split belong there") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON in UTF-8 ({' '.join(str(error).split())})") from None
+    return parse_annotations(path, load_json(path))
+
+
+def parse_annotations(path: Path, content: Any) -> dict[str, Annotation]:
+    """What `read_annotations` reads, from the content of the file."""
     images = content.get("images") if isinstance(content, dict) else None
     if not isinstance(images, dict):
         raise UserError(f'{path}: lacks "images", an object of file names; see the README for the form')
     return {name: _read_image(path, name, entry) for name, entry in images.items()}
 
 
-def read_split(data: Path, split: str) -> tuple[list[Path], list[Annotation]]:
-    """Image files and annotations of a split, in the order of its json.
+def write_annotations(path: Path, found: dict[str, Annotation]) -> None:
+    """Write what `read_annotations` reads, with the words' scores and the images' sizes where they are known.
 
-    Says on stdout how many image files have no entry in the json and are left out.
-
-    Raises UserError where the folder, the json or images that it names are missing.
+    The file appears whole or not at all. Raises UserError where it cannot be written.
     """
-    annotations = read_annotations(find_json(data, split))
+    images = {}
+    for name, annotation in found.items():
+        words = zip(annotation.polygons, annotation.dont_care, scores_or_none(annotation), strict=True)
+        images[name] = dict(zip(("img_w", "img_h"), annotation.size or (), strict=False)) | {
+            "words": {
+                f"{number:04d}": {"points": polygon.tolist()}
+                | ({"illegibility": True} if ignore else {})
+                | ({} if score is None else {"score": score})
+                for number, (polygon, ignore, score) in enumerate(words, start=1)
+            }
+        }
+    with write_whole(path, "w") as file:
+        json.dump({"images": images}, file, ensure_ascii=False)
+
+
+def find_labels(data: Path, split: str, form: str = "auto") -> Path | None:
+    """Where the annotations of a split are: the first of
+
+        DATA/jsons/SPLIT.json     the competition's or COCO's
+        DATA/labels/SPLIT.json    the same
+        DATA/labels/SPLIT.zip     a text file, or a json of LabelMe, for each image
+        DATA/labels/SPLIT/        the same in a folder
+        DATA/images/SPLIT/        the same beside the images
+
+    that is there and can be of the format `form`, or None. Raises UserError where DATA is no folder.
+    """
+    _check_folder(data)
+    one_file = [data / "jsons" / f"{split}.json", data / "labels" / f"{split}.json"]
+    file_an_image = [data / "labels" / f"{split}.zip", data / "labels" / split, data / "images" / split]
+    places = ([] if form in TEXT_PARSERS else one_file) + ([] if form in ONE_FILE_FORMATS else file_an_image)
+    return next((path for path in places if path.is_file() or _holds_labels(path)), None)
+
+
+def read_labels(data: Path, split: str, form: str = "auto") -> tuple[Path, dict[str, Annotation]]:
+    """Where the annotations of a split are, and these by the file names of their images.
+
+    Says on stdout which format they were taken for, where that is not the competition's. Raises UserError where there
+    are none, or they are broken.
+    """
+    place = find_labels(data, split, form)
+    if place is None:
+        kind = "annotations" if form == "auto" else f"annotations of --format {form}"
+        raise UserError(
+            f"{data / 'jsons' / split}.json: no such file; the {kind} of a split belong there, or into "
+            f"{data / 'labels' / split}/ as a file for each image"
+        )
+    folder = data / "images" / split
+    images = [path.name for path in list_images(folder)] if folder.is_dir() else []
+    recognized, annotations = read_labels_at(place, images, form)
+    if form == "auto" and recognized != "competition":
+        print(f"{place}: annotations of the format {recognized} (--format insists on another)")
+    return place, annotations
+
+
+def read_labels_at(place: Path, images: list[str], form: str = "auto") -> tuple[str, dict[str, Annotation]]:
+    """The format of a file or folder of annotations, and the annotations of these images. Raises UserError."""
+    if place.is_dir() or place.suffix.lower() == ".zip":
+        texts = [] if form == "labelme" else list_text_files(place, ".txt")
+        jsons = list_text_files(place, ".json") if form in ("auto", "labelme") else []
+        if texts and jsons:
+            raise UserError(f"{place}: holds .txt and .json files; say which are the annotations with --format")
+        if not texts and not jsons:
+            raise UserError(f"{place}: holds no annotations; put a .txt or .json file for each image there")
+        if form == "auto":
+            form = recognize_text_files(texts) if texts else "labelme"
+        return form, read_text_files(texts or jsons, form, images)
+    content = load_json(place)
+    if form == "auto":
+        form = "coco" if is_coco(content) else "competition"
+    return form, parse_coco(place, content, images) if form == "coco" else parse_annotations(place, content)
+
+
+def read_split(data: Path, split: str, form: str = "auto") -> tuple[list[Path], list[Annotation]]:
+    """Image files and annotations of a split, in the order of its json; by name where there is a file for each image.
+
+    Says on stdout how many image files have no annotations and are left out, and what `read_labels` says.
+
+    Raises UserError where the folder, the annotations or images that these name are missing.
+    """
+    place, annotations = read_labels(data, split, form)
     folder = find_images(data, split)
     present = {path.name for path in list_images(folder)}
     missing = [name for name in annotations if name not in present]
     if missing:
         raise UserError(
-            f"{folder / missing[0]}: no such image, but {split}.json names it (and {len(missing) - 1} more like it); "
-            f"put it there or take it out of the json"
+            f"{folder / missing[0]}: no such image, but {place.name} names it (and {len(missing) - 1} more like it); "
+            f"put it there or take it out of the annotations"
         )
     if not annotations:
-        raise UserError(f"{data / 'jsons' / split}.json: names no images")
+        raise UserError(f"{place}: names no images")
     left_out = len(present) - len(annotations)
     if left_out:
-        print(f"{folder}: {left_out} images have no entry in {split}.json and are left out")
+        print(f"{folder}: {left_out} images have no entry in {place.name} and are left out")
     return [folder / name for name in annotations], list(annotations.values())
 
 
-def read_image_paths(data: Path, split: str) -> list[Path]:
+def read_image_paths(data: Path, split: str, form: str = "auto") -> list[Path]:
     """Image files of a split that needs no annotations: in the order of its json where there is one, else by name."""
-    if (data / "jsons" / f"{split}.json").exists():
-        return read_split(data, split)[0]
+    place = find_labels(data, split, form)
+    if place and place.suffix == ".json":
+        return read_split(data, split, form)[0]
     return list_images(find_images(data, split))
 
 
 def find_images_at(places: list[Path]) -> list[Path]:
-    """Image files at the given folders and files, in order; those of a folder by name.
+    """Image files and pages of PDF files at the given places, in order.
 
-    Raises UserError for a place that does not exist, a folder without images, or two files of the same name, which
-    the rows of a submission could not tell apart.
+    A place is a folder (its images and PDFs, by name), a file, a page as FILE.pdf#page=NUMBER, or a pattern with *, ?,
+    [] and ** (the images and PDFs that match, by name, and other files where the pattern ends in their suffix). A PDF
+    that cannot be opened stays as it is in the list, to fail like any other image when it is read.
+
+    Raises UserError for a place that does not exist or holds nothing to read, or two files of the same name, which the
+    rows of a submission could not tell apart; and for a PDF where pypdfium2 is not installed.
     """
-    paths = []
+    files = []
     for place in places:
         if place.is_dir():
-            found = list_images(place)
-            if not found:
-                raise UserError(f"{place}: holds no images ({', '.join(SUFFIXES)})")
-            paths.extend(found)
-        elif place.exists():
-            paths.append(place)
+            found = [path for path in place.iterdir() if _is_readable(path)]
+        elif pdf_of(place).exists():
+            found = [place]
+        elif glob.has_magic(str(place)):
+            matches = map(Path, glob.glob(str(place), recursive=True))
+            found = [path for path in matches if _is_readable(path) or (path.suffix == place.suffix and path.is_file())]
         else:
             raise UserError(f"{place}: no such file or folder")
+        if not found:
+            raise UserError(f"{place}: holds no images ({', '.join(SUFFIXES)}, .pdf)")
+        files.extend(sorted(found))
+    paths = [path for file in files for path in _pages_or_itself(file)]
     names = Counter(path.name for path in paths)
     twice = next((path for path in paths if names[path.name] > 1), None)
     if twice:
         raise UserError(f"{twice}: another image has the same name; a row of the CSV is known by its file name alone")
     return paths
-
-
-def find_json(data: Path, split: str) -> Path:
-    """DATA/jsons/SPLIT.json. Raises UserError where DATA is no folder."""
-    _check_folder(data)
-    return data / "jsons" / f"{split}.json"
 
 
 def find_images(data: Path, split: str) -> Path:
@@ -120,27 +206,32 @@ def _check_folder(data: Path) -> None:
         raise UserError(f"{data}: no such folder; name the data set with --data DIR")
 
 
+def _holds_labels(folder: Path) -> bool:
+    return folder.is_dir() and any(list_text_files(folder, suffix) for suffix in (".txt", ".json"))
+
+
+def _is_readable(path: Path) -> bool:
+    return path.suffix.lower() in (*SUFFIXES, ".pdf") and path.is_file()
+
+
+def _pages_or_itself(path: Path) -> list[Path]:
+    if path.suffix.lower() != ".pdf":
+        return [path]
+    try:
+        return list_pages(path)
+    except ImageError:
+        return [path]
+
+
 def _read_image(path: Path, name: str, entry: object) -> Annotation:
-    if not name or Path(name).name != name or "\0" in name:
-        raise UserError(f"{path}: {name!r} is not a plain file name; images lie directly in their folder")
+    check_name(path, name)
     words = entry.get("words", {}) if isinstance(entry, dict) else None
     if not isinstance(words, dict):
         raise UserError(f'{path}: {name}: lacks "words", an object of words')
     annotation = Annotation()
     for word_id, word in words.items():
-        annotation.polygons.append(_read_points(path, name, word_id, word))
-        annotation.dont_care.append(word.get("illegibility") is True or word.get("transcription") == "###")
+        points = word.get("points") if isinstance(word, dict) else None
+        polygon = to_polygon(f"{path}: {name}: word {word_id}", points)
+        annotation.add(polygon, word.get("illegibility") is True or word.get("transcription") == "###")
+    annotation.scores = scores_of(word.get("score") for word in words.values())
     return annotation
-
-
-def _read_points(path: Path, name: str, word_id: str, word: object) -> np.ndarray:
-    points = word.get("points") if isinstance(word, dict) else None
-    try:
-        if not isinstance(points, list) or any(isinstance(value, bool | str) for point in points for value in point):
-            raise ValueError
-        polygon = np.array(points, dtype=np.float64).reshape(len(points), 2)
-    except (ValueError, TypeError, OverflowError):
-        raise UserError(f'{path}: {name}: word {word_id}: "points" must be a list of [x, y] pairs of numbers') from None
-    if not np.isfinite(polygon).all():
-        raise UserError(f"{path}: {name}: word {word_id}: a coordinate is not a finite number")
-    return polygon

@@ -42,17 +42,21 @@ Sizes = tuple[int, ...]
 class ModelConfig:
     """What decides the shape of the network."""
 
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large", "efficientnet_b3"] = (
-        "resnet18"
-    )
-    """network of torchvision that the features at strides 4, 8, 16 and 32 are taken from"""
+    backbone: str = "resnet18"
+    """network that gives the features: one of torchvision by its name there (ResNet, ResNeXt, EfficientNet, ConvNeXt,
+    MobileNetV3, RegNet, Swin: resnet50, efficientnet_v2_s, convnext_tiny, ...), or timm:NAME where timm is installed
+    (timm:hrnet_w44)"""
 
     weights: str = "imagenet"
-    """what the backbone starts from: imagenet (torchvision's weights, downloaded once), none, or a FILE that holds a
-    torchvision state_dict"""
+    """what the backbone starts from: imagenet (the weights of torchvision or timm, downloaded once), none, or a FILE
+    that holds a state_dict of that network"""
 
     pyramid_channels: Annotated[int, Range(32)] = 256
     """channels inside the feature pyramid; each of its four levels gives a quarter of them (a multiple of 4)"""
+
+    fusion: Literal["concat", "asf"] = "concat"
+    """how the pyramid's levels are joined: concat, or asf (adaptive scale fusion of DBNet++, which weighs them pixel by
+    pixel)"""
 
     binarization_k: Annotated[float, Range(1)] = 50.0
     """steepness k of the differentiable binarization 1 / (1 + exp(-k (P - T)))"""
@@ -64,6 +68,10 @@ class DataConfig:
 
     data: str = "data/datasets"
     """folder with images/{train,val,test}/ and jsons/{train,val,test}.json"""
+
+    format: Literal["auto", "competition", "coco", "icdar", "polygons", "totaltext", "labelme"] = "auto"
+    """what the annotations are: auto (by looking), competition or coco (jsons/SPLIT.json), or a file for each image in
+    labels/SPLIT/: icdar (x1,y1,...,x4,y4,transcription), polygons (any number of points), totaltext, labelme"""
 
     image_size: Annotated[int, Range(STRIDE, 8192)] = 640
     """longer side in pixels that images are resized to, everywhere (rounded up to a multiple of 32)"""

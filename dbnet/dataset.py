@@ -66,7 +66,7 @@ class ImageDataset:
         self.config = config
         self.pad = pad
         self.further_sizes: tuple[int, ...] = ()
-        self._sizes: dict[int, tuple[int, int]] = {}
+        self._sizes: dict[int, tuple[int, int] | None] = {}
         keep_freed_memory()  # whoever makes a data set is going to make and drop large arrays by the thousand
 
     def __len__(self) -> int:
@@ -127,17 +127,21 @@ class ImageDataset:
             "index": draw.place,
         }
 
+    def size(self, place: int) -> tuple[int, int] | None:
+        """Width and height of the original image in pixels, from its header, which is read once; None without one."""
+        if place not in self._sizes:
+            try:
+                self._sizes[place] = read_size(self.paths[place])
+            except ImageError:
+                self._sizes[place] = None
+        return self._sizes[place]
+
     def elongation(self, draw: Draw) -> int:
         """Width less height of a padded sample: images of one image_size and like elongation have like shapes.
 
-        Only the header of an image is read, once; an image without one is as good as a square.
+        An image without a header is as good as a square.
         """
-        if draw.place not in self._sizes:
-            try:
-                self._sizes[draw.place] = read_size(self.paths[draw.place])
-            except ImageError:
-                self._sizes[draw.place] = (1, 1)
-        resized = Letterbox(*self._sizes[draw.place], self.config.image_size).resized
+        resized = Letterbox(*(self.size(draw.place) or (1, 1)), self.config.image_size).resized
         height, width = self._canvas([self.augmentation(draw).size(*resized)], draw.side)
         return width - height
 
@@ -204,7 +208,7 @@ class TextDataset(ImageDataset):
     """
 
     def __init__(self, config: Config, split: str, train: bool) -> None:
-        paths, annotations = read_split(Path(config.data), split)
+        paths, annotations = read_split(Path(config.data), split, config.format)
         super().__init__(paths, config, config.pad if train else "tight")
         self.train = train
         self.annotations = annotations

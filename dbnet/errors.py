@@ -9,6 +9,10 @@ class UserError(Exception):
     """A user's mistake. The message is one line, names the file or flag, and says what to do about it."""
 
 
+class ImageError(UserError):
+    """An image that cannot be used; the message is one line that names the file and the reason."""
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main` and exit: 0 on success, 2 with one line on stderr for a `UserError`, 130 on Ctrl-C.
 

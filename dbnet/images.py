@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dbnet.errors import UserError
+from dbnet.errors import ImageError
+from dbnet.pages import in_pdf, read_page, read_page_size
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 MAX_PIXELS = 100_000_000  # after reduced decoding: 300 MB of RGB
@@ -35,8 +36,7 @@ _UPRIGHT = {
 }
 
 
-class ImageError(UserError):
-    """An image that cannot be used; the message is one line that names the file and the reason."""
+__all__ = ["MAX_PIXELS", "SUFFIXES", "ImageError", "list_images", "name_stem", "read_image", "read_size", "to_rgb"]
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -44,11 +44,18 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
+def name_stem(name: str) -> str:
+    """What a file about an image is called but for its suffix: the image's name without its own; a page's whole."""
+    path = Path(name)
+    return name if in_pdf(path) else path.stem
+
+
 def read_image(path: Path, side: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
     """Read an image as a viewer shows it.
 
     Args:
-        path: a file in any format that Pillow knows: grey, palette, alpha (put on white), CMYK, 16 bits a channel.
+        path: a file in any format that Pillow knows: grey, palette, alpha (put on white), CMYK, 16 bits a channel; or
+            a page of a PDF, FILE.pdf#page=NUMBER.
         side: the longer side in pixels that the caller is going to reduce the image to; a JPEG of at least twice that
             is decoded at a half, a quarter or an eighth, which takes a fraction of the time and memory.
 
@@ -59,6 +66,8 @@ def read_image(path: Path, side: int | None = None) -> tuple[np.ndarray, tuple[i
     Raises:
         ImageError: the file is missing, empty, truncated, no image, or too large to decode.
     """
+    if in_pdf(path):
+        return read_page(path, side, MAX_PIXELS)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -81,6 +90,8 @@ def read_image(path: Path, side: int | None = None) -> tuple[np.ndarray, tuple[i
 
 def read_size(path: Path) -> tuple[int, int]:
     """(width, height) in pixels of an image as a viewer shows it, from its header alone. Raises ImageError."""
+    if in_pdf(path):
+        return read_page_size(path, MAX_PIXELS)
     try:
         with path.open("rb") as file:
             return _upright_size(*_read_header(path, file))

@@ -20,6 +20,7 @@ from dbnet.geometry import Letterbox
 from dbnet.images import ImageError
 from dbnet.memory import BatchPlan, run_until_it_fits
 from dbnet.postprocess import extract_polygons
+from dbnet.report import Report
 
 if TYPE_CHECKING:
     import torch
@@ -152,10 +153,10 @@ class Pipeline:
         for index, prob_map, future in waiting:
             yield Detection(index, *future.result(), prob_map, None)
 
-    def evaluate(self, network: Network, title: str = "") -> Evaluation:
+    def evaluate(self, network: Network, title: str = "", report: Report | None = None) -> Evaluation:
         """CLEval of what `detect` finds in an annotated split, a TextDataset, with a progress bar; raises as it does.
 
-        Scores are in the order of the data set.
+        Scores are in the order of the data set. A `report` takes in each image.
         """
         dataset: TextDataset = self.dataset
         evaluation = Evaluation()
@@ -163,7 +164,11 @@ class Pipeline:
             self.detect(network), title, len(dataset), unit="img", leave=False, dynamic_ncols=True, smoothing=0
         ):
             name, annotation = dataset.paths[detection.index].name, dataset.annotations[detection.index]
-            evaluation.update(name, annotation, detection.polygons, detection.error)
+            size = dataset.size(detection.index)
+            evaluation.update(name, annotation, detection.polygons, detection.error, size)
+            if report:
+                path = dataset.paths[detection.index]
+                report.add(path, annotation, detection.polygons, detection.scores, detection.prob_map)
         evaluation.per_image = {path.name: evaluation.per_image[path.name] for path in dataset.paths}
         return evaluation
 

@@ -18,7 +18,9 @@ what there are many of is the last, since numpy is quickest along a long last ax
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from enum import StrEnum
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 import shapely
@@ -87,6 +89,67 @@ class DatasetScore(ImageScore):
     images: int
 
 
+class Outcome(StrEnum):
+    """What became of a ground truth or a detection."""
+
+    CORRECT = "correct"
+    """Matched one to one."""
+    MISSED = "missed"
+    """A ground truth without a match."""
+    FALSE = "false"
+    """A detection without a match."""
+    SPLIT = "split"
+    """A ground truth matched with several detections, or one of these."""
+    MERGED = "merged"
+    """A detection matched with several ground truths, or one of these."""
+    DONT_CARE = "dont_care"
+    """A don't-care ground truth, or a detection mainly on such: neither right nor wrong."""
+    UNSCORED = "unscored"
+    """Of fewer than MIN_POINTS points, or after the first MAX_DETECTIONS detections."""
+
+
+@dataclass(frozen=True)
+class ImageMatch:
+    """Which ground truths and detections of an image CLEval matched, and what came of it."""
+
+    score: ImageScore
+    gt_scored: np.ndarray
+    """(ground truths,) which of those given are scored. Below, indices of ground truths are among these."""
+    det_scored: np.ndarray
+    """(detections,) which of those given are scored. Below, indices of detections are among these."""
+    gt_valid: np.ndarray
+    """(gt_scored.sum(),) which are not don't-care."""
+    det_valid: np.ndarray
+    """(det_scored.sum(),) which are not don't-care."""
+    gt: np.ndarray
+    """(matches,) the ground truth of each matched pair."""
+    det: np.ndarray
+    """(matches,) the detection of each matched pair."""
+    lengths: np.ndarray
+    """(gt_scored.sum(),) characters of each ground truth."""
+    is_found: np.ndarray
+    """(lengths.sum(),) which characters were found, word after word."""
+
+    def gt_outcomes(self) -> list[Outcome]:
+        """For each ground truth given. One both split and merged is SPLIT, so those are `score.splits` many."""
+        outcomes = _outcomes(self.gt_valid, self.gt, self.det, (Outcome.MISSED, Outcome.SPLIT, Outcome.MERGED))
+        return _spread(outcomes, self.gt_scored)
+
+    def det_outcomes(self) -> list[Outcome]:
+        """For each detection given. One both split and merged is MERGED, so those are `score.merges` many."""
+        outcomes = _outcomes(self.det_valid, self.det, self.gt, (Outcome.FALSE, Outcome.MERGED, Outcome.SPLIT))
+        return _spread(outcomes, self.det_scored)
+
+    def gt_chars(self) -> np.ndarray:
+        """(ground truths, 2) int, for each given: its characters that were found, and all; 0 where it is unscored or
+        don't-care. They sum to `score.chars_tp` and `score.chars_gt`."""
+        chars = np.zeros((len(self.gt_scored), 2), np.intp)
+        word = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        chars[self.gt_scored, 0] = np.bincount(word[self.is_found], minlength=len(self.lengths))
+        chars[self.gt_scored, 1] = np.where(self.gt_valid, self.lengths, 0)
+        return chars
+
+
 @dataclass
 class CLEval:
     """Collects the scores of images; `compute` sums them up. Processes that share a data set concatenate `images`."""
@@ -130,26 +193,67 @@ def score_image(
     Raises:
         ValueError: if a polygon is not (n, 2) or not finite, or `dont_care` is not one flag for each ground truth.
     """
+    return match_image(gt_polygons, det_polygons, dont_care).score
+
+
+def match_image(
+    gt_polygons: Sequence[ArrayLike],
+    det_polygons: Sequence[ArrayLike],
+    dont_care: Sequence[bool] | None = None,
+) -> ImageMatch:
+    """`score_image`, and what became of each polygon; arguments and errors are the same."""
+    page = _measure(gt_polygons, det_polygons, dont_care)
+    return _match_selection(page, np.arange(len(page.dets))[:MAX_DETECTIONS])
+
+
+def score_selections(
+    gt_polygons: Sequence[ArrayLike],
+    det_polygons: Sequence[ArrayLike],
+    dont_care: Sequence[bool] | None,
+    selections: Sequence[np.ndarray],
+) -> list[ImageScore]:
+    """`score_image` of each of several selections of the detections; polygons are compared once for all of them.
+
+    Each selection is (len(det_polygons),) bool. The other arguments are as in `score_image`.
+    """
+    page = _measure(gt_polygons, det_polygons, dont_care)
+    chosen = [np.flatnonzero(selection[page.det_is_scored])[:MAX_DETECTIONS] for selection in selections]
+    return [_match_selection(page, detections).score for detections in chosen]
+
+
+def _measure(
+    gt_polygons: Sequence[ArrayLike], det_polygons: Sequence[ArrayLike], dont_care: Sequence[bool] | None
+) -> "_Page":
+    """All that there is to say about polygons and pairs of them, whichever detections count in the end."""
     if dont_care is None:
         dont_care = np.zeros(len(gt_polygons), bool)
     elif len(dont_care) != len(gt_polygons):
         raise ValueError(f"dont_care has {len(dont_care)} flags for {len(gt_polygons)} ground truths")
-    gts, is_scored = _read_polygons(gt_polygons)
-    dets, _ = _read_polygons(det_polygons, limit=MAX_DETECTIONS)
-    gt_valid = ~np.asarray(dont_care, bool)[is_scored]
-
+    gts, gt_is_scored = _read_polygons(gt_polygons)
+    dets, det_is_scored = _read_polygons(det_polygons)
+    gt_valid = ~np.asarray(dont_care, bool)[gt_is_scored]
     lengths = _lengths(gts, np.arange(len(gts)), _word_length)
     centres = _character_centres(gts, lengths)
     pairs = _pair_up(gts, dets, gt_valid, lengths, centres)
-    det_valid = _valid_detections(pairs, gt_valid, len(dets))
+    return _Page(gts, dets, gt_is_scored, det_is_scored, gt_valid, lengths, pairs)
+
+
+def _match_selection(page: "_Page", chosen: np.ndarray) -> ImageMatch:
+    """CLEval of the detections at the indices `chosen`, as if there were no others."""
+    is_chosen = np.zeros(len(page.dets), bool)
+    is_chosen[chosen] = True
+    gts, dets, gt_valid, lengths = page.gts, page.dets, page.gt_valid, page.lengths
+    pairs = page.pairs if is_chosen.all() else page.pairs.of_detections(is_chosen)
+    det_valid = _valid_detections(pairs, gt_valid, len(dets)) & is_chosen
     is_matched = _match(pairs, gt_valid, det_valid)
 
     claims = pairs.centre[is_matched[pairs.pair_of_centre]]
-    is_claimed = np.zeros(centres.shape[1], bool)
+    is_claimed = np.zeros(lengths.sum(), bool)
     is_claimed[claims] = True
     chars_tp = int(is_claimed.sum())
-    matches_of_gt = np.bincount(pairs.gt[is_matched], minlength=len(gts))
-    matches_of_det = np.bincount(pairs.det[is_matched], minlength=len(dets))
+    gt, det = pairs.gt[is_matched], pairs.det[is_matched]
+    matches_of_gt = np.bincount(gt, minlength=len(gts))
+    matches_of_det = np.bincount(det, minlength=len(dets))
     false_positives = np.flatnonzero(det_valid & (matches_of_det == 0))
     fp_chars = int(_lengths(dets, false_positives, _false_positive_length).sum())
     chars_gt = int(lengths[gt_valid].sum())
@@ -158,12 +262,12 @@ def score_image(
     gran_precision = int(np.maximum(matches_of_det - 1, 0).sum())
     recall = max(0, chars_tp - gran_recall) / max(chars_gt, 1)
     precision = max(0, chars_tp - gran_precision) / max(chars_det, 1)
-    return ImageScore(
+    score = ImageScore(
         precision=precision,
         recall=recall,
         hmean=2 * precision * recall / (precision + recall) if precision + recall else 0.0,
         words=len(gts),
-        detections=len(dets),
+        detections=len(chosen),
         chars_gt=chars_gt,
         chars_det=chars_det,
         chars_tp=chars_tp,
@@ -174,6 +278,30 @@ def score_image(
         gran_recall=gran_recall,
         gran_precision=gran_precision,
     )
+    det_scored = np.zeros(len(page.det_is_scored), bool)
+    det_scored[np.flatnonzero(page.det_is_scored)[chosen]] = True
+    place = np.cumsum(is_chosen) - 1
+    return ImageMatch(
+        score, page.gt_is_scored, det_scored, gt_valid, det_valid[chosen], gt, place[det], lengths, is_claimed
+    )
+
+
+def _outcomes(
+    is_valid: np.ndarray, own: np.ndarray, partner: np.ndarray, names: tuple[Outcome, Outcome, Outcome]
+) -> list[Outcome]:
+    """Outcomes of the ground truths or of the detections, from the matched pairs: (k,) indices `own` on this side and
+    `partner` on the other. `names` are of those without a partner, with several, and with one that has several."""
+    partners = np.bincount(own, minlength=len(is_valid))
+    shares_partner = np.zeros(len(is_valid), bool)
+    shares_partner[own[np.bincount(partner)[partner] > 1]] = True
+    conditions = [~is_valid, partners == 0, partners > 1, shares_partner]
+    return [Outcome(name) for name in np.select(conditions, [Outcome.DONT_CARE, *names], Outcome.CORRECT).tolist()]
+
+
+def _spread(outcomes: list[Outcome], is_scored: np.ndarray) -> list[Outcome]:
+    """The outcomes of what is scored, in their places among all."""
+    following = iter(outcomes)
+    return [next(following) if scored else Outcome.UNSCORED for scored in is_scored]
 
 
 @dataclass(frozen=True)
@@ -248,13 +376,41 @@ class _Pairs:
     centre: np.ndarray
     """(m,) and which centre."""
 
+    def of_detections(self, is_chosen: np.ndarray) -> Self:
+        """Only the pairs of these detections, (number of detections,) bool; their indices stay as they are."""
+        keeps = is_chosen[self.det]
+        keeps_centre = keeps[self.pair_of_centre]
+        pair_of_centre = (np.cumsum(keeps) - 1)[self.pair_of_centre[keeps_centre]]
+        pairs = self.gt[keeps], self.det[keeps], self.has_centre[keeps], self.area_precision[keeps]
+        return type(self)(*pairs, pair_of_centre, self.centre[keeps_centre])
 
-def _read_polygons(polygons: Sequence[ArrayLike], limit: int | None = None) -> tuple[_Polygons, np.ndarray]:
-    """Those with points enough to be scored, the first `limit` of them, and (len(polygons),) which have enough."""
+
+@dataclass(frozen=True)
+class _Page:
+    """The polygons of an image, and what was measured on them."""
+
+    gts: _Polygons
+    """ground truths that are scored"""
+    dets: _Polygons
+    """detections that have points enough to be scored"""
+    gt_is_scored: np.ndarray
+    """for each ground truth given, whether it is one of `gts`"""
+    det_is_scored: np.ndarray
+    """for each detection given, whether it is one of `dets`"""
+    gt_valid: np.ndarray
+    """(len(gts),) which are not don't-care"""
+    lengths: np.ndarray
+    """(len(gts),) pseudo-characters of each"""
+    pairs: _Pairs
+    """ground truths and detections that may have to do with each other"""
+
+
+def _read_polygons(polygons: Sequence[ArrayLike]) -> tuple[_Polygons, np.ndarray]:
+    """Those with points enough to be scored, and (len(polygons),) which have."""
     arrays = [np.asarray(polygon) for polygon in polygons]
     counts = np.array([len(array) for array in arrays], np.intp)
     is_scored = counts >= MIN_POINTS
-    scored = np.flatnonzero(is_scored)[:limit]
+    scored = np.flatnonzero(is_scored)
     arrays, counts = [arrays[index] for index in scored], counts[scored]
     points = np.concatenate(arrays, dtype=np.float64) if arrays else np.empty((0, 2))
     if points.ndim != 2 or points.shape[1] != 2:

@@ -12,13 +12,14 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dbnet.config import Config
+from dbnet.config import Config, ModelConfig
 from dbnet.errors import UserError
 from dbnet.files import write_whole
 from dbnet.memory import BatchPlan
@@ -61,10 +62,9 @@ class OnnxNetwork:
             raise UserError(f"{path}: --tta needs the checkpoint; a .onnx file looks at an image once")
         if not self.config.device.startswith(("auto", "cpu")):
             raise UserError(f"--device {self.config.device}: {path} runs on the CPU; use auto or cpu")
-        if any(getattr(trained, name) != getattr(self.config, name) for name in ("backbone", "pyramid_channels")):
-            raise UserError(
-                f"{path}: is a {trained.backbone} and stays one; leave out --backbone and --pyramid-channels"
-            )
+        for field in fields(ModelConfig):
+            if getattr(trained, field.name) != getattr(self.config, field.name):
+                raise UserError(f"--{field.name.replace('_', '-')}: the network of {path} is what it is; leave it out")
         self.sides = (self.config.image_size,)
 
     def __str__(self) -> str:

@@ -11,8 +11,9 @@ of an image at once, it does.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
@@ -49,43 +50,98 @@ def extract_polygons(
     in each before the offset, both by descending score. No more than `max_candidates` come back, and these are the
     best. As in the baseline, a region whose offset is not exactly one piece (one that closes around a hole) is dropped.
     """
+    regions = find_regions(prob_map, config)
+    enough = config.min_size + 2
+    polygons, scores = [], []
+    while regions and len(polygons) < config.max_candidates:
+        best, regions = regions[: config.max_candidates], regions[config.max_candidates :]
+        for region, grown in zip(best, grow_regions(best, config, enough), strict=True):
+            if grown.breadth >= enough:
+                polygons.append(grown.polygon)
+                scores.append(region.score)
+    del polygons[config.max_candidates :], scores[config.max_candidates :]
+    return to_image_pixels(polygons, scale, max_size), scores
+
+
+class Region(NamedTuple):
+    """Text as the network learned it: shrunk."""
+
+    score: float
+    """mean probability inside, 0..1"""
+
+    shrunk: np.ndarray
+    """(n, 2) int32 simplified contour, or (4, 2) float32 minimum-area rectangle, in pixels of the map"""
+
+    breadth: float
+    """shorter side of the rectangle in pixels; infinite for a contour, which is measured once it is grown"""
+
+
+class Grown(NamedTuple):
+    """A region moved outward to where the text ends."""
+
+    polygon: np.ndarray | None
+    """(m, 2) int32, or (4, 2) float32 minimum-area rectangle, in pixels of the map; None where it is not one piece"""
+
+    breadth: float
+    """shorter side of its minimum-area rectangle in pixels, or a lower bound that was enough; 0 for None"""
+
+
+def find_regions(prob_map: np.ndarray, config: PostprocessConfig) -> list[Region]:
+    """The regions above `config.thresh` whose score reaches `config.box_thresh`, best first.
+
+    `prob_map` as in `extract_polygons`. Rectangles (`config.use_polygon` false) are at least `config.min_size` broad.
+    """
     prob_map = np.asarray(prob_map)
     if prob_map.dtype != np.uint8:
         prob_map = np.asarray(prob_map, np.float32)
     if prob_map.ndim != 2:
         raise ValueError(f"prob_map must be (height, width), not of shape {prob_map.shape}")
     if prob_map.size == 0:
-        return [], []
+        return []
     outline = _simplified_contour if config.use_polygon else _min_area_box
-    unclip_ratio = config.polygon_unclip_ratio if config.use_polygon else config.box_unclip_ratio
     contours, _ = cv2.findContours(_binarize(prob_map, config.thresh), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
-    candidates = []
+    regions = []
     for contour in contours:
-        shrunk = outline(contour, config.min_size)
+        shrunk, breadth = outline(contour, config.min_size)
         if shrunk is not None:
             score = region_score(prob_map, shrunk)
             if score >= config.box_thresh:
-                candidates.append((score, shrunk))
-    candidates.sort(key=lambda candidate: -candidate[0])
+                regions.append(Region(score, shrunk, breadth))
+    regions.sort(key=lambda region: -region.score)
+    return regions
 
-    polygons, scores = [], []
-    while candidates and len(polygons) < config.max_candidates:
-        best, candidates = candidates[: config.max_candidates], candidates[config.max_candidates :]
-        shrunk = [polygon for _, polygon in best]
-        distances = unclip_distances(shrunk, unclip_ratio)
-        for (score, _), distance, polygon in zip(best, distances, offset_polygons(shrunk, distances), strict=True):
-            if polygon is None:
-                continue
-            if config.use_polygon and 2 * distance - OFFSET_ERROR >= config.min_size + 2:  # as broad as that all along
-                polygons.append(polygon)
-                scores.append(score)
-                continue
+
+def grow_regions(regions: list[Region], config: PostprocessConfig, enough: float) -> Iterator[Grown]:
+    """Each region moved outward by area x unclip ratio / perimeter.
+
+    A polygon that is sure to be `enough` pixels broad is not measured any closer: the offset alone made it so.
+    """
+    shrunk = [region.shrunk for region in regions]
+    distances = unclip_distances(shrunk, config.polygon_unclip_ratio if config.use_polygon else config.box_unclip_ratio)
+    for distance, polygon in zip(distances, offset_polygons(shrunk, distances), strict=True):
+        least = 2 * distance - OFFSET_ERROR
+        if polygon is None:
+            yield Grown(None, 0.0)
+        elif not config.use_polygon:
             box = cv2.minAreaRect(polygon)
-            if min(box[1]) >= config.min_size + 2:
-                polygons.append(polygon if config.use_polygon else _corners(box))
-                scores.append(score)
-    del polygons[config.max_candidates :], scores[config.max_candidates :]
-    return _in_image(polygons, scale, max_size), scores
+            yield Grown(_corners(box), min(box[1]))
+        elif least >= enough:
+            yield Grown(polygon, least)
+        else:
+            yield Grown(polygon, max(least, min(cv2.minAreaRect(polygon)[1])))
+
+
+def to_image_pixels(
+    polygons: list[np.ndarray], scale: tuple[float, float], max_size: tuple[int, int] | None
+) -> list[np.ndarray]:
+    """(n, 2) int32 polygons of the image from those of the map; `scale` and `max_size` as in `extract_polygons`."""
+    if not polygons:
+        return []
+    counts = np.array([len(polygon) for polygon in polygons])
+    points = np.rint(np.concatenate(polygons) * np.asarray(scale, np.float64))
+    if max_size is not None:
+        points = points.clip(0, max_size)
+    return split_polygons(points.astype(np.int32), counts)
 
 
 def region_score(prob_map: np.ndarray, polygon: np.ndarray) -> float:
@@ -142,16 +198,17 @@ def _binarize(prob_map: np.ndarray, thresh: float) -> np.ndarray:
     return (prob_map > thresh).view(np.uint8)
 
 
-def _simplified_contour(contour: np.ndarray, min_size: float) -> np.ndarray | None:
-    """(n, 2) int32 polygon of 4 points or more close to the contour; None if fewer are enough for it."""
+def _simplified_contour(contour: np.ndarray, min_size: float) -> tuple[np.ndarray | None, float]:
+    """(n, 2) int32 polygon of 4 points or more close to the contour, None if fewer are enough for it; and infinity."""
     polygon = cv2.approxPolyDP(contour, SIMPLIFY_RATIO * cv2.arcLength(contour, True), True)
-    return polygon[:, 0] if len(polygon) >= 4 else None
+    return polygon[:, 0] if len(polygon) >= 4 else None, math.inf
 
 
-def _min_area_box(contour: np.ndarray, min_size: float) -> np.ndarray | None:
-    """(4, 2) float32 minimum-area rectangle of the contour; None if its smaller side is below `min_size`."""
+def _min_area_box(contour: np.ndarray, min_size: float) -> tuple[np.ndarray | None, float]:
+    """(4, 2) float32 minimum-area rectangle of the contour, None if its shorter side is below `min_size`; and that."""
     box = cv2.minAreaRect(contour)
-    return _corners(box) if min(box[1]) >= min_size else None
+    breadth = min(box[1])
+    return _corners(box) if breadth >= min_size else None, breadth
 
 
 def _corners(box: tuple) -> np.ndarray:
@@ -163,16 +220,3 @@ def _corners(box: tuple) -> np.ndarray:
     top_left, bottom_left = sorted(by_x[:2], key=lambda point: point[1])
     top_right, bottom_right = sorted(by_x[2:], key=lambda point: point[1])
     return np.array([top_left, top_right, bottom_right, bottom_left], np.float32)
-
-
-def _in_image(
-    polygons: list[np.ndarray], scale: tuple[float, float], max_size: tuple[int, int] | None
-) -> list[np.ndarray]:
-    """Map to image coordinates, rounded: (n, 2) int32 each."""
-    if not polygons:
-        return []
-    counts = np.array([len(polygon) for polygon in polygons])
-    points = np.rint(np.concatenate(polygons) * np.asarray(scale, np.float64))
-    if max_size is not None:
-        points = points.clip(0, max_size)
-    return split_polygons(points.astype(np.int32), counts)

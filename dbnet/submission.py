@@ -1,4 +1,5 @@
-"""Submission files: a CSV `filename,polygons`, a row an image, polygons as `x1 y1 x2 y2 ...` separated by `|`."""
+"""Submission files: a CSV `filename,polygons`, a row an image, polygons as `x1 y1 x2 y2 ...` separated by `|`; and
+the choice between it and the other formats that detections are written in."""
 
 import csv
 import math
@@ -6,11 +7,52 @@ from pathlib import Path
 
 import numpy as np
 
+from dbnet.annotations import read_labels_at, write_annotations
 from dbnet.errors import UserError
 from dbnet.files import write_whole
+from dbnet.formats import Annotation, check_stems, write_coco, write_icdar_zip
 
 HEADER = ["filename", "polygons"]
 _MAX_FIELD = 1 << 28  # a row of 500 polygons with many points is longer than the csv module's default
+_FORMAT_OF_SUFFIX = {".csv": "csv", ".json": "competition", ".zip": "icdar"}
+
+
+def choose_format(path: Path, form: str, names: list[str]) -> str:
+    """The format of detections to be written to `path`: `form`, or what its suffix says where that is auto.
+
+    Raises UserError where it says nothing, or where the format cannot hold images of these names.
+    """
+    if form == "auto":
+        form = _FORMAT_OF_SUFFIX.get(path.suffix.lower(), "")
+    if not form:
+        raise UserError(f"{path}: its suffix names no format; end it in .csv, .json or .zip, or say --out-format")
+    if form == "icdar":
+        check_stems(names)
+    for name in names if form != "csv" else []:
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            raise UserError(f"{name!a}: the file name is not UTF-8, as {form} files are; rename it or write a CSV")
+    return form
+
+
+def write_detections(path: Path, form: str, found: dict[str, Annotation]) -> None:
+    """Write the words found in each image as csv, competition, icdar or coco; scores where the format has room.
+
+    The file appears whole or not at all. Raises UserError where it cannot be written.
+    """
+    if form == "csv":
+        write_submission(path, {name: annotation.polygons for name, annotation in found.items()})
+    else:
+        {"competition": write_annotations, "icdar": write_icdar_zip, "coco": write_coco}[form](path, found)
+
+
+def read_detections(path: Path, images: list[str]) -> dict[str, Annotation]:
+    """Read what `write_detections` wrote, in any of its formats, on images that are called so.
+
+    Raises UserError for anything else.
+    """
+    if path.suffix.lower() in (".json", ".zip"):
+        return read_labels_at(path, images)[1]
+    return {name: Annotation(polygons, [False] * len(polygons)) for name, polygons in read_submission(path).items()}
 
 
 def write_submission(path: Path, rows: dict[str, list[np.ndarray]]) -> None:

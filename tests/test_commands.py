@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from dbnet.checkpoint import change_checkpoint, load_checkpoint
 from dbnet.errors import UserError, run_script
 from dbnet.submission import read_submission, write_submission
 
@@ -90,6 +91,116 @@ def test_evaluate_writes_scores_image_by_image(place, tmp_path):
     assert scores["hmean"] == pytest.approx(np.mean([image["hmean"] for image in scores["per_image"].values()]))
 
 
+@pytest.fixture
+def evaluate(place, monkeypatch, capsys):
+    """Run evaluate.py in this process, to success, and return what it says."""
+
+    def run(*arguments):
+        monkeypatch.chdir(place)
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        capsys.readouterr()
+        importlib.import_module("evaluate").main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_tuned_values_are_saved_if_they_are_better_and_evaluation_then_uses_them(place, data, tmp_path, evaluate):
+    def scores(*flags):
+        evaluate(checkpoint, "--data", data, "--json", tmp_path / "a.json", *flags)
+        return json.loads((tmp_path / "a.json").read_text())
+
+    # A network that was hardly trained finds something in one of the two images; twice this one is the data set.
+    checkpoint = Path(shutil.copy(place / "runs/first/best.pt", tmp_path / "best.pt"))
+    found = scores("--thresh", "0.3", "--box-thresh", "0.2")["per_image"]
+    name = max(found, key=lambda name: found[name]["hmean"])
+    annotations = json.loads((data / "jsons/val.json").read_text())["images"]
+    copy = "copy" + Path(name).suffix
+    shutil.copy(data / "images/val" / name, data / "images/val" / copy)
+    (data / "jsons/val.json").write_text(json.dumps({"images": dict.fromkeys((name, copy), annotations[name])}))
+    change_checkpoint(checkpoint, {"thresh": 0.95, "box_thresh": 0.95})
+    before = load_checkpoint(checkpoint)
+    assert scores()["hmean"] == 0
+
+    tune = [checkpoint, "--data", data, "--tune", "--workers", "0"]
+    shown = evaluate(*tune, "--json", tmp_path / "tuning.json")
+    assert load_checkpoint(checkpoint)["config"] == before["config"]  # nothing is saved unasked
+    assert Image.open(tmp_path / "tuning.png").height > 400
+    best = json.loads((tmp_path / "tuning.json").read_text())["combinations"][0]
+    assert best["hmean"] > 0 and f"{best['hmean']:+.4f}" in shown
+
+    assert "\nsaved: " in evaluate(*tune, "--save", "--tune-picture", tmp_path / "b.png")
+    assert (tmp_path / "b.png").exists()
+    after = load_checkpoint(checkpoint)
+    values = {"thresh": best["thresh"], "box_thresh": best["box_thresh"]}
+    values |= {"polygon_unclip_ratio": best["unclip_ratio"], "min_size": best["min_size"]}
+    assert after["config"] == before["config"].changed(**values)
+    assert after["tunings"][0]["before"]["thresh"] == 0.95 and after["tunings"][0]["after"] == values
+    assert after["epoch"] == before["epoch"] and after["model"].keys() == before["model"].keys()
+    assert scores()["hmean"] == pytest.approx(best["hmean"])
+
+    content = checkpoint.read_bytes()
+    assert "\nnot saved: " in evaluate(*tune, "--save")
+    assert checkpoint.read_bytes() == content
+
+
+def test_evaluate_shows_iou_and_recall_by_size_of_text(evaluate, tmp_path):
+    shown = evaluate("runs/first/best.pt", "--json", tmp_path / "scores.json")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert f"IoU over 0.5: precision {scores['iou']['precision']:.4f}" in shown
+    assert len(scores["by_size"]) == 8
+    assert sum(row["chars_gt"] for row in scores["by_size"]) == scores["chars_gt"] > 0
+    assert sum(row["chars_tp"] for row in scores["by_size"]) == scores["chars_tp"]
+    assert f"{scores['by_size'][5]['chars_gt']}" in shown.split("characters")[1].split("recall")[0]
+
+
+def test_a_submission_is_scored_without_the_images_except_by_size(data, tmp_path, evaluate):
+    images = json.loads((data / "jsons/val.json").read_text())["images"]
+    polygons = {
+        name: [np.array(word["points"], int) for word in image["words"].values()] for name, image in images.items()
+    }
+    write_submission(tmp_path / "a.csv", polygons)
+    arguments = ["--submission", tmp_path / "a.csv", "--data", data, "--json", tmp_path / "a.json"]
+    assert "left out" not in evaluate(*arguments)
+    shutil.rmtree(data / "images")
+    assert "2 images whose files are not there" in evaluate(*arguments)
+    scores = json.loads((tmp_path / "a.json").read_text())
+    assert scores["iou"]["recall"] == 1 and sum(row["chars_gt"] for row in scores["by_size"]) == 0
+
+
+def test_evaluate_writes_a_report_and_compares(place, tmp_path):
+    earlier, page, empty = tmp_path / "earlier.json", tmp_path / "report.html", tmp_path / "empty.csv"
+    flags = ["--thresh", "0.4", "--box-thresh", "0", "--json", earlier, "--report", page]
+    result = command("evaluate.py", "runs/first/best.pt", *flags, cwd=place)
+    assert result.returncode == 0, result.stderr
+    assert all(f'id="{kind}-{index}"' in page.read_text() for kind in ("jpeg", "prob_map") for index in range(2))
+
+    empty.write_text("filename,polygons\n")
+    result = command("evaluate.py", "--submission", empty, "--report", page, "--compare", earlier, cwd=place)
+    assert result.returncode == 0, result.stderr
+    precision = json.loads(earlier.read_text())["precision"]
+    assert (
+        f"precision  {precision:.4f}  0.0000  {0 - precision:+.4f}" in result.stdout
+        and "2 images in both" in result.stdout
+    )
+    assert 'id="jpeg-1"' in page.read_text() and 'id="prob_map-' not in page.read_text()
+    assert page.read_text().count('"error":null') == 2
+
+
+def test_a_report_or_a_comparison_that_cannot_be_is_refused_before_the_work(place, tmp_path, typed):
+    score = ["evaluate.py", "runs/first/best.pt"]
+    refused(
+        typed(*score, "--report", tmp_path / "no" / "report.html", cwd=place), "no/report.html", "cannot be written"
+    )
+    refused(typed(*score, "--compare", tmp_path / "no.json", cwd=place), "no.json", "cannot be read")
+    other = tmp_path / "other.json"
+    other.write_text('{"per_image": {"elsewhere.jpg": {"precision": 1, "recall": 1, "hmean": 1}}}')
+    refused(typed(*score, "--compare", other, cwd=place), "other.json", "no image of this split")
+    (tmp_path / "empty.csv").write_text("filename,polygons\n")
+    submission = ["evaluate.py", "--submission", tmp_path / "empty.csv"]
+    refused(typed(*submission, "--compare", other, cwd=place), "other.json", "no image of this split")
+
+
 def test_predict_takes_the_newest_run_and_writes_a_row_an_image(place, tmp_path):
     out = tmp_path / "submission.csv"
     result = command("predict.py", "--out", out, "--overlays", tmp_path / "overlays", cwd=place)
@@ -125,6 +236,38 @@ def test_without_a_run_the_weights_that_ship_are_taken(place, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("no run in runs/") and "weights/lite.pt" in result.stdout
     assert len(read_submission(tmp_path / "submission.csv")) == 2
+
+
+def test_detections_score_alike_in_every_format(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+
+    def run(script, *words):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        importlib.import_module(script).main()
+
+    scores = {}
+    for name, flags in {"a.csv": [], "a.json": [], "a.zip": [], "coco.json": ["--out-format", "coco"]}.items():
+        out = tmp_path / name
+        images = ["--images", "data/datasets/images/v*/*.jpg", "--thresh", "0.4", "--box-thresh", "0"]
+        run("predict", "runs/first/best.pt", *images, "--out", out, *flags)
+        run("evaluate", "--submission", out, "--json", tmp_path / "scores.json")
+        scores[name] = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["a.csv"]["detections"] > 0
+    assert all(score == scores["a.csv"] for score in scores.values())
+
+
+def test_pages_of_a_pdf_get_rows_and_overlays(place, tmp_path):
+    first, second = (
+        Image.open(path).convert("RGB") for path in sorted((place / "data/datasets/images/test").iterdir())
+    )
+    first.save(tmp_path / "two pages.pdf", save_all=True, append_images=[second])
+    out = tmp_path / "a.csv"
+    arguments = ["--images", tmp_path / "two pages.pdf", "--out", out, "--overlays", tmp_path / "overlays"]
+    result = command("predict.py", "runs/first/best.pt", *arguments, cwd=place)
+    assert result.returncode == 0, result.stderr
+    names = ["two pages.pdf#page=1", "two pages.pdf#page=2"]
+    assert list(read_submission(out)) == names
+    assert sorted(path.name for path in (tmp_path / "overlays").iterdir()) == [f"{name}.jpg" for name in names]
 
 
 def test_a_run_goes_on_where_it_stopped_and_its_weights_start_another_preset(place, tmp_path):
@@ -209,10 +352,19 @@ def test_mistakes_of_evaluate_and_predict(place, tmp_path, typed):
     refused(typed("evaluate.py", cwd=place), "--submission")
     refused(typed("evaluate.py", checkpoint, "--split", "absent", cwd=place), "absent")
     refused(typed("evaluate.py", checkpoint, "--json", tmp_path / "file" / "a.json", cwd=place), "a.json")
+    refused(typed("evaluate.py", checkpoint, "--save", cwd=place), "--save: belongs to --tune")
+    refused(typed("evaluate.py", checkpoint, "--tune-picture", "a.png", cwd=place), "--tune-picture: belongs to")
+    refused(typed("evaluate.py", "--submission", "a.csv", "--tune", cwd=place), "--tune: a submission has no")
+    refused(typed("evaluate.py", checkpoint, "--tune", "--save", "--thresh", "0.2", cwd=place), "another --thresh")
+    refused(typed("evaluate.py", checkpoint, "--tune", "--tune-picture", "absent/a.png", cwd=place), "absent/a.png")
+    refused(typed("evaluate.py", checkpoint, "--tune", "--tune-picture", "a.gif", cwd=place), "a.gif", ".png")
     refused(typed("evaluate.py", checkpoint, "--backbone", "resnet18", cwd=place), "another architecture")
     refused(typed("evaluate.py", checkpoint, "--submission", "a.csv", cwd=place), "--submission")
     refused(typed("predict.py", checkpoint, "--images", tmp_path / "empty", cwd=place), "holds no images")
     refused(typed("predict.py", checkpoint, "--images", tmp_path / "absent", cwd=place), "no such file or folder")
+    refused(typed("predict.py", checkpoint, "--out", tmp_path / "a.txt", cwd=place), "a.txt", "--out-format")
+    refused(typed("evaluate.py", checkpoint, "--format", "voc", cwd=place), "--format", "labelme")
+    refused(typed("evaluate.py", checkpoint, "--format", "icdar", cwd=place), "--format icdar", "labels/val")
     refused(typed("predict.py", checkpoint, "--out", tmp_path / "absent" / "a.csv", cwd=place), "a.csv")
     refused(typed("predict.py", checkpoint, "--overlays", tmp_path / "file", cwd=place), "file", "another folder")
     refused(typed("predict.py", tmp_path / "file", cwd=place), "file: not a checkpoint")

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dbnet import metric
-from dbnet.metric import CLEval, score_image
+from dbnet.metric import MAX_DETECTIONS, CLEval, match_image, score_image, score_selections
 
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases" / "cleval.json"
 
@@ -75,6 +75,51 @@ def test_merged_words_cost_precision_one_character_for_each_extra_word():
     assert (score.chars_gt, score.chars_det, score.chars_tp) == (8, 8, 8)
     assert (score.splits, score.merges, score.gran_recall, score.gran_precision) == (0, 1, 0, 1)
     assert (score.precision, score.recall) == (7 / 8, 1)
+
+
+def test_outcomes_of_words_and_detections():
+    halves = [box(0, 100, 20, 10), box(20, 100, 20, 10)]
+    match = match_image(
+        [WORD, box(0, 50, 40, 10), box(50, 50, 40, 10), box(0, 100, 40, 10), FAR, box(0, 300, 40, 10), WORD[:3]],
+        [WORD, box(0, 50, 90, 10), *halves, box(700, 0, 40, 10), box(0, 300, 40, 10), WORD[:3]],
+        [False, False, False, False, False, True, False],
+    )
+    assert match.gt_outcomes() == ["correct", "merged", "merged", "split", "missed", "dont_care", "unscored"]
+    assert match.det_outcomes() == ["correct", "merged", "split", "split", "false", "dont_care", "unscored"]
+    assert match.gt_chars().tolist() == [[4, 4], [4, 4], [4, 4], [4, 4], [0, 4], [0, 0], [0, 0]]
+
+
+def test_a_word_found_in_part_says_how_many_characters():
+    match = match_image([WORD], [box(0, 0, 22, 10)])
+    assert match.gt_outcomes() == match.det_outcomes() == ["correct"]
+    assert match.gt_chars().tolist() == [[2, 4]]
+
+
+def test_detections_after_the_last_that_counts_are_unscored():
+    short = box(0, 0, 9, 9)[:2]
+    outcomes = match_image([WORD], [short, *[FAR] * MAX_DETECTIONS, WORD]).det_outcomes()
+    assert outcomes == ["unscored", *["false"] * MAX_DETECTIONS, "unscored"]
+
+
+def test_outcomes_of_nothing():
+    match = match_image([], [])
+    assert (match.gt_outcomes(), match.det_outcomes(), match.gt_chars().shape) == ([], [], (0, 2))
+    assert match_image([WORD], []).gt_outcomes() == ["missed"]
+    assert match_image([], [WORD]).det_outcomes() == ["false"]
+
+
+@given(any_polygons, any_polygons, st.data())
+@settings(max_examples=100, deadline=None)
+def test_outcomes_add_up_to_the_score(gt, det, data):
+    dont_care = data.draw(st.lists(st.booleans(), min_size=len(gt), max_size=len(gt)))
+    match = match_image(gt, det, dont_care)
+    words, detections, score = match.gt_outcomes(), match.det_outcomes(), match.score
+    assert score == score_image(gt, det, dont_care)
+    assert (len(words), len(detections)) == (len(gt), len(det))
+    assert words.count("split") == score.splits and detections.count("merged") == score.merges
+    assert len(words) - words.count("unscored") == score.words
+    assert len(detections) - detections.count("unscored") == score.detections
+    assert match.gt_chars().sum(axis=0).tolist() == [score.chars_tp, score.chars_gt]
 
 
 def test_false_positive_costs_precision_as_many_characters_as_it_is_long():
@@ -303,3 +348,24 @@ def test_common_area_with_any_outline_is_the_intersection(quad, outline):
     computed = metric._common_area_with_outlines(turned.T[:, :, None], polygons, np.array([0]))
     expected = shapely.Polygon(quad).intersection(shapely.Polygon(outline)).area
     assert computed[0] == pytest.approx(expected, abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ several selections
+
+
+@given(any_polygons, any_polygons, st.lists(st.booleans(), min_size=6, max_size=6), st.integers(0, 2**18 - 1))
+@settings(deadline=None)
+def test_selections_score_as_if_there_were_no_other_detections(gt, det, flags, bits):
+    selections = [np.array([bits >> (6 * turn + place) & 1 for place in range(len(det))], bool) for turn in range(3)]
+    scores = score_selections(gt, det, flags[: len(gt)], selections)
+    for chosen, score in zip(selections, scores, strict=True):
+        others_gone = [polygon for polygon, is_chosen in zip(det, chosen, strict=True) if is_chosen]
+        assert score == score_image(gt, others_gone, flags[: len(gt)])
+
+
+def test_of_a_selection_the_first_500_are_scored():
+    chosen = np.ones(503, bool)
+    chosen[:3] = False
+    [all_of_them, later] = score_selections([WORD], [FAR] * 500 + [WORD] * 3, None, [np.ones(503, bool), chosen])
+    assert (all_of_them.detections, all_of_them.chars_tp) == (500, 0)
+    assert (later.detections, later.chars_tp) == (500, 4)

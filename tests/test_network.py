@@ -10,61 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbnet.checkpoint import load_checkpoint, load_model, load_weights, save_checkpoint
-from dbnet.config import PRESETS, Config
+from dbnet.checkpoint import load_checkpoint, load_model, load_weights, save_checkpoint, start_from
+from dbnet.config import PRESETS
 from dbnet.dataset import Batches, TextDataset, make_loader
 from dbnet.ensemble import Ensemble
 from dbnet.errors import UserError
 from dbnet.inference import Pipeline
 from dbnet.loss import balanced_cross_entropy, db_loss, hardest
-from dbnet.model import BACKBONES, DBNet, Maps, fold_batch_norms
-
-
-@pytest.mark.parametrize(
-    ("backbone", "channels"),
-    [
-        ("resnet18", [64, 128, 256, 512]),
-        ("resnet50", [256, 512, 1024, 2048]),
-        ("mobilenet_v3_large", [24, 40, 112, 960]),
-        ("efficientnet_b3", [32, 48, 136, 1536]),
-    ],
-)
-def test_channels_are_asked_of_the_backbone_and_maps_have_the_images_size(backbone, channels):
-    model = DBNet(Config.from_preset("lite", backbone=backbone, weights="none"))
-    assert model.backbone.channels == channels
-    images = torch.randint(0, 256, (2, 64, 96, 3), dtype=torch.uint8)
-    maps = model.train()(images)
-    assert maps.prob_logits.shape == maps.thresh_logits.shape == (2, 64, 96)
-    with torch.no_grad():
-        prob_map = model.eval()(images)
-    assert prob_map.shape == (2, 64, 96) and prob_map.dtype == torch.float32
-    assert prob_map.min() >= 0 and prob_map.max() <= 1
-
-
-def test_every_backbone_of_the_dict_can_be_configured():
-    for name in BACKBONES:
-        Config.from_preset("v1", backbone=name)
-
-
-def test_weights_come_from_a_file_and_a_wrong_one_says_what_to_do(tmp_path):
-    model = BACKBONES["mobilenet_v3_large"][0](weights=None)
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    config = PRESETS["lite"].changed(weights=str(tmp_path / "weights.pth"))
-    first = next(DBNet(config).backbone.parameters())
-    assert torch.equal(first, next(model.parameters()))
-    for name, backbone in (("weights.pth", "resnet18"), ("absent.pth", "resnet18")):
-        with pytest.raises(UserError, match=rf"{re.escape(name)}.*--weights none.*--weights FILE"):
-            DBNet(config.changed(weights=str(tmp_path / name), backbone=backbone))
-
-
-def test_weights_that_cannot_be_downloaded_name_the_way_out(monkeypatch, tmp_path):
-    def refuse(*_args, **_kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(UserError, match=r"no network.*--weights none.*--weights FILE"):
-        DBNet(PRESETS["v1"])
+from dbnet.model import DBNet, Maps
 
 
 @given(st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=40), st.integers(0, 50))
@@ -171,8 +124,55 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_no_code(checkpoin
 
 
 def test_another_architecture_is_named(checkpoint):
-    with pytest.raises(UserError, match=r"mobilenet_v3_large, 96 .*resnet18, 96"):
+    with pytest.raises(UserError, match=r"mobilenet_v3_large, 96 .*resnet18, 96 .*--fusion"):
         load_model(checkpoint, {"backbone": "resnet18"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, r"344 of 344 tensors taken$"),
+        ({"fusion": "asf"}, r"344 of 349 tensors taken; left as they were: pyramid.attention$"),
+        (
+            {"backbone": "resnet18"},
+            r"32 of 156 tensors taken; left as they were: backbone, pyramid.lateral; not used: backbone$",
+        ),
+        ({"pyramid_channels": 64}, r"308 of 344 .* were: prob_branch, pyramid.lateral, pyramid.smooth, thresh_branch$"),
+    ],
+)
+def test_init_takes_what_fits_and_says_what_not(checkpoint, small, changes, words, capsys):
+    content = load_checkpoint(checkpoint)
+    model = DBNet(small.changed(**changes))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    start_from(model, content, checkpoint)
+    line = capsys.readouterr().out.strip()
+    assert re.search(words, line) and "\n" not in line
+    theirs = content["model"]
+    taken = [name for name, tensor in model.state_dict().items() if name in theirs and tensor.equal(theirs[name])]
+    assert len(taken) >= int(line.split()[1])
+    parts = re.search("were: ([^;]*)", line)[1].split(", ") if "were:" in line else []
+    for name, tensor in model.state_dict().items():
+        left = name.startswith(tuple(parts)) if parts else False
+        assert tensor.equal(before[name] if left else theirs[name])
+
+
+def test_init_takes_no_part_of_a_deeper_backbone(small, tmp_path, capsys):
+    """All tensors of a ResNet-18 have namesakes of their shape in a ResNet-34, which compute something else there."""
+    deeper, ours = (small.changed(backbone=name) for name in ("resnet34", "resnet18"))
+    save_checkpoint(tmp_path / "deeper.pt", deeper, DBNet(deeper))
+    model = DBNet(ours)
+    before = model.backbone.stages[0][0].weight.clone()
+    start_from(model, load_checkpoint(tmp_path / "deeper.pt"), tmp_path / "deeper.pt")
+    assert "left as they were: backbone;" in capsys.readouterr().out
+    assert model.backbone.stages[0][0].weight.equal(before)
+
+
+def test_init_from_what_does_not_fit_at_all_is_refused(checkpoint, small):
+    model = DBNet(small.changed(backbone="resnet18", pyramid_channels=64))
+    content = load_checkpoint(checkpoint)
+    for weights in (content["model"], {}, {3: torch.zeros(1)}, [1], {"backbone": "mobilenet"}):
+        with pytest.raises(UserError, match=r"best.pt: .*leave out --init"):
+            start_from(model, {**content, "model": weights}, checkpoint)
 
 
 def test_a_checkpoint_of_v0_is_a_network_of_v1(tmp_path):
@@ -185,24 +185,6 @@ def test_a_checkpoint_of_v0_is_a_network_of_v1(tmp_path):
     load_weights(started, content, tmp_path / "v0.pt", v1)
     for ours, theirs in zip(started.state_dict().values(), trained.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("backbone", sorted(BACKBONES))
-def test_folded_batch_norms_compute_the_same(backbone):
-    torch.manual_seed(0)
-    model = DBNet(PRESETS["lite"].changed(backbone=backbone, weights="none"))
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.running_mean.normal_(0, 0.1)
-            layer.running_var.uniform_(0.5, 2)
-            layer.weight.data.uniform_(0.5, 1.5)
-    images = torch.randint(0, 256, (1, 64, 96, 3), dtype=torch.uint8)
-    with torch.inference_mode():
-        expected = model.eval()(images)
-    fold_batch_norms(model)
-    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in model.modules())
-    with torch.inference_mode():
-        torch.testing.assert_close(model(images), expected, atol=0.01, rtol=0)  # a hundred layers amplify rounding
 
 
 def test_polygons_made_in_other_processes_are_the_same(small):

@@ -1,0 +1,187 @@
+"""Backbones: networks of torchvision and timm, seen as their features at strides 4, 8, 16 and 32."""
+
+import difflib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torchvision.models as zoo
+from torch import Tensor, nn
+
+from dbnet.errors import UserError
+
+FAMILIES = ("resnet", "resnext", "wide_resnet", "efficientnet", "convnext", "mobilenet_v3", "regnet", "swin")
+STRIDES = (4, 8, 16, 32)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+WAY_OUT = "use --weights none to train from scratch, or --weights FILE with a state_dict of that network"
+
+
+class Backbone(nn.Module):
+    """Four features of an image, (N, channels, H / stride, W / stride) at strides 4, 8, 16 and 32.
+
+    Input: (N, 3, H, W) RGB in 0..1, normalized by `mean` and `std`, which belong to the network's own weights.
+    `channels` holds the channels of each feature. They, the places of the strides and the layout are found by a look at
+    what the network makes of a small image. Raises UserError where there is no such network, where it gives no such
+    features, and where its weights cannot be had or do not fit.
+    """
+
+    def __init__(self, name: str, weights: str) -> None:
+        super().__init__()
+        self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
+        if name.startswith("timm:"):
+            self.stages = _load_timm(name, weights)
+            self.mean, self.std = self.stages.pretrained_cfg["mean"], self.stages.pretrained_cfg["std"]
+        else:
+            self.stages = _cut_into_stages(_load_torchvision(name, weights))
+        try:
+            shapes = _probe(self.stages)
+        except Exception as error:  # some networks of timm take images of one size only
+            reason = _reason(error)
+            raise UserError(f"--backbone {name}: does not take images of any size ({reason}); take another") from None
+        missing = sorted(set(STRIDES) - {shape.stride for shape in shapes})
+        if missing:
+            strides = ", ".join(map(str, missing))
+            raise UserError(f"--backbone {name}: gives no features at stride {strides}; take another")
+        self.places = [_last(shapes, stride) for stride in STRIDES]
+        self.channels = [shapes[place].channels for place in self.places]
+        self.channels_last = shapes[-1].channels_last
+        # Without batch norms (ConvNeXt, Swin) what a stage gives is a sum of residuals that nothing has normalized.
+        normalized = any(isinstance(layer, nn.BatchNorm2d) for layer in self.stages.modules())
+        self.norms = nn.ModuleList(nn.Identity() if normalized else ChannelNorm(count) for count in self.channels)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        features = self.stages(images)
+        features = [features[place] for place in self.places]
+        if self.channels_last:
+            features = [feature.permute(0, 3, 1, 2) for feature in features]
+        return [norm(feature) for norm, feature in zip(self.norms, features, strict=True)]
+
+
+class Stages(nn.ModuleList):
+    """Layers that run one after the other and give all that they make."""
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        features = []
+        for stage in self:
+            images = stage(images)
+            features.append(images)
+        return features
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of each pixel of an (N, C, H, W) feature."""
+
+    def forward(self, feature: Tensor) -> Tensor:
+        return super().forward(feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _load_torchvision(name: str, weights: str) -> nn.Module:
+    """The classifier `name` of torchvision."""
+    names = [known for known in zoo.list_models(module=zoo) if known.startswith(FAMILIES)]
+    if name not in names:
+        raise UserError(
+            f"--backbone {name}: no such network{_near(name, names)}; takes a network of torchvision's families "
+            f"{', '.join(FAMILIES)} by its name there, or timm:NAME"
+        )
+    if weights == "imagenet":
+        pretrained = zoo.get_model_weights(name).DEFAULT
+        try:
+            return zoo.get_model(name, weights=pretrained)
+        except Exception as error:  # urllib, http and hash errors of the download
+            reason = _reason(error)
+            raise UserError(f"--weights imagenet: {pretrained.url} cannot be had ({reason}); {WAY_OUT}") from None
+    classifier = zoo.get_model(name, weights=None)
+    if weights != "none":
+        state = _read_weights(weights)
+        try:
+            classifier.load_state_dict(state)
+        except Exception as error:  # missing, unexpected or wrongly shaped tensors
+            raise UserError(f"--weights {weights}: not those of {name} ({_reason(error)}); {WAY_OUT}") from None
+    return classifier
+
+
+def _load_timm(name: str, weights: str) -> nn.Module:
+    """The network timm:NAME as a list of features, finest first (timm's `features_only`)."""
+    try:
+        import timm
+    except ImportError:
+        raise UserError(f"--backbone {name}: needs timm; pip install timm") from None
+    network = name.removeprefix("timm:")
+    if not timm.is_model(network):
+        near = _near(network.split(".")[0], timm.list_models())
+        raise UserError(f"--backbone {name}: timm {timm.__version__} has no such network{near}")
+    options: dict[str, Any] = {"pretrained": weights != "none"}
+    if weights not in ("none", "imagenet"):
+        options["pretrained_cfg_overlay"] = {"state_dict": _read_weights(weights)}
+        try:
+            timm.create_model(network, **options)  # whole, because with features_only a misfit passes in silence
+        except Exception as error:  # missing, unexpected or wrongly shaped tensors
+            raise UserError(f"--weights {weights}: not those of {name} ({_reason(error)}); {WAY_OUT}") from None
+    try:
+        return timm.create_model(network, features_only=True, **options)
+    except Exception as error:  # of the hub, or a network that has no weights or no features
+        mend = "take another" if weights == "none" else WAY_OUT
+        raise UserError(f"--backbone {name} --weights {weights}: not to be had ({_reason(error)}); {mend}") from None
+
+
+def _read_weights(path: str) -> dict[str, Tensor]:
+    """The tensors of a file of --weights, read without running code."""
+    if not Path(path).is_file():
+        raise UserError(f"--weights {path}: no such file; {WAY_OUT}")
+    try:
+        if path.endswith(".safetensors"):  # what timm's own weights come in
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # unpickling errors of many kinds
+        raise UserError(f"--weights {path}: not a state_dict ({_reason(error)}); {WAY_OUT}") from None
+
+
+def _cut_into_stages(classifier: nn.Module) -> Stages:
+    """The layers of a torchvision classifier that run before its pooling, cut where strides 4, 8, 16 and 32 end."""
+    if hasattr(classifier, "features"):
+        layers = list(classifier.features)
+    elif hasattr(classifier, "trunk_output"):
+        layers = [classifier.stem, *classifier.trunk_output]
+    else:
+        layers = [layer for name, layer in classifier.named_children() if name not in ("avgpool", "fc")]
+    shapes = _probe(Stages(layers))
+    ends = [_last(shapes, stride) + 1 for stride in STRIDES]
+    return Stages(nn.Sequential(*layers[start:end]) for start, end in zip([0, *ends], ends, strict=False))
+
+
+class _Shape(NamedTuple):
+    stride: int
+    channels: int
+    channels_last: bool
+
+
+@torch.no_grad()
+def _probe(network: nn.Module) -> list[_Shape]:
+    """What the network makes of a small image, wider than high so that the layout shows."""
+    height, width = 2 * STRIDES[-1], 3 * STRIDES[-1]
+    shapes = []
+    for feature in network.eval()(torch.zeros(1, 3, height, width)):
+        channels_last = feature.shape[2] * width != feature.shape[3] * height
+        rows, channels = (feature.shape[1], feature.shape[3]) if channels_last else (feature.shape[2], feature.shape[1])
+        shapes.append(_Shape(height // rows, channels, channels_last))
+    network.train()
+    return shapes
+
+
+def _last(shapes: list[_Shape], stride: int) -> int:
+    """The place of the last feature at `stride`."""
+    return max(place for place, shape in enumerate(shapes) if shape.stride == stride)
+
+
+def _near(name: str, names: list[str]) -> str:
+    """A hint at the names that are most like `name`."""
+    matches = difflib.get_close_matches(name, names)
+    return f" (did you mean {', '.join(matches)}?)" if matches else ""
+
+
+def _reason(error: Exception) -> str:
+    """What an error of a library says, on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

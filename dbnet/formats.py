@@ -1,0 +1,466 @@
+"""Annotations in the formats of other projects: ICDAR and Total-Text text files, COCO, LabelMe; read and written.
+
+What is read is checked: whatever is not of its format raises UserError, in one line that names the file, the place in
+it and the mend. Nothing in a file is ever run, and no path in it is followed.
+"""
+
+import json
+import math
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dbnet.errors import UserError
+from dbnet.files import write_whole
+from dbnet.images import name_stem
+
+
+@dataclass
+class Annotation:
+    """The words of one image, in pixels of the upright original."""
+
+    polygons: list[np.ndarray] = field(default_factory=list)
+    """(n, 2) float64 arrays of points (x, y), n as in the file"""
+
+    dont_care: list[bool] = field(default_factory=list)
+    """for each polygon, whether it counts neither for the losses nor for the metric"""
+
+    scores: list[float] | None = None
+    """confidence of each polygon, 0..1, where they were detected and the format has room for it"""
+
+    size: tuple[int, int] | None = None
+    """(width, height) of the image, for formats that want it written"""
+
+    def add(self, polygon: np.ndarray, dont_care: bool) -> None:
+        """One word more."""
+        self.polygons.append(polygon)
+        self.dont_care.append(dont_care)
+
+
+class TextFile(NamedTuple):
+    """A file on one image, from a folder or from a zip."""
+
+    where: str
+    """what messages call it"""
+
+    stem: str
+    """its name without the suffix"""
+
+    read: Callable[[], str]
+    """its text, with newlines as \\n; raises UserError"""
+
+
+# ---- files
+
+
+def load_json(path: Path) -> Any:
+    """The content of a JSON file. Raises UserError."""
+    return parse_json(str(path), _read_file(path))
+
+
+def parse_json(where: str, text: str) -> Any:
+    """The content of a JSON text. Raises UserError."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON in UTF-8 ({' '.join(str(error).split())})") from None
+
+
+def list_text_files(place: Path, suffix: str) -> list[TextFile]:
+    """The files of a folder or a zip that end in `suffix`, by name; hidden ones are none.
+
+    Those of a zip may lie in folders of it. Raises UserError where it cannot be read.
+    """
+    if place.is_dir():
+        paths = sorted(path for path in place.iterdir() if path.suffix.lower() == suffix)
+        return [TextFile(str(path), path.stem, partial(_read_file, path)) for path in paths if path.name[:1] != "."]
+    archive = _open_zip(place)
+    files = []
+    for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
+        name = entry.filename.rsplit("/", 1)[-1]
+        if not name.startswith(".") and name.lower().endswith(suffix):
+            where = f"{place}: {name}"
+            read = partial(_read_zipped, where, archive, entry)
+            files.append(TextFile(where, name[: -len(suffix)], read))
+    return files
+
+
+def _read_file(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; the annotations of a split belong there") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    return _decode(str(path), data)
+
+
+_MAX_ZIPPED = 1 << 28  # bytes that a file in a zip may unfold to
+
+
+def _open_zip(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise UserError(f"{path}: not a zip file ({error})") from None
+
+
+def _read_zipped(where: str, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> str:
+    if entry.file_size > _MAX_ZIPPED:
+        raise UserError(f"{where}: unfolds to {entry.file_size} bytes, over the limit of {_MAX_ZIPPED}")
+    try:
+        return _decode(where, archive.read(entry))
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+        raise UserError(f"{where}: cannot be read from the zip ({error})") from None
+
+
+def _decode(where: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: not text in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
+
+
+# ---- points
+
+
+def check_name(where: Path | str, name: str) -> str:
+    """The name, where it is that of a file and leads into no other folder. Raises UserError."""
+    if not name or name == ".." or Path(name).name != name or "\0" in name:
+        raise UserError(f"{where}: {name!r} is not a plain file name; images lie directly in their folder")
+    return name
+
+
+def to_polygon(where: str, points: object) -> np.ndarray:
+    """(n, 2) float64 of a JSON value that must be a list of [x, y] pairs of finite numbers. Raises UserError."""
+    try:
+        if not isinstance(points, list) or any(isinstance(value, bool | str) for point in points for value in point):
+            raise ValueError
+        polygon = np.array(points, dtype=np.float64).reshape(len(points), 2)
+    except (ValueError, TypeError, OverflowError):
+        raise UserError(f'{where}: "points" must be a list of [x, y] pairs of numbers') from None
+    if not np.isfinite(polygon).all():
+        raise UserError(f"{where}: a coordinate is not a finite number")
+    return polygon
+
+
+def to_score(value: object) -> float | None:
+    """A confidence of a JSON file, where it is one."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and 0 <= value <= 1 else None
+
+
+def scores_of(values: Iterable[object]) -> list[float] | None:
+    """The confidences of an image's words, where each word has one."""
+    scores = [to_score(value) for value in values]
+    return scores if scores and None not in scores else None
+
+
+def rectangle(x0: float, y0: float, x1: float, y1: float) -> list[list[float]]:
+    """The corners of an upright rectangle, clockwise from the top left as CLEval expects them."""
+    left, right, top, bottom = min(x0, x1), max(x0, x1), min(y0, y1), max(y0, y1)
+    return [[left, top], [right, top], [right, bottom], [left, bottom]]
+
+
+# ---- text files, one an image
+
+_NUMBER = re.compile(r"\s*[-+]?[0-9]{1,18}(\.[0-9]*)?\s*", re.ASCII)
+_MANY_POINTS = 6  # that a line must have to show that its format knows more than four
+
+
+def recognize_text_files(files: list[TextFile]) -> str:
+    """The format of a set of text files: icdar, polygons or totaltext.
+
+    totaltext begins with `x:`. Names in `res_` are results, which have points and no transcriptions: polygons, that
+    is. Else the set is polygons where one line in ten or more begins with the numbers of six points: in icdar, where
+    four points are followed by any text, that would be a transcription of four numbers.
+    """
+    if files and all(file.stem.startswith("res_") for file in files):
+        return "polygons"
+    lines = many = 0
+    for file in files:
+        text = file.read()
+        if text.lstrip().startswith("x:"):
+            return "totaltext"
+        for line in filter(str.strip, text.split("\n")):
+            lines += 1
+            many += _count_numbers(line.split(",")) >= 2 * _MANY_POINTS
+    return "polygons" if 0 < lines <= 10 * many else "icdar"
+
+
+def parse_icdar(where: str, text: str) -> Annotation:
+    """ICDAR 2015: lines of `x1,y1,x2,y2,x3,y3,x4,y4,transcription`; the transcription may hold commas, or be missing.
+
+    Don't care is the transcription `###`, also after the script's name as in the MLT challenges.
+    """
+    annotation = Annotation()
+    for number, fields in _lines(text):
+        count = _count_numbers(fields)
+        if count < 8:
+            raise UserError(
+                f"{where}: line {number}: must begin with x1,y1,x2,y2,x3,y3,x4,y4, not {_shown(fields)}; "
+                f"--format polygons reads other numbers of points"
+            )
+        annotation.add(_points(fields[:8]), fields[-1].strip() == "###")
+    return annotation
+
+
+def parse_polygons(where: str, text: str) -> Annotation:
+    """Lines of `x1,y1,...,xn,yn` with three or more points, and a transcription after them or none.
+
+    All numbers that a line begins with are points, but for the last where their count is odd: so a transcription must
+    not begin with two numbers. Don't care is `###`.
+    """
+    annotation = Annotation()
+    for number, fields in _lines(text):
+        count = _count_numbers(fields) // 2 * 2
+        if count < 6:
+            raise UserError(f"{where}: line {number}: must begin with x1,y1,x2,y2,x3,y3, not {_shown(fields)}")
+        annotation.add(_points(fields[:count]), fields[-1].strip() == "###")
+    return annotation
+
+
+_TOTALTEXT = re.compile(
+    r"x:\s*\[\[([^\[\]]*)\]\]\s*,\s*y:\s*\[\[([^\[\]]*)\]\]"
+    r"(?:\s*,\s*ornt:\s*\[[^\]]*\])?(?:\s*,\s*transcriptions:\s*\[(.*)\])?,?",
+    re.DOTALL,
+)
+_TOTALTEXT_DONT_CARE = re.compile(r"u?(['\"])#(##)?\1")
+
+
+def parse_totaltext(where: str, text: str) -> Annotation:
+    """Total-Text: `x: [[x1 x2 ...]], y: [[y1 y2 ...]], ornt: [u'c'], transcriptions: [u'...']`, as NumPy printed it,
+    long lists over several lines. Don't care is the transcription `#`."""
+    annotation = Annotation()
+    starts = [match.start() for match in re.finditer(r"^[ \t]*x:", text, re.MULTILINE)]
+    if text[: starts[0] if starts else None].strip():
+        raise UserError(f"{where}: line 1: must begin with x: [[...]], y: [[...]]")
+    for start, end in pairwise([*starts, len(text)]):
+        number = text.count("\n", 0, start) + 1
+        match = _TOTALTEXT.fullmatch(text[start:end].strip())
+        x, y = (match[group].replace(",", " ").split() for group in (1, 2)) if match else ([], [])
+        if len(x) != len(y) or len(x) < 3 or not all(map(_NUMBER.fullmatch, x + y)):
+            raise UserError(
+                f"{where}: line {number}: must be x: [[...]], y: [[...]] with as many numbers in both, three or more, "
+                f"then ornt: [...], transcriptions: [...]"
+            )
+        polygon = np.array([x, y], dtype=np.float64).T
+        annotation.add(polygon, _TOTALTEXT_DONT_CARE.fullmatch((match[3] or "").strip()) is not None)
+    return annotation
+
+
+def parse_labelme(where: str, text: str) -> Annotation:
+    """LabelMe: shapes of an image, polygons and rectangles. Don't care is the label or description `###`, or a flag
+    `ignore` that is set."""
+    content = parse_json(where, text)
+    shapes = content.get("shapes") if isinstance(content, dict) else None
+    if not isinstance(shapes, list):
+        raise UserError(f'{where}: lacks "shapes", a list; is it a file of LabelMe?')
+    annotation = Annotation()
+    for number, shape in enumerate(shapes, start=1):
+        place = f"{where}: shape {number}"
+        if not isinstance(shape, dict):
+            raise UserError(f"{place}: must be an object")
+        polygon = to_polygon(place, shape.get("points"))
+        kind = shape.get("shape_type", "polygon")
+        if kind == "rectangle" and len(polygon) == 2:
+            polygon = np.array(rectangle(*polygon.ravel().tolist()))
+        elif kind not in ("polygon", "rectangle") or len(polygon) < 3:
+            raise UserError(f"{place}: is a {kind} of {len(polygon)} points; draw a polygon or a rectangle instead")
+        flags = shape.get("flags")
+        ignored = isinstance(flags, dict) and flags.get("ignore") is True
+        annotation.add(polygon, ignored or "###" in (shape.get("label"), shape.get("description")))
+    return annotation
+
+
+TEXT_PARSERS: dict[str, Callable[[str, str], Annotation]] = {
+    "icdar": parse_icdar,
+    "polygons": parse_polygons,
+    "totaltext": parse_totaltext,
+    "labelme": parse_labelme,
+}
+
+
+def read_text_files(files: list[TextFile], form: str, images: list[str]) -> dict[str, Annotation]:
+    """Annotations by the names of `images`, in the order of these, from the files on them.
+
+    The file on NAME.jpg is called NAME.txt (or .json), NAME.jpg.txt, or such with a prefix that all of them have:
+    gt_, poly_gt_ or res_. Raises UserError for a file on none of the images, or two files on one.
+    """
+    candidates: dict[str, list[str]] = {}
+    for name in images:
+        candidates.setdefault(name_stem(name), []).append(name)
+    for name in images:
+        candidates.setdefault(name, [name])
+    stems = [file.stem for file in files]
+    prefix = next((p for p in ("poly_gt_", "gt_", "res_") if all(stem.startswith(p) for stem in stems)), "")
+    without = [stem.removeprefix(prefix) for stem in stems]
+    if any(stem in candidates for stem in without) or not all(stem in candidates for stem in stems):
+        stems = without
+    found: dict[str, Annotation] = {}
+    for file, stem in zip(files, stems, strict=True):
+        match candidates.get(stem, []):
+            case [name] if name not in found:
+                found[name] = TEXT_PARSERS[form](file.where, file.read())
+            case [name]:
+                raise UserError(f"{file.where}: another file is on {name} as well; keep one of them")
+            case [first, second, *_]:
+                raise UserError(f"{file.where}: may be on {first} or {second}; rename one of these")
+            case _:
+                raise UserError(f"{file.where}: there is no image {stem!r}; put it there or take this file away")
+    return {name: found[name] for name in images if name in found}
+
+
+def write_icdar_zip(path: Path, found: dict[str, Annotation]) -> None:
+    """A zip of `res_NAME.txt` for each image, as ICDAR's upload forms want it: lines of `x1,y1,...,xn,yn`, and `,###`
+    where a word is don't care. Raises UserError as `check_stems` does, or where it cannot be written."""
+    check_stems(found)
+    with write_whole(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, annotation in found.items():
+            lines = [
+                ",".join(map(_digits, polygon.ravel().tolist())) + ",###" * ignore
+                for polygon, ignore in zip(annotation.polygons, annotation.dont_care, strict=True)
+            ]
+            archive.writestr(f"res_{name_stem(name)}.txt", "".join(f"{line}\r\n" for line in lines))
+
+
+def check_stems(names: Iterable[str]) -> None:
+    """Raise UserError where files that are named after images would get the same name for two of them."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if name_stem(name) in seen:
+            other = seen[name_stem(name)]
+            raise UserError(f"{name}: would be known by the same name as {other} in text files; rename one of them")
+        seen[name_stem(name)] = name
+
+
+def _lines(text: str) -> Iterator[tuple[int, list[str]]]:
+    """Number and comma-separated fields of each line that is not blank."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, line.split(",")
+
+
+def _count_numbers(fields: list[str]) -> int:
+    """How many of the fields, from the first on, are numbers."""
+    return next((i for i, text in enumerate(fields) if not _NUMBER.fullmatch(text)), len(fields))
+
+
+def _points(fields: list[str]) -> np.ndarray:
+    return np.array([float(text) for text in fields]).reshape(-1, 2)
+
+
+def _shown(fields: list[str]) -> str:
+    return repr(",".join(fields)[:60])
+
+
+def _digits(value: float) -> str:
+    """The shortest decimal number that reads as exactly this value, without an exponent."""
+    return np.format_float_positional(value, trim="-")
+
+
+# ---- COCO
+
+
+def is_coco(content: object) -> bool:
+    """Whether the content of a JSON file looks like COCO's: images as a list, or results alone."""
+    return isinstance(content, list) or (isinstance(content, dict) and isinstance(content.get("images"), list))
+
+
+def parse_coco(where: Path, content: Any, names: list[str]) -> dict[str, Annotation]:
+    """COCO: each part of a `segmentation` is a polygon, or the `bbox` where there is none; `iscrowd` or `ignore` says
+    don't care. An image has the last part of its `file_name`, unless the whole is among `names`."""
+    if not isinstance(content, dict):
+        raise UserError(f'{where}: lacks "images"; results alone know images only by number: put the images in too')
+    images, annotations = content.get("images"), content.get("annotations")
+    if not isinstance(images, list) or not isinstance(annotations, list):
+        raise UserError(f'{where}: lacks "images" or "annotations", the lists of COCO')
+    known = set(names)
+    name_of: dict[int | str, str] = {}
+    found: dict[str, Annotation] = {}
+    scores: dict[str, list[object]] = {}
+    for number, image in enumerate(images, start=1):
+        key, name = (image.get("id"), image.get("file_name")) if isinstance(image, dict) else (None, None)
+        if not isinstance(key, int | str) or not isinstance(name, str):
+            raise UserError(f'{where}: image {number}: must have an "id" and a "file_name"')
+        if name not in known:
+            name = check_name(f"{where}: image {number}", re.split(r"[/\\]", name)[-1])
+        if key in name_of or name in found:
+            raise UserError(f"{where}: image {number}: id {key} or name {name} is there twice")
+        name_of[key], found[name], scores[name] = name, Annotation(), []
+    for number, entry in enumerate(annotations, start=1):
+        place = f"{where}: annotation {number}"
+        key = entry.get("image_id") if isinstance(entry, dict) else None
+        if not isinstance(key, int | str) or key not in name_of:
+            raise UserError(f"{place}: its image_id is that of no image")
+        for polygon in _parse_segmentation(place, entry):
+            found[name_of[key]].add(polygon, bool(entry.get("iscrowd")) or bool(entry.get("ignore")))
+            scores[name_of[key]].append(entry.get("score"))
+    for name, annotation in found.items():
+        annotation.scores = scores_of(scores[name])
+    return found
+
+
+def _parse_segmentation(where: str, entry: dict[str, Any]) -> list[np.ndarray]:
+    parts = entry.get("segmentation")
+    if isinstance(parts, dict) and not entry.get("iscrowd"):
+        raise UserError(f"{where}: its segmentation is a mask (RLE); export polygons")
+    if parts and not isinstance(parts, dict):
+        if not isinstance(parts, list) or any(not isinstance(part, list) or len(part) < 6 for part in parts):
+            raise UserError(f"{where}: its segmentation must be lists of x1, y1, x2, y2, x3, y3 and more")
+        return [to_polygon(where, [part[i : i + 2] for i in range(0, len(part), 2)]) for part in parts]
+    box = entry.get("bbox")
+    if not isinstance(box, list) or len(box) != 4:
+        raise UserError(f"{where}: has neither a segmentation nor a bbox of x, y, width and height")
+    (x, y), (width, height) = to_polygon(where, [box[:2], box[2:]]).tolist()
+    return [to_polygon(where, rectangle(x, y, x + width, y + height))]
+
+
+def write_coco(path: Path, found: dict[str, Annotation]) -> None:
+    """Images, annotations and the one category `text`, each word an annotation with its score where it has one: both
+    COCO's annotations, and, as the list under "annotations", its results. Raises UserError where it cannot be written.
+    """
+    images, annotations = [], []
+    for image_id, (name, annotation) in enumerate(found.items(), start=1):
+        width, height = annotation.size or (None, None)
+        images.append({"id": image_id, "file_name": name, **({"width": width, "height": height} if width else {})})
+        words = zip(annotation.polygons, annotation.dont_care, scores_or_none(annotation), strict=True)
+        for polygon, ignore, score in words:
+            (left, top), (right, bottom) = polygon.min(axis=0).tolist(), polygon.max(axis=0).tolist()
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": 1,
+                    "segmentation": [polygon.ravel().tolist()],
+                    "bbox": [left, top, right - left, bottom - top],
+                    "area": _area(polygon),
+                    "iscrowd": int(ignore),
+                    **({} if score is None else {"score": score}),
+                }
+            )
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "text"}]}
+    with write_whole(path, "w") as file:
+        json.dump(content, file, ensure_ascii=False)
+
+
+def scores_or_none(annotation: Annotation) -> list[float | None]:
+    """The score of each word of an image, or None for each."""
+    return list(annotation.scores) if annotation.scores is not None else [None] * len(annotation.polygons)
+
+
+def _area(polygon: np.ndarray) -> float:
+    x, y = polygon.astype(np.float64).T
+    return math.fabs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2

@@ -1,0 +1,236 @@
+"""A page that shows what was found and what was not: one HTML file that opens from disk, without a network.
+
+    report = Report("best.pt on val")
+    report.add(path, annotation, polygons, scores, prob_map)  # each image of a split, in any order
+    report.write(Path("report.html"), evaluation)
+
+The page itself is report.html beside this module. Here its data is made: names, numbers and polygons as one JSON, and
+the pictures as base64, each in an element of its own, so that a browser decodes only those that it shows.
+"""
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from dbnet.annotations import Annotation
+from dbnet.comparison import Comparison
+from dbnet.evaluation import Evaluation
+from dbnet.files import write_whole
+from dbnet.geometry import Letterbox
+from dbnet.images import ImageError, read_image
+from dbnet.metric import Outcome, match_image
+from dbnet.text_size import SIZE_EDGES, bin_of_size, text_heights
+
+PICTURE_SIDE = 1024  # longer side in pixels
+PICTURE_BYTES = 75_000  # at most; 400 images in base64, with maps and polygons, then stay under 60 MB
+MAP_SIDE = 512
+MAP_BYTES = 15_000  # at most
+MAP_LEVELS = 16  # of probability, 4 bits a pixel
+
+_DATA_MARK = "<!-- data -->"
+_QUALITIES = (75, 65, 55, 45, 35, 25)  # of JPEG, tried one after the other
+_SHRINK = 0.8
+_FAR = 100_000  # pixels; what lies beyond is drawn there
+
+# Low to high probability: dark violet over green to yellow, ever less transparent; the lowest, noise, is not seen.
+_MAP_COLORS = cv2.applyColorMap(np.linspace(0, 255, MAP_LEVELS, dtype=np.uint8)[None], cv2.COLORMAP_VIRIDIS)[0, :, ::-1]
+_MAP_ALPHAS = np.linspace(-15, 215, MAP_LEVELS).clip(0).astype(np.uint8)
+
+
+@dataclass
+class Picture:
+    """What the page shows of one image."""
+
+    width: int
+    """of the upright original in pixels, or as far as its polygons reach where it cannot be read"""
+
+    height: int
+    """likewise"""
+
+    jpeg: bytes
+    """the image reduced; empty where it cannot be read"""
+
+    prob_map: bytes
+    """a PNG of the probability map, see `encode_map`; empty where there is none"""
+
+    error: str | None
+    """one line, where the image cannot be read"""
+
+    gt: list[list[Any]]
+    """a row for each ground truth: index of its outcome in `Outcome`, characters found, all that count, bin of its size,
+    [x, y, x, y, ...] in pixels of the original"""
+
+    det: list[list[Any]]
+    """a row for each detection: index of its outcome, score or None, [x, y, x, y, ...]"""
+
+
+@dataclass
+class Report:
+    """The images of an evaluation, ready to be shown."""
+
+    title: str = ""
+    """what was scored"""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    """how it was scored, by name"""
+
+    pictures: dict[str, Picture] = field(default_factory=dict)
+    """by file name"""
+
+    def add(
+        self,
+        path: Path,
+        annotation: Annotation,
+        polygons: Sequence[np.ndarray],
+        scores: Sequence[float] | None = None,
+        prob_map: np.ndarray | None = None,
+    ) -> None:
+        """Take in an image file with its ground truth and what was found in it.
+
+        An image that cannot be read is shown as its polygons alone, with the reason.
+
+        Args:
+            polygons: (n, 2) detections in pixels of the upright original.
+            scores: 0..1 for each of them, None where they have none.
+            prob_map: (height, width) uint8, probability x 255, of the image without padding, at any size.
+        """
+        try:
+            pixels, (width, height) = read_image(path, PICTURE_SIDE)
+            jpeg, error = encode_picture(pixels), None
+        except ImageError as unreadable:
+            everything = [np.ones((1, 2)), *annotation.polygons, *polygons]
+            width, height = np.concatenate(everything).max(axis=0).clip(1, _FAR).astype(int).tolist()
+            jpeg, error = b"", str(unreadable)
+        match = match_image(annotation.polygons, polygons, annotation.dont_care)
+        sizes = bin_of_size(text_heights(annotation.polygons), (width, height))
+        words = zip(match.gt_outcomes(), match.gt_chars().tolist(), sizes.tolist(), annotation.polygons, strict=True)
+        found = zip(match.det_outcomes(), scores or [None] * len(polygons), polygons, strict=True)
+        self.pictures[path.name] = Picture(
+            width,
+            height,
+            jpeg,
+            b"" if prob_map is None else encode_map(prob_map),
+            error,
+            [[_OUTCOMES.index(outcome), *chars, size, _flat(polygon)] for outcome, chars, size, polygon in words],
+            [
+                [_OUTCOMES.index(outcome), None if score is None else round(float(score), 3), _flat(polygon)]
+                for outcome, score, polygon in found
+            ],
+        )
+
+    def write(self, path: Path, evaluation: Evaluation, comparison: Comparison | None = None) -> None:
+        """Write the page, whole or not at all, with the scores of the images that were added and, where there are
+        others to compare with, their changes. Raises UserError where it cannot be written."""
+        data = {
+            "title": self.title,
+            "settings": {name: str(value) for name, value in self.settings.items()},
+            "outcomes": _OUTCOMES,
+            "totals": asdict(evaluation.compute()),
+            "sizes": self._recall_by_size(),
+            "comparison": _describe(comparison) if comparison else None,
+            "images": [
+                {
+                    "name": name,
+                    **asdict(score),
+                    "before": comparison.before.get(name) if comparison else None,
+                    **{key: value for key, value in vars(self.pictures[name]).items() if key not in _EMBEDDED},
+                }
+                for name, score in evaluation.per_image.items()
+            ],
+        }
+        before, after = Path(__file__).with_name("report.html").read_text(encoding="utf-8").split(_DATA_MARK)
+        with write_whole(path, "w") as file:
+            file.write(before)
+            file.write(f'<script type="application/json" id="data">{_json_in_html(data)}</script>\n')
+            for index, name in enumerate(evaluation.per_image):
+                _embed(file, f"jpeg-{index}", self.pictures[name].jpeg)
+                _embed(file, f"prob_map-{index}", self.pictures[name].prob_map)
+            file.write(after)
+
+    def _recall_by_size(self) -> list[dict[str, Any]]:
+        """For each size of text: its bounds, and the words, missed words, characters and found characters that count
+        in all images."""
+        scored = [word for picture in self.pictures.values() for word in picture.gt if word[0] not in _NOT_COUNTED]
+        rows = []
+        for size in range(len(SIZE_EDGES) - 1):
+            words = [word for word in scored if word[3] == size]
+            rows.append(
+                {
+                    "low": SIZE_EDGES[size],
+                    "high": SIZE_EDGES[size + 1],
+                    "words": len(words),
+                    "missed": sum(word[0] == _OUTCOMES.index(Outcome.MISSED) for word in words),
+                    "chars": sum(word[2] for word in words),
+                    "found": sum(word[1] for word in words),
+                }
+            )
+        return rows
+
+
+_OUTCOMES = list(Outcome)
+_NOT_COUNTED = (_OUTCOMES.index(Outcome.DONT_CARE), _OUTCOMES.index(Outcome.UNSCORED))
+_EMBEDDED = ("jpeg", "prob_map")
+
+
+def encode_picture(pixels: np.ndarray) -> bytes:
+    """(height, width, 3) uint8 RGB as a JPEG of at most PICTURE_SIDE pixels and PICTURE_BYTES; quality
+    gives way, then size."""
+    height, width = pixels.shape[:2]
+    side = min(PICTURE_SIDE, max(width, height))
+    while True:
+        reduced = np.ascontiguousarray(Letterbox(width, height, side).resize(pixels)[..., ::-1])
+        for quality in _QUALITIES:
+            jpeg = cv2.imencode(".jpg", reduced, [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_OPTIMIZE, 1])[1]
+            if len(jpeg) <= PICTURE_BYTES:
+                return jpeg.tobytes()
+        side = int(side * _SHRINK)
+
+
+def encode_map(prob_map: np.ndarray) -> bytes:
+    """A (height, width) uint8 probability map x 255 as a PNG to lay over the picture, of at most MAP_SIDE pixels and
+    MAP_BYTES: coloured, of MAP_LEVELS levels, the lowest transparent."""
+    height, width = prob_map.shape
+    side = min(MAP_SIDE, max(width, height))
+    while True:
+        reduced = cv2.resize(prob_map, Letterbox(width, height, side).resized, interpolation=cv2.INTER_AREA)
+        image = Image.fromarray(np.round(reduced * ((MAP_LEVELS - 1) / 255)).astype(np.uint8))
+        image.putpalette(_MAP_COLORS.tobytes())
+        file = BytesIO()
+        image.save(file, "PNG", bits=4, transparency=_MAP_ALPHAS.tobytes())
+        if file.tell() <= MAP_BYTES:
+            return file.getvalue()
+        side = int(side * _SHRINK)
+
+
+def _flat(polygon: np.ndarray) -> list[int]:
+    return np.rint(polygon).clip(-_FAR, _FAR).astype(int).ravel().tolist()
+
+
+def _describe(comparison: Comparison) -> dict[str, Any]:
+    before, after = comparison.means()
+    return {
+        "name": str(comparison.path),
+        "images": len(comparison.after),
+        "better": len(comparison.better()),
+        "worse": len(comparison.worse()),
+        "before": before,
+        "after": after,
+    }
+
+
+def _json_in_html(data: Any) -> str:
+    """JSON that no name in it can end: it is ASCII, and without `<` there is neither a tag nor a comment in it."""
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _embed(file: IO[str], element: str, content: bytes) -> None:
+    if content:
+        file.write(f'<script type="text/plain" id="{element}">{base64.b64encode(content).decode()}</script>\n')

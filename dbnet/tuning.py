@@ -1,0 +1,296 @@
+"""Post-processing settings by measurement: CLEval of a whole grid of them, from probability maps computed once.
+
+    tuning = tune(pages, config)                 # a page: the probability map of an image, and its words
+    print(tuning.combinations[tuning.best])      # thresh, box_thresh, unclip ratio and min_size
+    print(tuning.cross_validated)                # H-Mean to expect of values chosen like this
+
+Every combination scores exactly what `extract_polygons` and `score_image` give with it, but little of that is computed
+anew for each: contours and their scores depend on thresh alone, offsets and how they lie on the words depend on the
+unclip ratio too, and the other two only select among the polygons. Nothing here knows of the network.
+"""
+
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import product
+from typing import Any, NamedTuple, Self
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from dbnet.annotations import Annotation
+from dbnet.config import Config
+from dbnet.errors import UserError
+from dbnet.heat_map import draw_heat_map
+from dbnet.metric import score_selections
+from dbnet.postprocess import Region, find_regions, grow_regions, to_image_pixels
+
+BEST = 10  # combinations in the table of the best
+
+
+class Page(NamedTuple):
+    """An annotated image and what the network made of it."""
+
+    name: str
+    """its file name, which decides the half that it belongs to in cross-validation"""
+
+    prob_map: np.ndarray | None
+    """(height, width) uint8, probability x 255, of the image without padding; None if the image could not be read"""
+
+    size: tuple[int, int] | None
+    """width and height of the image in pixels; None only where there is no map"""
+
+    annotation: Annotation
+    """its words"""
+
+
+class Values(NamedTuple):
+    """One combination of what is tuned; each is the field of the configuration of the same name."""
+
+    thresh: float
+    box_thresh: float
+    unclip_ratio: float
+    """polygon_unclip_ratio or box_unclip_ratio, whichever is in use"""
+    min_size: float
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """The values of a configuration."""
+        return cls(*(getattr(config, name) for name in cls.names(config)))
+
+    @staticmethod
+    def names(config: Config) -> tuple[str, str, str, str]:
+        """The fields of the configuration that the values belong to."""
+        unclip_ratio = "polygon_unclip_ratio" if config.use_polygon else "box_unclip_ratio"
+        return "thresh", "box_thresh", unclip_ratio, "min_size"
+
+    def changes(self, config: Config) -> dict[str, float]:
+        """The values by field, for `config.changed`."""
+        return dict(zip(self.names(config), self, strict=True))
+
+
+class Grid(NamedTuple):
+    """The values that are combined, each with each; the fields are those of `Values`."""
+
+    thresh: Sequence[float] = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
+    box_thresh: Sequence[float] = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7)
+    unclip_ratio: Sequence[float] = (1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4)
+    min_size: Sequence[float] = (1.0, 3.0, 5.0)
+
+    def including(self, values: Values) -> Self:
+        """The grid with each of `values` on its axis, so that they are one of the combinations."""
+        return type(self)(*(tuple(sorted({*axis, value})) for axis, value in zip(self, values, strict=True)))
+
+    def combinations(self) -> list[Values]:
+        """All combinations, those that differ in `min_size` alone next to each other."""
+        return [Values(*values) for values in product(*self)]
+
+    def steps(self, one: Values, other: Values) -> int:
+        """How many steps lie between two combinations."""
+        return sum(abs(axis.index(a) - axis.index(b)) for axis, a, b in zip(self, one, other, strict=True))
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What each combination scores on each page."""
+
+    grid: Grid
+    """the values that were combined, those of the configuration among them"""
+
+    combinations: list[Values]
+    """the configuration's own values first, then by their steps from these on the grid: of two that score the same, the
+    first is the more careful choice"""
+
+    scores: np.ndarray
+    """(combinations, pages, 3) CLEval precision, recall and H-Mean; pages by name"""
+
+    @cached_property
+    def means(self) -> np.ndarray:
+        """(combinations, 3) precision, recall and H-Mean of the data set."""
+        return self.scores.mean(axis=1)
+
+    @property
+    def best(self) -> int:
+        """Index of the combination with the highest H-Mean; no matter how small its lead is."""
+        return int(self.means[:, 2].argmax())
+
+    @property
+    def cross_validated(self) -> float:
+        """H-Mean to expect on other images of values that are chosen as `best` is."""
+        return cross_validate(self.scores[..., 2])
+
+    @property
+    def pays(self) -> bool:
+        """Whether chosen values beat the configuration's own on images that had no part in the choice."""
+        return bool(self.cross_validated > self.means[0, 2])
+
+    def ranking(self, count: int) -> list[int]:
+        """Indices of the best combinations, best first; of those that score alike on every page only the first."""
+        best: dict[bytes, int] = {}
+        for index in np.argsort(-self.means[:, 2], kind="stable").tolist():
+            best.setdefault(self.scores[index].tobytes(), index)
+            if len(best) == count:
+                break
+        return list(best.values())
+
+    def table(self, config: Config) -> str:
+        """The best combinations beside the configuration's own, and what of the gain lasts elsewhere, as text."""
+        own = self.means[0, 2]
+        header = [f"{name:>{max(len(name), 6)}}" for name in Values.names(config)]
+        lines = [
+            f"\n{len(self.combinations)} combinations on {self.scores.shape[1]} images\n",
+            "  ".join([f"{'':>6}", *header, "precision", "recall", "H-Mean", "   gain"]),
+        ]
+        for place, index in [("own", 0), *enumerate(self.ranking(BEST), start=1)]:
+            precision, recall, hmean = self.means[index]
+            cells = [f"{value:>{len(cell)}g}" for value, cell in zip(self.combinations[index], header, strict=True)]
+            cells += [f"{precision:9.4f}", f"{recall:6.4f}", f"{hmean:6.4f}", f"{hmean - own:+7.4f}"]
+            lines.append("  ".join([f"{place:>6}", *cells]))
+        lines.append(
+            f"\ncross-validated, each half of the images with the values that are best on the other half:\n"
+            f"H-Mean {self.cross_validated:.4f}, {self.cross_validated - own:+.4f} to the checkpoint's own {own:.4f}\n"
+        )
+        return "\n".join(lines)
+
+    def by_thresholds(self) -> np.ndarray:
+        """(box_thresh, thresh) H-Means over two axes of the grid, with the other two values those of the best."""
+        place = {values: index for index, values in enumerate(self.combinations)}
+        best = self.combinations[self.best]
+        return np.array(
+            [
+                [
+                    self.means[place[best._replace(thresh=thresh, box_thresh=box_thresh)], 2]
+                    for thresh in self.grid.thresh
+                ]
+                for box_thresh in self.grid.box_thresh
+            ]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: own and cross-validated H-Mean, and all combinations, best first."""
+        order = np.argsort(-self.means[:, 2], kind="stable").tolist()
+        names = (*Values._fields, "precision", "recall", "hmean")
+        return {
+            "images": self.scores.shape[1],
+            "own_hmean": float(self.means[0, 2]),
+            "cross_validated_hmean": self.cross_validated,
+            "combinations": [
+                dict(zip(names, (*self.combinations[index], *self.means[index].tolist()), strict=True))
+                for index in order
+            ],
+        }
+
+
+def tune(pages: Sequence[Page], config: Config, grid: Grid | None = None, workers: int = 0) -> Tuning:
+    """Score the combinations of `grid` and of the configuration's own values on all pages, with a progress bar.
+
+    The pages are shared out among so many processes; with less than two all is done in this one.
+
+    Raises UserError for less than two pages, as there would be nothing to cross-validate with.
+    """
+    if len(pages) < 2:
+        raise UserError(f"--tune: needs two images or more, not {len(pages)}; half of them check the other half")
+    own = Values.of(config)
+    grid = (grid or Grid()).including(own)
+    score = partial(score_page, config=config, grid=grid)
+    pages = sorted(pages, key=lambda page: page.name)
+    with _Processes(workers) if workers > 1 else nullcontext() as processes:
+        results = processes.map(score, pages) if processes else map(score, pages)
+        scores = list(tqdm(results, "tuning", len(pages), unit="img", leave=False, dynamic_ncols=True, smoothing=0))
+    combinations = grid.combinations()
+    order = sorted(range(len(combinations)), key=lambda index: grid.steps(combinations[index], own))
+    return Tuning(grid, [combinations[index] for index in order], np.stack(scores, axis=1)[order])
+
+
+def score_page(page: Page, config: Config, grid: Grid) -> np.ndarray:
+    """(combinations, 3) CLEval precision, recall and H-Mean of one page with each of `grid.combinations()`."""
+    scores = np.zeros((*map(len, grid), 3))
+    if page.prob_map is not None:
+        for t, thresh in enumerate(grid.thresh):
+            loosest = config.changed(thresh=thresh, box_thresh=min(grid.box_thresh), min_size=min(grid.min_size))
+            regions = find_regions(page.prob_map, loosest)
+            for u, unclip_ratio in enumerate(grid.unclip_ratio):
+                values = Values.of(loosest)._replace(unclip_ratio=unclip_ratio)
+                scores[t, :, u] = _score_selections(page, regions, config.changed(**values.changes(config)), grid)
+    return scores.reshape(-1, 3)
+
+
+def _score_selections(page: Page, regions: list[Region], config: Config, grid: Grid) -> np.ndarray:
+    """(box_thresh, min_size, 3) scores of what the values of these two axes leave of `regions`, best first, once they
+    are grown by the unclip ratio of `config`."""
+    grown = list(grow_regions(regions, config, max(grid.min_size) + 2))
+    region_scores = np.array([region.score for region in regions])
+    breadths = np.array([region.breadth for region in regions])
+    grown_breadths = np.array([each.breadth for each in grown])
+    height, width = page.prob_map.shape
+    scale = 1 / (np.array([width, height]) / page.size)  # as Letterbox has it, to the last bit
+    nothing = np.empty((0, 2), np.int32)  # in place of what is not one piece, and has no breadth
+    whole = [nothing if each.polygon is None else each.polygon for each in grown]
+    polygons = to_image_pixels(whole, tuple(scale), page.size)
+
+    selections: dict[bytes, np.ndarray] = {}
+    chosen_by = {}
+    for place in np.ndindex(len(grid.box_thresh), len(grid.min_size)):
+        box_thresh, min_size = grid.box_thresh[place[0]], grid.min_size[place[1]]
+        is_chosen = (region_scores >= box_thresh) & (breadths >= min_size) & (grown_breadths >= min_size + 2)
+        is_chosen &= is_chosen.cumsum() <= config.max_candidates
+        chosen_by[place] = is_chosen.tobytes()
+        selections[chosen_by[place]] = is_chosen
+    annotation = page.annotation
+    found = score_selections(annotation.polygons, polygons, annotation.dont_care, list(selections.values()))
+    score_of = dict(zip(selections, found, strict=True))
+    scores = np.empty((len(grid.box_thresh), len(grid.min_size), 3))
+    for place, selection in chosen_by.items():
+        score = score_of[selection]
+        scores[place] = score.precision, score.recall, score.hmean
+    return scores
+
+
+def draw_tuning(tuning: Tuning) -> np.ndarray:
+    """(height, width, 3) uint8 RGB picture of H-Mean over thresh and box_thresh, around the best combination."""
+    own, best = tuning.combinations[0], tuning.combinations[tuning.best]
+    thresh, box_thresh = tuning.grid.thresh, tuning.grid.box_thresh
+    return draw_heat_map(
+        tuning.by_thresholds(),
+        rows=box_thresh,
+        columns=thresh,
+        axes=("box_thresh", "thresh"),
+        title=f"CLEval H-Mean of {tuning.scores.shape[1]} images; "
+        f"unclip ratio {best.unclip_ratio:g}, min_size {best.min_size:g}",
+        marks={
+            f"best: {tuning.means[tuning.best, 2]:.4f}": (box_thresh.index(best.box_thresh), thresh.index(best.thresh)),
+            f"own thresholds; with unclip ratio {own.unclip_ratio:g} and min_size {own.min_size:g}: "
+            f"{tuning.means[0, 2]:.4f}": (box_thresh.index(own.box_thresh), thresh.index(own.thresh)),
+        },
+    )
+
+
+def choose(hmeans: np.ndarray) -> int:
+    """Of (combinations, pages) H-Means the index of the combination with the highest mean, the first of equals."""
+    return int(hmeans.mean(axis=1).argmax())
+
+
+def cross_validate(hmeans: np.ndarray) -> float:
+    """Mean over the pages of the H-Mean that each has with the values chosen on the half that it does not belong to.
+
+    `hmeans` is (combinations, pages). The halves are the first and the last pages: receipts of a series, which look
+    alike, mostly have neighbouring names, and on both sides they would make the check too easy.
+    """
+    is_first = np.arange(hmeans.shape[1]) < hmeans.shape[1] // 2
+    held_out = np.empty(hmeans.shape[1])
+    for half in (is_first, ~is_first):
+        held_out[half] = hmeans[choose(hmeans[:, ~half]), half]
+    return float(held_out.mean())
+
+
+class _Processes(ProcessPoolExecutor):
+    """Processes that are started anew rather than forked, so that threads and a GPU of this one do not concern them,
+    and in which OpenCV keeps to one thread."""
+
+    def __init__(self, workers: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        super().__init__(workers, context, initializer=cv2.setNumThreads, initargs=(1,))

@@ -1,0 +1,478 @@
+"""Annotations in the formats of other projects, as they come; and every reader on what every writer wrote."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dbnet.annotations import read_image_paths, read_labels, read_labels_at, read_split
+from dbnet.dataset import TextDataset
+from dbnet.errors import UserError
+from dbnet.formats import (
+    TEXT_PARSERS,
+    Annotation,
+    parse_icdar,
+    parse_labelme,
+    parse_polygons,
+    parse_totaltext,
+    write_coco,
+)
+from dbnet.images import name_stem
+from dbnet.submission import choose_format, read_detections, write_detections
+
+SUFFIX = {"csv": ".csv", "competition": ".json", "coco": ".json", "icdar": ".zip"}
+QUAD = [[377, 117], [463, 117], [465, 130], [378, 130]]
+
+
+def points(annotation):
+    return [polygon.tolist() for polygon in annotation.polygons]
+
+
+# ---- what is written is read
+
+coordinates = st.integers(-99, 99_999) | st.floats(-99, 99_999).map(lambda value: round(value, 3))
+polygons = st.lists(st.tuples(coordinates, coordinates), min_size=3, max_size=30).map(np.array)
+words = st.lists(st.tuples(polygons, st.booleans(), st.floats(0, 1)), max_size=4)
+names = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0/"), min_size=1, max_size=40),
+    st.sampled_from(["-영수증.jpg", "영수증.jpg", 'a "b", c.jpg', "a\nb.png", "res_a.jpg", "gt_a", "s.pdf#page=2"]),
+).filter(lambda name: Path(name).name == name)
+
+
+@pytest.mark.parametrize("form", ["competition", "coco", "icdar"])
+@settings(max_examples=40, deadline=None)  # a file a case, and a disk has its own pace
+@given(images=st.dictionaries(names, words, min_size=1, max_size=5).filter(lambda images: len(stems(images))))
+def test_what_is_written_is_read(tmp_path_factory, form, images):
+    path = tmp_path_factory.mktemp(form) / f"a{SUFFIX[form]}"
+    written = {
+        name: Annotation([polygon for polygon, _, _ in found], [ignore for _, ignore, _ in found], scores(found))
+        for name, found in images.items()
+    }
+    write_detections(path, form, written)
+    read = read_detections(path, [*images, "another.jpg"])
+    assert list(read) == list(images)
+    for name, annotation in written.items():
+        assert points(read[name]) == points(annotation)
+        assert read[name].dont_care == annotation.dont_care
+        assert read[name].scores == (None if form == "icdar" else annotation.scores)
+
+
+def stems(images):
+    """The images' names without suffixes, where they differ: files that are named after them need that."""
+    found = {name_stem(name) for name in [*images, "another.jpg"]}
+    return found if len(found) == len(images) + 1 else ()
+
+
+def scores(found):
+    return [score for _, _, score in found] or None
+
+
+@settings(max_examples=40, deadline=None)  # a file a case, and a disk has its own pace
+@given(images=st.dictionaries(names.filter(lambda name: "\r" not in name), words, max_size=5))
+def test_a_csv_is_read_among_the_other_formats(tmp_path_factory, images):
+    path = tmp_path_factory.mktemp("csv") / "a.csv"
+    written = {name: Annotation([polygon for polygon, _, _ in found]) for name, found in images.items()}
+    write_detections(path, "csv", written)
+    read = read_detections(path, list(images))
+    assert {name: points(annotation) for name, annotation in read.items()} == {
+        name: points(annotation) for name, annotation in written.items()
+    }
+
+
+def test_the_upload_form_of_icdar_is_met(tmp_path):
+    write_detections(tmp_path / "a.zip", "icdar", {"img_1.jpg": Annotation([np.array(QUAD)], [False], [0.5])})
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        assert archive.namelist() == ["res_img_1.txt"]
+        assert archive.read("res_img_1.txt") == b"377,117,463,117,465,130,378,130\r\n"
+
+
+def test_coco_says_what_its_tools_ask_for(tmp_path):
+    found = {"a.jpg": Annotation([np.array(QUAD)], [False], [0.5], size=(640, 480)), "b.jpg": Annotation()}
+    write_coco(tmp_path / "a.json", found)
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert content["images"] == [
+        {"id": 1, "file_name": "a.jpg", "width": 640, "height": 480},
+        {"id": 2, "file_name": "b.jpg"},
+    ]
+    [word] = content["annotations"]
+    assert word["bbox"] == [377, 117, 88, 13] and word["area"] == 1124.5 and word["score"] == 0.5
+    assert word["category_id"] == content["categories"][0]["id"]
+
+
+def test_the_format_follows_the_suffix_and_tells_images_apart():
+    assert choose_format(Path("A.CSV"), "auto", ["a.jpg", "a.png"]) == "csv"
+    assert choose_format(Path("a.json"), "auto", []) == "competition"
+    assert choose_format(Path("a.json"), "coco", []) == "coco"
+    with pytest.raises(UserError, match=r"a\.txt: its suffix names no format; .*--out-format"):
+        choose_format(Path("a.txt"), "auto", [])
+    with pytest.raises(UserError, match=r"a\.png: .*same name as a\.jpg"):
+        choose_format(Path("a.zip"), "auto", ["a.jpg", "a.png"])
+    with pytest.raises(UserError, match="the file name is not UTF-8, as coco files are"):
+        choose_format(Path("a.json"), "coco", ["\udcff\n.jpg"])
+
+
+# ---- text files as they come
+
+
+def test_icdar_with_byte_order_mark_crlf_blank_lines_commas_and_quotes(tmp_path):
+    texts = ["Genaxis Theatre", "12,000", 'say "no", he said', "합계 1,234원", "###", "Latin,###", "", '"###']
+    lines = [f"{i},117,463,117,465,130,378,130,{text}" for i, text in enumerate(texts)]
+    path = tmp_path / "gt_a.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join([*lines, "8, 1.5, 2, 3, 4, 5, 6, 7", "  "]).encode())
+    form, found = read_labels_at(tmp_path, ["a.jpg"])
+    assert form == "icdar"
+    assert [polygon[0, 0] for polygon in found["a.jpg"].polygons] == list(range(9))
+    assert {polygon.shape for polygon in found["a.jpg"].polygons} == {(4, 2)}
+    assert found["a.jpg"].dont_care == [False, False, False, False, True, True, False, False, False]
+
+
+def test_polygons_of_any_number_of_points():
+    curve = ",".join(map(str, range(20)))
+    text = f"{curve},a word, and 7\n\n{curve}\n{curve},###\n1,2,3,4,5,6\n{curve},0.93\n{curve},-1.5,2\n"
+    annotation = parse_polygons("a.txt", text)
+    assert [len(polygon) for polygon in annotation.polygons] == [10, 10, 10, 3, 10, 11]
+    assert annotation.dont_care == [False, False, True, False, False, False]
+
+
+def test_total_text_as_numpy_printed_it():
+    text = (
+        "x: [[206 251 386 542\n  620 646]], y: [[633 811 931 946\n  926 976]], ornt: [u'c'], "
+        "transcriptions: [u'PETRO, ]SAINS']\r\n"
+        "x: [[1 2 3]], y: [[4 5 6]], ornt: [u'#'], transcriptions: [u'#']\n\n"
+        'x: [[1, 2, 3]], y: [[4, 5, 6]], ornt: ["m"], transcriptions: [u"DON\'T"]\n'
+        "x: [[1 2 3]], y: [[4 5 6]], ornt: [], transcriptions: []\n"
+        "x: [[1 2 3]], y: [[4 5 6]]\n"
+    )
+    annotation = parse_totaltext("a.txt", text)
+    assert points(annotation)[0] == [[206, 633], [251, 811], [386, 931], [542, 946], [620, 926], [646, 976]]
+    assert points(annotation)[1:] == [[[1, 4], [2, 5], [3, 6]]] * 4
+    assert annotation.dont_care == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize("code", ["__import__('os').system('false')", "u'a'*9**9", "'\\x41'"])
+def test_what_looks_like_python_is_never_run(code):
+    annotation = parse_totaltext("a.txt", f"x: [[1 2 3]], y: [[4 5 6]], ornt: [u'c'], transcriptions: [{code}]")
+    assert annotation.dont_care == [False]
+    with pytest.raises(UserError, match="line 1"):
+        parse_totaltext("a.txt", f"x: [[1 2 {code}]], y: [[4 5 6]]")
+
+
+def test_labelme_polygons_rectangles_and_dont_care():
+    shapes = [
+        {"label": "text", "points": QUAD, "shape_type": "polygon", "flags": {}},
+        {"label": "text", "points": [[9, 8], [1, 2]], "shape_type": "rectangle"},
+        {"label": "###", "points": QUAD},
+        {"label": "text", "description": "###", "points": QUAD},
+        {"label": "text", "points": QUAD, "flags": {"ignore": True}},
+    ]
+    text = json.dumps({"shapes": shapes, "imagePath": "..\\..\\a.jpg", "imageData": None})
+    annotation = parse_labelme("a.json", text)
+    assert points(annotation)[:2] == [QUAD, [[1, 2], [9, 2], [9, 8], [1, 8]]]
+    assert annotation.dont_care == [False, False, True, True, True]
+
+
+def test_coco_parts_boxes_crowds_and_folders(tmp_path):
+    flat = [value for point in QUAD for value in point]
+    content = {
+        "images": [{"id": "x", "file_name": "images\\train/a.jpg"}, {"id": 7, "file_name": "b.jpg"}],
+        "annotations": [
+            {"image_id": "x", "segmentation": [flat, flat[:6]]},
+            {"image_id": "x", "segmentation": [], "bbox": [1, 2, 3, 4], "ignore": 1},
+            {"image_id": "x", "segmentation": {"counts": "..", "size": [9, 9]}, "bbox": [1, 2, 3, 4], "iscrowd": 1},
+        ],
+    }
+    path = tmp_path / "val.json"
+    path.write_text(json.dumps(content))
+    form, found = read_labels_at(path, ["a.jpg", "b.jpg"])
+    assert form == "coco" and list(found) == ["a.jpg", "b.jpg"] and found["b.jpg"].polygons == []
+    box = [[1, 2], [4, 2], [4, 6], [1, 6]]
+    assert points(found["a.jpg"]) == [QUAD, QUAD[:3], box, box]
+    assert found["a.jpg"].dont_care == [False, False, True, True]
+    assert found["a.jpg"].scores is None
+
+
+# ---- what the set is called and where it lies
+
+
+@pytest.mark.parametrize(
+    ("lines", "form"),
+    [
+        (["1,2,3,4,5,6,7,8,12,000"] * 3, "icdar"),
+        (["1,2,3,4,5,6,7,8,a", "1,2,3,4,5,6,7,8,9,10,11,12,13,14,a"], "polygons"),
+        (["", "x: [[1 2 3]], y: [[4 5 6]]"], "totaltext"),
+        ([], "icdar"),
+    ],
+)
+def test_text_files_are_recognized(tmp_path, lines, form):
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    assert read_labels_at(tmp_path, ["a.jpg"])[0] == form
+
+
+@pytest.mark.parametrize("pattern", ["{}.txt", "gt_{}.txt", "poly_gt_{}.txt", "res_{}.txt", "{}.jpg.txt", "gt_{}.TXT"])
+def test_text_files_are_named_after_images(tmp_path, pattern):
+    for name, x in (("a b", 1), ("영수증", 2)):
+        (tmp_path / pattern.format(name)).write_text(f"{x},2,3,4,5,6,7,8\n")
+    (tmp_path / "._a b.txt").write_bytes(b"\0\x05\x16\x07 what macOS leaves behind")
+    _, found = read_labels_at(tmp_path, ["영수증.jpg", "a b.jpg", "without.jpg"])
+    assert [(name, annotation.polygons[0][0, 0]) for name, annotation in found.items()] == [
+        ("영수증.jpg", 2),
+        ("a b.jpg", 1),
+    ]
+
+
+def test_a_prefix_that_belongs_to_the_image_stays(tmp_path):
+    (tmp_path / "gt_a.txt").write_text("1,2,3,4,5,6,7,8\n")
+    assert list(read_labels_at(tmp_path, ["gt_a.jpg"])[1]) == ["gt_a.jpg"]
+
+
+def write_text_labels(folder, annotations, form):
+    folder.mkdir(parents=True)
+    for name, annotation in annotations.items():
+        lines = []
+        for polygon, ignore in zip(annotation.polygons, annotation.dont_care, strict=True):
+            text = "#" * (3 if form == "icdar" else 1) if ignore else "it's, 1"
+            x, y = (" ".join(map(str, axis)) for axis in polygon.T.tolist())
+            flat = ",".join(map(str, polygon.ravel().tolist()))
+            total_text = f"x: [[{x}]], y: [[{y}]], ornt: [u'm'], transcriptions: [{text!r}]"
+            lines.append(total_text if form == "totaltext" else f"{flat},{text}")
+        (folder / f"gt_{Path(name).stem}.txt").write_text("\n".join(lines))
+
+
+def write_labelme(folder, annotations, _):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, annotation in annotations.items():
+        shapes = [
+            {"label": "###" if ignore else "text", "points": polygon.tolist(), "shape_type": "polygon"}
+            for polygon, ignore in zip(annotation.polygons, annotation.dont_care, strict=True)
+        ]
+        (folder / f"{Path(name).stem}.json").write_text(json.dumps({"shapes": shapes}))
+
+
+def write_zip(path, annotations, _):
+    path.parent.mkdir()
+    write_detections(path, "icdar", annotations)
+
+
+def write_coco_at(path, annotations, _):
+    path.parent.mkdir(exist_ok=True)
+    write_coco(path, annotations)
+
+
+@pytest.mark.parametrize(
+    ("place", "write", "form"),
+    [
+        ("jsons/train.json", write_coco_at, "coco"),
+        ("labels/train.json", write_coco_at, "coco"),
+        ("labels/train.zip", write_zip, "polygons"),
+        ("labels/train", write_text_labels, "icdar"),
+        ("labels/train", write_text_labels, "totaltext"),
+        ("labels/train", write_labelme, "labelme"),
+        ("images/train", write_labelme, "labelme"),
+    ],
+)
+def test_a_data_set_in_any_format_gives_the_same_samples(rendered, small, tmp_path, capsys, place, write, form):
+    paths, annotations = read_split(rendered, "train")
+    (tmp_path / "images" / "train").mkdir(parents=True)
+    for path in paths:
+        (tmp_path / "images" / "train" / path.name).symlink_to(path)
+    expected = {path.name: annotation for path, annotation in sorted(zip(paths, annotations, strict=True))}
+    write(tmp_path / place, expected, form)
+    ours, found = read_split(tmp_path, "train")
+    assert f"{tmp_path / place}: annotations of the format {form}" in capsys.readouterr().out
+    assert [path.name for path in ours] == list(expected)
+    for annotation, theirs in zip(found, expected.values(), strict=True):
+        assert points(annotation) == points(theirs) and annotation.dont_care == theirs.dont_care
+    assert [path.name for path in read_image_paths(tmp_path, "train")] == list(expected)
+    config = small.changed(data=str(tmp_path), format=form)
+    sample = TextDataset(config, "train", train=True)[0]
+    assert sample["prob_map"].any()
+
+
+def test_format_insists(rendered, tmp_path, small):
+    data = tmp_path / "data"
+    (data / "labels" / "val").mkdir(parents=True)
+    (data / "images" / "val").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(data / "images" / "val" / "a.jpg")
+    (data / "labels" / "val" / "a.txt").write_text("1,2,3,4,5,6,7,8,9,10\n")
+    (data / "labels" / "val" / "a.json").write_text('{"shapes": []}')
+    with pytest.raises(UserError, match=r"labels/val: holds \.txt and \.json files; .*--format"):
+        read_labels(data, "val")
+    assert len(read_labels(data, "val", "icdar")[1]["a.jpg"].polygons[0]) == 4
+    assert len(read_labels(data, "val", "polygons")[1]["a.jpg"].polygons[0]) == 5
+    assert read_labels(data, "val", "labelme")[1]["a.jpg"].polygons == []
+    with pytest.raises(UserError, match=r"val\.json: no such file; the annotations of --format coco"):
+        read_labels(data, "val", "coco")
+    with pytest.raises(UserError, match=r'lacks "images" or "annotations", the lists of COCO'):
+        read_labels(rendered, "val", "coco")
+
+
+# ---- broken files
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "message"),
+    [
+        (parse_icdar, "1,2,3,4,5,6,7,8,a\n\n1,2,3,4,a\n", "line 3: must begin with x1,y1"),
+        (parse_icdar, "1,2,3,4,5,6,7,nan,a", "line 1: must begin"),
+        (parse_icdar, "1,2,3,4,5,6,1e999,8,a", "line 1: must begin"),
+        (parse_polygons, "1,2,3,4,5,a", "line 1: must begin with x1,y1,x2,y2,x3,y3, not '1,2,3,4,5,a'"),
+        (parse_totaltext, "hello", "line 1: must begin with x:"),
+        (parse_totaltext, "\nx: [[1 2 3]], y: [[4 5 6]]\nx: [[1 2]], y: [[3 4]]", "line 3: must be"),
+        (parse_totaltext, "x: [[1 2 3]], y: [[4 5]]", "as many numbers in both"),
+        (parse_totaltext, "x: [[1 2 3]], y: [[4 5 6]], quality: [u'm']", "line 1: must be"),
+        (parse_labelme, "{", "not JSON"),
+        (parse_labelme, "[]", 'lacks "shapes"'),
+        (parse_labelme, '{"shapes": [5]}', "shape 1: must be an object"),
+        (parse_labelme, '{"shapes": [{"points": [[1, NaN]]}]}', "shape 1: a coordinate is not a finite"),
+        (
+            parse_labelme,
+            '{"shapes": [{"points": [[1, 2], [3, 4]], "shape_type": "circle"}]}',
+            "is a circle of 2 points",
+        ),
+        (parse_labelme, '{"shapes": [{"points": [[1, 2]], "shape_type": "polygon"}]}', "is a polygon of 1 points"),
+    ],
+)
+def test_broken_text_is_named_with_its_line(parse, text, message):
+    with pytest.raises(UserError) as caught:
+        parse("folder/a.txt", text)
+    assert str(caught.value).startswith("folder/a.txt: ") and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"image_id": 1, "segmentation": []}], "put the images in too"),
+        ({"images": []}, "the lists of COCO"),
+        ({"images": [{"id": 1}], "annotations": []}, "image 1: must have"),
+        ({"images": [{"id": [], "file_name": "a.jpg"}], "annotations": []}, "image 1: must have"),
+        ({"images": [{"id": 1, "file_name": "x/.."}], "annotations": []}, "not a plain file name"),
+        (
+            {"images": [{"id": 1, "file_name": "a/b"}, {"id": 2, "file_name": "c/b"}], "annotations": []},
+            "twice",
+        ),
+        ({"images": [], "annotations": [{"image_id": 1}]}, "annotation 1: its image_id is"),
+        ({"images": [], "annotations": [{"image_id": {}}]}, "annotation 1: its image_id"),
+    ]
+    + [
+        ({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, **word}]}, message)
+        for word, message in [
+            ({"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, "pairs of numbers"),
+            ({"segmentation": [[1, 2, 3, 4]]}, "x1, y1, x2, y2, x3, y3"),
+            ({"segmentation": [[1, 2, 3, 4, 5, "6"]]}, "pairs of numbers"),
+            ({"segmentation": {"counts": ""}}, "mask"),
+            ({"segmentation": []}, "neither a segmentation nor a bbox"),
+            ({"bbox": [1, 2, 3, None]}, "not a finite number"),
+            ({"bbox": [1e308, 0, 1e308, 1]}, "not a finite number"),
+        ]
+    ],
+)
+def test_broken_coco_is_named(tmp_path, content, message):
+    path = tmp_path / "val.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        read_labels_at(path, [])
+    assert str(caught.value).startswith(str(path)) and message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"b.txt": b""}, r"b\.txt: there is no image 'b'"),
+        ({"a.txt": b"", "a.jpg.txt": b""}, "another file is on a.jpg"),
+        ({"twin.txt": b""}, r"may be on twin\.jpg or twin\.png"),
+        ({"a.txt": "합계".encode("cp949")}, "not text in UTF-8"),
+        ({"a.md": b""}, "holds no annotations"),
+    ],
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_files_on_no_image_or_not_of_text_are_named(tmp_path, files, message, zipped):
+    place = tmp_path / ("val.zip" if zipped else "val")
+    if zipped:
+        with zipfile.ZipFile(place, "w") as archive:
+            for name, data in files.items():
+                archive.writestr(f"gt/{name}", data)
+    else:
+        place.mkdir()
+        for name, data in files.items():
+            (place / name).write_bytes(data)
+    with pytest.raises(UserError, match=message) as caught:
+        read_labels_at(place, ["a.jpg", "twin.jpg", "twin.png"])
+    assert str(caught.value).startswith(str(place))
+
+
+def test_a_path_in_a_file_leads_nowhere(tmp_path):
+    """Names in a zip, in COCO and in LabelMe may hold folders; only images of the data set are meant."""
+    with zipfile.ZipFile(tmp_path / "val.zip", "w") as archive:
+        archive.writestr("../../a.txt", "1,2,3,4,5,6,7,8\n")
+        archive.writestr("__MACOSX/._a.txt", b"\xff")
+    assert list(read_labels_at(tmp_path / "val.zip", ["a.jpg"])[1]) == ["a.jpg"]
+    content = {"images": [{"id": 1, "file_name": "../../../etc/passwd.jpg"}], "annotations": []}
+    (tmp_path / "jsons").mkdir()
+    (tmp_path / "jsons" / "val.json").write_text(json.dumps(content))
+    (tmp_path / "images" / "val").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(tmp_path / "images" / "val" / "a.jpg")
+    with pytest.raises(UserError, match=r"images/val/passwd\.jpg: no such image, but val\.json names it"):
+        read_split(tmp_path, "val")
+
+
+def test_a_broken_zip_is_named(tmp_path):
+    path = tmp_path / "val.zip"
+    path.write_bytes(b"no zip")
+    with pytest.raises(UserError, match=r"val\.zip: not a zip file"):
+        read_labels_at(path, ["a.jpg"])
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "1,2,3,4,5,6,7,8\n")
+    path.write_bytes(path.read_bytes().replace(b"1,2,3", b"1,2,4"))
+    with pytest.raises(UserError, match=r"val\.zip: a\.txt: cannot be read from the zip \(Bad CRC"):
+        read_labels_at(path, ["a.jpg"])
+
+
+pieces = st.sampled_from(
+    ["x:", "y:", "[[", "]]", ",", " ", "\n", "1", "-2.5", "9" * 30, "'#'", "###", "nan", "영", "{"]
+)
+
+
+@pytest.mark.parametrize("form", list(TEXT_PARSERS))
+@settings(deadline=None)
+@given(text=st.lists(pieces, max_size=40).map("".join) | st.text(max_size=60))
+def test_any_text_is_read_or_refused(form, text):
+    try:
+        annotation = TEXT_PARSERS[form]("a.txt", text)
+    except UserError as error:
+        assert str(error).startswith("a.txt: ")
+    else:
+        assert all(len(polygon) >= 3 and np.isfinite(polygon).all() for polygon in annotation.polygons)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.integers(0, 2),
+    lambda inner: (
+        st.lists(inner, max_size=8)
+        | st.dictionaries(
+            st.sampled_from(["images", "annotations", "id", "file_name", "image_id", "segmentation", "bbox"]), inner
+        )
+    ),
+    max_leaves=15,
+)
+
+
+@settings(deadline=None)
+@given(
+    images=st.lists(st.fixed_dictionaries({"id": st.integers(0, 2), "file_name": st.text(max_size=3)}), max_size=2),
+    annotations=st.lists(st.fixed_dictionaries({"image_id": st.integers(0, 2), "segmentation": json_values})),
+    other=json_values,
+)
+def test_any_coco_is_read_or_refused(tmp_path_factory, images, annotations, other):
+    path = tmp_path_factory.mktemp("coco") / "a.json"
+    for content in ({"images": images, "annotations": annotations}, {"images": [other], "annotations": []}, [other]):
+        path.write_text(json.dumps(content))
+        try:
+            read_labels_at(path, [])
+        except UserError as error:
+            assert str(error).startswith(str(path))
