@@ -5,6 +5,8 @@ Annotations may also be in the formats that `dbnet.formats` reads, and those lie
 
 import glob
 import json
+import os
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from dbnet.formats import (
     scores_or_none,
     to_polygon,
 )
-from dbnet.images import SUFFIXES, list_images
+from dbnet.images import SUFFIXES, check_encoding, list_images
 from dbnet.pages import list_pages, pdf_of
 
 ONE_FILE_FORMATS = ("competition", "coco")  # the others have a file for each image
@@ -138,6 +140,12 @@ def read_split(data: Path, split: str, form: str = "auto") -> tuple[list[Path], 
     present = {path.name for path in list_images(folder)}
     missing = [name for name in annotations if name not in present]
     if missing:
+        spelled = {unicodedata.normalize("NFC", name): name for name in present}
+        if unicodedata.normalize("NFC", missing[0]) in spelled:
+            raise UserError(
+                f"{folder / missing[0]}: {split}.json and the file spell this name in different Unicode forms (NFC and "
+                f"NFD); rename the files (convmv -f utf-8 -t utf-8 --nfc)"
+            )
         raise UserError(
             f"{folder / missing[0]}: no such image, but {place.name} names it (and {len(missing) - 1} more like it); "
             f"put it there or take it out of the annotations"
@@ -170,9 +178,9 @@ def find_images_at(places: list[Path]) -> list[Path]:
     """
     files = []
     for place in places:
-        if place.is_dir():
+        if os.path.isdir(place):  # unlike Path's, it takes no offence at a name too long
             found = [path for path in place.iterdir() if _is_readable(path)]
-        elif pdf_of(place).exists():
+        elif os.path.exists(pdf_of(place)):
             found = [place]
         elif glob.has_magic(str(place)):
             matches = map(Path, glob.glob(str(place), recursive=True))
@@ -181,6 +189,8 @@ def find_images_at(places: list[Path]) -> list[Path]:
             raise UserError(f"{place}: no such file or folder")
         if not found:
             raise UserError(f"{place}: holds no images ({', '.join(SUFFIXES)}, .pdf)")
+        for path in found:
+            check_encoding(path)
         files.extend(sorted(found))
     paths = [path for file in files for path in _pages_or_itself(file)]
     names = Counter(path.name for path in paths)

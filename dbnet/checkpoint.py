@@ -1,7 +1,9 @@
 """Checkpoints: written whole or not at all, read without running code, refused in one line when they do not fit."""
 
+import os
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,18 @@ from dbnet.files import write_whole
 from dbnet.model import DBNet, fold_batch_norms
 
 FORMAT = 1
+"""Of what `save_checkpoint` writes; a checkpoint of a higher one is refused. What becomes of old ones when
+
+- a field is added to the configuration: nothing to do. They get its default, which must therefore mean what the program
+  did before the field was there; presets may differ.
+- a field is removed or renamed, or its values change their meaning: raise FORMAT, and translate in `load_checkpoint`,
+  before Config.from_dict, what older formats hold: rename the key; drop one whose value no longer matters; refuse, with
+  a line that says what to do, a value that can no longer be honoured. An unknown field is never skipped: it may be what
+  the weights depend on.
+- a layer is renamed: raise FORMAT, and rename the keys of `model` likewise.
+
+tests/data/format-1.pt was written by format 1 and has to stay readable.
+"""
 
 
 def save_checkpoint(path: Path, config: Config, model: nn.Module, **state: Any) -> None:
@@ -30,28 +44,56 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises UserError where the file is missing, damaged, no checkpoint of this program, of a newer format, or a pickle
     of anything but tensors and plain values (such a file could run code; it is not executed).
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint")
     try:
+        _check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols: what matters is whether it can be read
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, encoding and storage errors of many kinds
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a checkpoint, or a damaged one ({reason[:150]})") from None
+        raise UserError(f"{path}: not a checkpoint, or a damaged one ({_reason(error)})") from None
     if not isinstance(content, dict) or not {"format", "config", "model"} <= content.keys():
         raise UserError(f"{path}: not a checkpoint of dbnet; it lacks the configuration or the weights")
-    if not isinstance(content["format"], int) or content["format"] > FORMAT:
+    if type(content["format"]) is not int or content["format"] < 1:
+        raise UserError(f"{path}: not a checkpoint of dbnet; its format is no number from 1 up")
+    if content["format"] > FORMAT:
         raise UserError(f"{path}: written by a newer dbnet (format {content['format']}); update dbnet to read it")
     try:
         content["config"] = Config.from_dict(content["config"])
-    except (UserError, TypeError) as error:
-        raise UserError(f"{path}: its configuration is not of this dbnet: {error}") from None
+    except Exception as error:  # UserError for fields and values; anything where it is no dict of them
+        raise UserError(
+            f"{path}: its configuration is not of this dbnet ({_reason(error)}); update dbnet if it is of a newer one"
+        ) from None
     return content
 
 
+def _check_archive(path: Path) -> None:
+    """Raise unless a file is a zip archive as torch.save writes it, with all its checksums right.
+
+    torch itself does not look at them: a flipped bit would be a silently changed weight. What is packed or overlaps
+    could unfold to more than memory holds. Files of torch before 1.6, which are no archives, are not read at all.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("it is compressed")
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("its parts overlap")
+        harmed = archive.testzip()
+    if harmed:
+        raise ValueError(f"the checksum of {harmed} does not fit")
+
+
+def _reason(error: Exception) -> str:
+    """An error in at most 150 characters of one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".")[:150] if lines else type(error).__name__
+
+
 def load_weights(model: nn.Module, content: dict[str, Any], path: Path, config: Config) -> None:
-    """Copy the weights of a loaded checkpoint into `model`. Raises UserError where they are of another architecture."""
+    """Copy the weights of a loaded checkpoint into `model`. Raises UserError where they are of another architecture,
+    or no finite numbers, with which every image would come back empty."""
     try:
         model.load_state_dict(content["model"])
     except Exception:  # missing, unexpected or wrongly shaped tensors, or no state_dict at all
@@ -63,6 +105,8 @@ def load_weights(model: nn.Module, content: dict[str, Any], path: Path, config: 
             f"{path}: holds another architecture ({theirs}) than asked for ({ours}); "
             f"set --backbone, --pyramid-channels and --fusion alike"
         ) from None
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise UserError(f"{path}: its weights are not finite, so its training had failed; take another checkpoint")
 
 
 def start_from(model: nn.Module, content: dict[str, Any], path: Path) -> None:

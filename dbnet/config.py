@@ -339,7 +339,7 @@ def _check(name: str, hint: Any, value: Any) -> None:
         raise UserError(f"{flag}: takes a value of type {kind.__name__}")
     if get_origin(hint) is Annotated:
         bounds = get_args(hint)[1]
-        if not (math.isfinite(value) and bounds.low <= value <= bounds.high):
+        if not (value < math.inf and bounds.low <= value <= bounds.high):  # nan is nowhere
             raise UserError(f"{flag}: must be {bounds}")
 
 

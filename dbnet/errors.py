@@ -1,12 +1,23 @@
 """What a user can mend, told in one line: the error class and the wrapper of the scripts that prints it."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class UserError(Exception):
     """A user's mistake. The message is one line, names the file or flag, and says what to do about it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """`text`, often a file's name, with what would break a line, drive a terminal or is no character escaped."""
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 class ImageError(UserError):

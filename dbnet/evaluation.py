@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from dbnet.annotations import Annotation
+from dbnet.config import Config
+from dbnet.errors import printable
 from dbnet.iou import IoUScore, score_iou, total_iou
 from dbnet.metric import CLEval, DatasetScore, ImageScore, match_image
 from dbnet.text_size import chars_by_size, size_rows
@@ -90,7 +92,7 @@ class Evaluation:
             f"IoU over 0.5: precision {iou.precision:.4f}, recall {iou.recall:.4f}, H-Mean {iou.hmean:.4f}\n",
             *self._size_lines(),
         ]
-        worst = self.worst(WORST)
+        worst = [(printable(name), image) for name, image in self.worst(WORST)]
         width = max(len("worst images"), *(len(name) for name, _ in worst))
         lines.append(f"\n{'worst images':<{width}}  H-Mean  precision  recall  words  detections")
         for name, image in worst:
@@ -112,3 +114,24 @@ class Evaluation:
         if without_size:
             lines.append(f"{without_size} images whose files are not there to tell their size are left out of these")
         return lines
+
+
+def advise_on_collapse(score: DatasetScore, highest: float, config: Config) -> str | None:
+    """One line on what to look at when a validation finds no text though there is some; None where it is all right.
+
+    `highest` is the greatest probability, 0..1, in all of its maps (nan where the network gives no numbers): it tells a
+    network that has learned nothing from thresholds that it does not reach.
+    """
+    if score.detections or not score.words:
+        return None
+    if not highest >= 0:
+        return "no detections: the network's output is not finite; lower --lr, use --amp off, or go back to best.pt"
+    if highest <= config.thresh:
+        return (
+            f"no detections: no pixel's probability is above {highest:.2f}, and --thresh is {config.thresh:g}; normal "
+            f"in the first epochs from scratch, else look at --show-samples and lower --lr"
+        )
+    return (
+        f"no detections: probabilities reach {highest:.2f}, above --thresh {config.thresh:g}, but no region passes "
+        f"--box-thresh {config.box_thresh:g} and --min-size {config.min_size:g}; evaluate with lower ones"
+    )

@@ -17,7 +17,7 @@ def write_whole(path: Path, mode: str = "wb") -> Iterator[IO]:
     Text is UTF-8 with the newlines as written. Raises UserError, with the file that was there kept, where it cannot be
     written.
     """
-    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     try:
         with temporary.open(mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
             yield file
@@ -41,12 +41,17 @@ def check_writable(path: Path) -> None:
     """Raise UserError unless a file can be written at `path`; for before the work that would be lost."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file")
-    probe = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    probe = _beside(path)
     try:
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); name another place") from None
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name of this process's own beside `path`, of at most the 255 bytes that file systems take."""
+    return path.with_name(f".{path.name.encode(errors='ignore')[:200].decode(errors='ignore')}.{os.getpid()}.tmp")
 
 
 def make_folder(folder: Path) -> None:

@@ -9,6 +9,7 @@ import math
 import re
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,7 @@ import numpy as np
 
 from dbnet.errors import UserError
 from dbnet.files import write_whole
+from dbnet.geometry import fault_of
 from dbnet.images import name_stem
 
 
@@ -69,9 +71,18 @@ def load_json(path: Path) -> Any:
 def parse_json(where: str, text: str) -> Any:
     """The content of a JSON text. Raises UserError."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_read_object)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON in UTF-8 ({' '.join(str(error).split())})") from None
+
+
+def _read_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; raises ValueError where a name is there twice, since only one of the two would be read."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice!r} is there twice in one object")
+    return content
 
 
 def list_text_files(place: Path, suffix: str) -> list[TextFile]:
@@ -138,7 +149,8 @@ def _decode(where: str, data: bytes) -> str:
 
 def check_name(where: Path | str, name: str) -> str:
     """The name, where it is that of a file and leads into no other folder. Raises UserError."""
-    if not name or name == ".." or Path(name).name != name or "\0" in name:
+    is_plain = Path(name).name == name and name not in ("", "..") and "\0" not in name
+    if not is_plain or name.encode(errors="ignore").decode() != name:  # a lone surrogate is no character
         raise UserError(f"{where}: {name!r} is not a plain file name; images lie directly in their folder")
     return name
 
@@ -151,8 +163,14 @@ def to_polygon(where: str, points: object) -> np.ndarray:
         polygon = np.array(points, dtype=np.float64).reshape(len(points), 2)
     except (ValueError, TypeError, OverflowError):
         raise UserError(f'{where}: "points" must be a list of [x, y] pairs of numbers') from None
-    if not np.isfinite(polygon).all():
-        raise UserError(f"{where}: a coordinate is not a finite number")
+    return _checked(where, polygon)
+
+
+def _checked(where: str, polygon: np.ndarray) -> np.ndarray:
+    """The (n, 2) polygon. Raises UserError for one that can be neither learned nor scored."""
+    fault = fault_of(polygon)
+    if fault:
+        raise UserError(f"{where}: {fault}")
     return polygon
 
 
@@ -213,7 +231,7 @@ def parse_icdar(where: str, text: str) -> Annotation:
                 f"{where}: line {number}: must begin with x1,y1,x2,y2,x3,y3,x4,y4, not {_shown(fields)}; "
                 f"--format polygons reads other numbers of points"
             )
-        annotation.add(_points(fields[:8]), fields[-1].strip() == "###")
+        annotation.add(_points(f"{where}: line {number}", fields[:8]), fields[-1].strip() == "###")
     return annotation
 
 
@@ -228,7 +246,7 @@ def parse_polygons(where: str, text: str) -> Annotation:
         count = _count_numbers(fields) // 2 * 2
         if count < 6:
             raise UserError(f"{where}: line {number}: must begin with x1,y1,x2,y2,x3,y3, not {_shown(fields)}")
-        annotation.add(_points(fields[:count]), fields[-1].strip() == "###")
+        annotation.add(_points(f"{where}: line {number}", fields[:count]), fields[-1].strip() == "###")
     return annotation
 
 
@@ -256,7 +274,7 @@ def parse_totaltext(where: str, text: str) -> Annotation:
                 f"{where}: line {number}: must be x: [[...]], y: [[...]] with as many numbers in both, three or more, "
                 f"then ornt: [...], transcriptions: [...]"
             )
-        polygon = np.array([x, y], dtype=np.float64).T
+        polygon = _checked(f"{where}: line {number}", np.array([x, y], dtype=np.float64).T)
         annotation.add(polygon, _TOTALTEXT_DONT_CARE.fullmatch((match[3] or "").strip()) is not None)
     return annotation
 
@@ -358,8 +376,8 @@ def _count_numbers(fields: list[str]) -> int:
     return next((i for i, text in enumerate(fields) if not _NUMBER.fullmatch(text)), len(fields))
 
 
-def _points(fields: list[str]) -> np.ndarray:
-    return np.array([float(text) for text in fields]).reshape(-1, 2)
+def _points(where: str, fields: list[str]) -> np.ndarray:
+    return _checked(where, np.array([float(text) for text in fields]).reshape(-1, 2))
 
 
 def _shown(fields: list[str]) -> str:

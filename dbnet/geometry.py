@@ -8,6 +8,12 @@ import numpy as np
 
 from dbnet.config import STRIDE
 
+COORDINATE_LIMIT = 100_000_000
+"""Pixels, either way: no image that can be read is longer (`dbnet.images.MAX_PIXELS`)."""
+
+MAX_TANGLED_POINTS = 64
+"""Points of an outline that crosses itself: with n of them it can do so n^2 / 2 times, each a point of its geometry."""
+
 
 @dataclass(frozen=True)
 class Letterbox:
@@ -59,6 +65,20 @@ class Letterbox:
 def padded(length: int) -> int:
     """A side in pixels rounded up to a multiple of the network's coarsest stride."""
     return -(-length // STRIDE) * STRIDE
+
+
+def fault_of(polygon: np.ndarray) -> str | None:
+    """What keeps an (n, 2) float64 polygon of a file from being scored or learned, in words; None for nothing."""
+    if not np.isfinite(polygon).all():
+        return "a coordinate is not a finite number"
+    if np.abs(polygon).max(initial=0) > COORDINATE_LIMIT:
+        return f"a coordinate is beyond {COORDINATE_LIMIT} pixels"
+    if len(polygon) > MAX_TANGLED_POINTS:
+        import shapely  # rarely needed
+
+        if not shapely.is_simple(shapely.linearrings(polygon)):
+            return f"an outline of {len(polygon)} points, more than {MAX_TANGLED_POINTS}, crosses itself"
+    return None
 
 
 def clip_polygons(

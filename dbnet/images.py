@@ -1,22 +1,32 @@
 """Image files to pixels: any common format and mode, upright, as 8-bit RGB, and never larger than memory bears."""
 
 import warnings
+import zlib
+from collections.abc import Iterator
 from io import SEEK_END, BytesIO
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dbnet.errors import ImageError
+from dbnet.errors import ImageError, UserError
 from dbnet.pages import in_pdf, read_page, read_page_size
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 MAX_PIXELS = 100_000_000  # after reduced decoding: 300 MB of RGB
+MAX_BYTES = 1 << 30  # of a file: 100 megapixels that are not compressed are fewer
 
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow knows more, and runs Ghostscript for some of them
+_JPEGS = ("JPEG", "MPO")  # MPO: several JPEGs in a row, as phones write them
 _EXIF_ORIENTATION = 0x0112
+_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
+_JPEG_SCAN = b"\xff\xda"
 _JPEG_END = b"\xff\xd9"
+_MAX_SCANS = 20  # of a JPEG of MAX_PIXELS; of a smaller one as many more as take the same time. Ten are usual
+_PNG_SIGNATURE = 8  # bytes
+_STRIP_ROWS = 256
 _REDUCED = {
     1: cv2.IMREAD_COLOR,
     2: cv2.IMREAD_REDUCED_COLOR_2,
@@ -39,9 +49,36 @@ _UPRIGHT = {
 __all__ = ["MAX_PIXELS", "SUFFIXES", "ImageError", "list_images", "name_stem", "read_image", "read_size", "to_rgb"]
 
 
+class _Header(NamedTuple):
+    """What is known of an image before it is decoded."""
+
+    image: Image.Image
+    """not loaded yet"""
+
+    orientation: int
+    """by EXIF, 1 to 8, as far as the decoder leaves it to us"""
+
+    size: tuple[int, int]
+    """(width, height) upright, in pixels"""
+
+
 def list_images(folder: Path) -> list[Path]:
-    """The image files of a folder, by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    """The image files of a folder, by name. Raises UserError where the folder cannot be read, or a name is not text."""
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
+    for path in paths:
+        check_encoding(path)
+    return paths
+
+
+def check_encoding(path: Path) -> None:
+    """Raise UserError for a file name that no CSV or JSON can hold, such as one unpacked in another encoding."""
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: the file name is not UTF-8; rename it (convmv does so for whole folders)") from None
 
 
 def name_stem(name: str) -> str:
@@ -53,9 +90,13 @@ def name_stem(name: str) -> str:
 def read_image(path: Path, side: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
     """Read an image as a viewer shows it.
 
+    What a file is called does not matter, what it holds does: JPEG, PNG, WebP, GIF, BMP or TIFF. Of an animation or of
+    several pages it is the first picture. A cut file is refused in all formats, a changed one where the format has
+    checksums (PNG); damage within a JPEG shows in its pixels alone.
+
     Args:
-        path: a file in any format that Pillow knows: grey, palette, alpha (put on white), CMYK, 16 bits a channel; or
-            a page of a PDF, FILE.pdf#page=NUMBER.
+        path: a file of any mode: grey, palette, alpha (put on white), CMYK, 16 bits a channel; or a page of a PDF,
+            FILE.pdf#page=NUMBER.
         side: the longer side in pixels that the caller is going to reduce the image to; a JPEG of at least twice that
             is decoded at a half, a quarter or an eighth, which takes a fraction of the time and memory.
 
@@ -69,23 +110,24 @@ def read_image(path: Path, side: int | None = None) -> tuple[np.ndarray, tuple[i
     if in_pdf(path):
         return read_page(path, side, MAX_PIXELS)
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            header = _read_header(path, file)
+            length = file.seek(0, SEEK_END)
+            if length > MAX_BYTES:
+                raise ImageError(f"{path}: a file of {length / 1e9:.1f} GB; compress it, or reduce it first")
+            file.seek(0)
+            data = file.read()
+            reduction = _reduction(header.image, side)
+            _check_size(path, data, header, reduction)
+            pixels = _decode(path, data, header.image, reduction)
     except OSError as error:
         raise ImageError(f"{path}: cannot be read ({error.strerror})") from None
-    header, orientation = _read_header(path, BytesIO(data))
-    reduction = _reduction(header, side)
-    if header.width * header.height > MAX_PIXELS * reduction**2:
-        raise ImageError(
-            f"{path}: {header.width} x {header.height} pixels is over the limit of {MAX_PIXELS // 10**6} megapixels; "
-            f"reduce it first"
-        )
-    pixels = _decode(path, data, header, reduction)
-    transpose, flip_x, flip_y = _UPRIGHT[orientation]
+    transpose, flip_x, flip_y = _UPRIGHT[header.orientation]
     if transpose:
         pixels = cv2.transpose(pixels)
     if flip_x or flip_y:
         pixels = cv2.flip(pixels, -1 if flip_x and flip_y else int(flip_x))
-    return pixels, _upright_size(header, orientation)
+    return pixels, header.size
 
 
 def read_size(path: Path) -> tuple[int, int]:
@@ -94,7 +136,7 @@ def read_size(path: Path) -> tuple[int, int]:
         return read_page_size(path, MAX_PIXELS)
     try:
         with path.open("rb") as file:
-            return _upright_size(*_read_header(path, file))
+            return _read_header(path, file).size
     except OSError as error:
         raise ImageError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -105,59 +147,135 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         grey = np.asarray(image)
         grey = (grey >> 8 if grey.max(initial=0) > 255 else grey).clip(0, 255).astype(np.uint8)
         return cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
     if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return _on_white(image)
     return np.array(image.convert("RGB"))
 
 
-def _read_header(path: Path, file: IO[bytes]) -> tuple[Image.Image, int]:
-    """The image, not decoded yet, and its EXIF orientation, 1 to 8."""
+def _on_white(image: Image.Image) -> np.ndarray:
+    """Transparency put on white, strip by strip: as a whole it would take five times the memory of the outcome."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, _STRIP_ROWS):
+        bottom = min(top + _STRIP_ROWS, image.height)
+        strip = image.crop((0, top, image.width, bottom)).convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        pixels[top:bottom] = np.asarray(Image.alpha_composite(white, strip).convert("RGB"))
+    return pixels
+
+
+def _read_header(path: Path, file: IO[bytes]) -> _Header:
+    """Open an image; nothing is decoded yet, so a bomb has not gone off."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's decompression bomb warning: MAX_PIXELS decides here
-            header = Image.open(file)
-            orientation = header.getexif().get(_EXIF_ORIENTATION, 1)
+            image = Image.open(file, formats=_FORMATS)
+            orientation = _orientation(image, file)
     except Image.DecompressionBombError:
         raise ImageError(f"{path}: too large to decode; reduce it first") from None
     except UnidentifiedImageError:
         empty = file.seek(0, SEEK_END) == 0
-        raise ImageError(f"{path}: {'the file is empty' if empty else 'not an image'}") from None
+        known = ", ".join(_FORMATS)
+        raise ImageError(f"{path}: {'the file is empty' if empty else f'not an image ({known})'}") from None
     except Exception as error:  # Pillow's parsers raise many kinds on broken headers
         raise ImageError(f"{path}: broken image header ({_one_line(error)})") from None
-    return header, orientation if orientation in _UPRIGHT else 1
+    width, height = image.size
+    if image.format == "TIFF":  # Pillow turns it as it decodes; whether `size` is turned before depends on its version
+        width, height = image.tag_v2[_TIFF_WIDTH], image.tag_v2[_TIFF_HEIGHT]
+    size = (height, width) if _UPRIGHT[orientation][0] else (width, height)
+    return _Header(image, 1 if image.format == "TIFF" else orientation, size)
 
 
-def _upright_size(header: Image.Image, orientation: int) -> tuple[int, int]:
-    transpose = _UPRIGHT[orientation][0]
-    return (header.height, header.width) if transpose else (header.width, header.height)
+def _orientation(image: Image.Image, file: IO[bytes]) -> int:
+    """EXIF orientation, 1 to 8; 1 where there is none or no such one.
+
+    In a PNG it may come after the pixels. Pillow's own way to it decodes them, which is slow and defuses no bomb.
+    """
+    exif = Image.Image.getexif(image)
+    if image.format == "PNG" and "exif" not in image.info:
+        for kind, start, length in _png_chunks(file):
+            if kind == b"eXIf":
+                file.seek(start)
+                exif.load(file.read(length))
+    orientation = exif.get(_EXIF_ORIENTATION, 1)
+    return int(orientation) if orientation in _UPRIGHT else 1
 
 
-def _reduction(header: Image.Image, side: int | None) -> int:
+def _png_chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, start of the data and length of the data of each chunk of a PNG, up to its end."""
+    start, kind = _PNG_SIGNATURE, b""
+    while kind != b"IEND":
+        file.seek(start)
+        head = file.read(8)
+        if len(head) < 8:
+            return
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
+        yield kind, start + 8, length
+        start += length + 12
+
+
+def _check_png(data: bytes) -> None:
+    """Raise ValueError unless the chunks of a PNG are complete and unharmed: decoders let different faults pass."""
+    view, kind = memoryview(data), b""
+    for kind, start, length in _png_chunks(BytesIO(data)):
+        end = start + length
+        if zlib.crc32(view[start - 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+            raise ValueError(f"the checksum of its chunk {kind.decode('latin-1')} does not fit")
+    if kind != b"IEND":
+        raise ValueError("it ends too early")
+
+
+def _reduction(image: Image.Image, side: int | None) -> int:
     """The power of two up to 8 by which a JPEG can be decoded smaller and still be at least `side` long."""
-    if header.format != "JPEG" or side is None:
+    if image.format not in _JPEGS or side is None:
         return 1
-    times = max(header.size) // side
+    times = max(image.size) // side
     return next(step for step in (8, 4, 2, 1) if times >= step or step == 1)
 
 
-def _decode(path: Path, data: bytes, header: Image.Image, reduction: int) -> np.ndarray:
+def _check_size(path: Path, data: bytes, header: _Header, reduction: int) -> None:
+    """Raise ImageError for an image that would take too much memory or time to decode.
+
+    A JPEG of several scans, a progressive one say, is held whole in memory however it is reduced, and each scan is a
+    pass over all of it: a small file can ask for thousands.
+    """
+    width, height = header.size
+    scans = data.count(_JPEG_SCAN) if header.image.format in _JPEGS else 1
+    if width * height > MAX_PIXELS * (reduction**2 if scans == 1 else 1):
+        raise ImageError(
+            f"{path}: {width} x {height} pixels is over the limit of {MAX_PIXELS // 10**6} megapixels; reduce it first"
+        )
+    if width * height * scans > MAX_PIXELS * _MAX_SCANS:
+        raise ImageError(f"{path}: a JPEG of {scans} scans takes too long to decode; save it anew")
+
+
+def _decode(path: Path, data: bytes, image: Image.Image, reduction: int) -> np.ndarray:
     """Pixels as stored, (height, width, 3) uint8 RGB. OpenCV decodes common modes, three times as fast as Pillow."""
-    plain = header.mode in ("RGB", "L") and "transparency" not in header.info
-    complete = header.format == "PNG" or (header.format == "JPEG" and data.endswith(_JPEG_END))
-    if plain and complete:
-        mode = _REDUCED[reduction]
-        try:
-            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), mode | cv2.IMREAD_IGNORE_ORIENTATION)
-        except cv2.error:
-            pixels = None
-        if pixels is not None:
-            return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
     try:
-        header.draft(None, (header.width // reduction, header.height // reduction))
-        return to_rgb(header)
+        if image.format == "PNG":
+            _check_png(data)
+        complete = image.format == "PNG" or (image.format == "JPEG" and data.endswith(_JPEG_END))
+        plain = image.mode in ("RGB", "L") and "transparency" not in image.info
+        if complete and plain and not getattr(image, "is_animated", False):
+            pixels = _decode_plain(data, reduction)
+            if pixels is not None:
+                return pixels
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about faults that end in an error, or that a viewer would not mind
+            image.draft(None, (image.width // reduction, image.height // reduction))
+            return to_rgb(image)
     except Exception as error:  # as above: whatever a decoder thinks of
         raise ImageError(f"{path}: broken or truncated image ({_one_line(error)})") from None
+
+
+def _decode_plain(data: bytes, reduction: int) -> np.ndarray | None:
+    """Pixels as OpenCV decodes them, or None where it cannot."""
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _REDUCED[reduction] | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:
+        return None
+    return None if pixels is None else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
 
 
 def _one_line(error: Exception) -> str:

@@ -27,6 +27,8 @@ import shapely
 from numpy.typing import ArrayLike
 from scipy.spatial import ConvexHull, QhullError
 
+from dbnet.geometry import COORDINATE_LIMIT
+
 MIN_POINTS = 4
 """Polygons with fewer points are skipped."""
 
@@ -188,10 +190,12 @@ def score_image(
         det_polygons: the detections, likewise, in the order in which they claim characters.
         dont_care: for each ground truth, whether it shall neither be found nor missed; None for none.
 
-    Coordinates are truncated to integers. Any finite polygon is scored, be it crossing itself or without area.
+    Coordinates are truncated to integers. Any polygon is scored, be it crossing itself or without area; the time of one
+    that crosses itself grows with its crossings, so `dbnet.geometry.fault_of` refuses the worst where files are read.
 
     Raises:
-        ValueError: if a polygon is not (n, 2) or not finite, or `dont_care` is not one flag for each ground truth.
+        ValueError: if a polygon is not (n, 2) or has a coordinate that is not finite or beyond all images, or
+            `dont_care` is not one flag for each ground truth.
     """
     return match_image(gt_polygons, det_polygons, dont_care).score
 
@@ -416,8 +420,8 @@ def _read_polygons(polygons: Sequence[ArrayLike]) -> tuple[_Polygons, np.ndarray
     if points.ndim != 2 or points.shape[1] != 2:
         raise ValueError("a polygon must be an (n, 2) array of points")
     points = np.trunc(points.T, order="C")
-    if not np.isfinite(points).all():
-        raise ValueError("a polygon has a coordinate that is not finite")
+    if not (np.abs(points) <= COORDINATE_LIMIT).all():  # nan is not either
+        raise ValueError(f"a polygon has a coordinate that is not finite, or beyond {COORDINATE_LIMIT}")
     starts = np.cumsum(counts) - counts
     is_quad, quads = _find_quads(points, starts, counts)
     low, high = np.minimum.reduceat(points, starts, axis=1), np.maximum.reduceat(points, starts, axis=1)

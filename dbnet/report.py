@@ -65,8 +65,8 @@ class Picture:
     """one line, where the image cannot be read"""
 
     gt: list[list[Any]]
-    """a row for each ground truth: index of its outcome in `Outcome`, characters found, all that count, bin of its size,
-    [x, y, x, y, ...] in pixels of the original"""
+    """a row for each ground truth: index of its outcome in `Outcome`, characters found, all that count, bin of its
+    size, [x, y, x, y, ...] in pixels of the original"""
 
     det: list[list[Any]]
     """a row for each detection: index of its outcome, score or None, [x, y, x, y, ...]"""

@@ -2,7 +2,6 @@
 the choice between it and the other formats that detections are written in."""
 
 import csv
-import math
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from dbnet.annotations import read_labels_at, write_annotations
 from dbnet.errors import UserError
 from dbnet.files import write_whole
 from dbnet.formats import Annotation, check_stems, write_coco, write_icdar_zip
+from dbnet.geometry import fault_of
 
 HEADER = ["filename", "polygons"]
 _MAX_FIELD = 1 << 28  # a row of 500 polygons with many points is longer than the csv module's default
@@ -72,7 +72,7 @@ def read_submission(path: Path) -> dict[str, list[np.ndarray]]:
     csv.field_size_limit(_MAX_FIELD)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.reader(file))
+            rows = list(csv.reader(file, strict=True))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
@@ -99,11 +99,15 @@ def read_submission(path: Path) -> dict[str, list[np.ndarray]]:
 
 def _parse_polygon(path: Path, number: int, text: str) -> np.ndarray:
     try:
+        if "_" in text:  # which Python would take for a digit's separator
+            raise ValueError
         values = [float(word) for word in text.split()]
     except ValueError:
         raise UserError(f"{path}: row {number}: coordinates must be numbers, not {text[:40]!r}") from None
-    if not all(map(math.isfinite, values)):
-        raise UserError(f"{path}: row {number}: a coordinate is not a finite number")
     if len(values) % 2:
         raise UserError(f"{path}: row {number}: a polygon has {len(values)} coordinates; x and y come in pairs")
-    return np.array(values).reshape(-1, 2)
+    polygon = np.array(values).reshape(-1, 2)
+    fault = fault_of(polygon)
+    if fault:
+        raise UserError(f"{path}: row {number}: {fault}")
+    return polygon

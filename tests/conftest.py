@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from dbnet.config import Config
 from dbnet.synth import write_dataset
+
+settings.register_profile("long", max_examples=1500)  # make test-long; the default is a hundred
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

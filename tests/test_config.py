@@ -1,6 +1,7 @@
 """Presets, checks and flags."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -119,3 +120,10 @@ def test_an_unknown_preset_names_the_presets():
 def test_a_configuration_survives_json(preset, batch_size, box_thresh):
     config = Config.from_preset(preset, batch_size=batch_size, box_thresh=box_thresh)
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_numbers_beyond_any_float_are_refused_like_others():
+    with pytest.raises(UserError, match="--max-candidates"):
+        Config(max_candidates=math.inf)
+    with pytest.raises(UserError, match="--image-size"):
+        Config(image_size=10**400)

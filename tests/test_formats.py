@@ -368,7 +368,7 @@ def test_broken_text_is_named_with_its_line(parse, text, message):
             ({"segmentation": {"counts": ""}}, "mask"),
             ({"segmentation": []}, "neither a segmentation nor a bbox"),
             ({"bbox": [1, 2, 3, None]}, "not a finite number"),
-            ({"bbox": [1e308, 0, 1e308, 1]}, "not a finite number"),
+            ({"bbox": [1e308, 0, 1e308, 1]}, "a coordinate is beyond"),
         ]
     ],
 )

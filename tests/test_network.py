@@ -51,6 +51,27 @@ def test_losses_and_gradients_are_finite_for_extreme_logits(dtype, text):
     assert maps.prob_logits.grad.isfinite().all() and maps.thresh_logits.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("page", ["empty", "full of text", "all don't care"])
+@pytest.mark.parametrize("push", [-1, 1])
+def test_a_network_pushed_to_its_limits_has_finite_losses_and_gradients(small, dtype, page, push):
+    """Logits as far out as fp16 goes, through the whole network in mixed precision."""
+    torch.manual_seed(0)
+    model = DBNet(small).train()
+    for branch in (model.prob_branch, model.thresh_branch):
+        branch[-1].bias.data.fill_(push * 6e4)
+    text = torch.full((1, 64, 64), page == "full of text", dtype=torch.uint8)
+    mask = torch.full((1, 64, 64), page != "all don't care", dtype=torch.uint8)
+    images = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
+    with torch.autocast("cpu", dtype):
+        maps = model(images)
+    losses = db_loss(maps, text, text * 255, mask, small)
+    losses.total.backward()
+    assert maps.prob_logits.dtype == dtype and maps.prob_logits.abs().max() > 5e4
+    assert torch.stack(losses).isfinite().all()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
+
+
 def test_a_perfect_prediction_costs_next_to_nothing_and_dont_care_nothing():
     target = torch.zeros(1, 16, 16)
     target[:, 4:8, 4:12] = 1

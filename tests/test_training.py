@@ -11,6 +11,8 @@ import train
 from dbnet.config import PRESETS
 from dbnet.dataset import Batches, TextDataset, make_loader
 from dbnet.errors import UserError
+from dbnet.evaluation import advise_on_collapse
+from dbnet.metric import CLEval
 from dbnet.optim import WeightAverage, learning_rate
 
 
@@ -121,3 +123,19 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(small):
     assert together.plan.in_force == "4 x 1" and apart.plan.in_force == "1 x 4"
     for ours, theirs in zip(together.model.parameters(), apart.model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_validation_without_detections_says_what_to_look_at():
+    word = [[0, 0], [40, 0], [40, 10], [0, 10]]
+    config = PRESETS["v1"].changed(thresh=0.3, box_thresh=0.6)
+
+    def advice(words, detections, highest):
+        metric = CLEval()
+        metric.update(words, detections)
+        return advise_on_collapse(metric.compute(), highest, config)
+
+    assert "0.12, and --thresh is 0.3" in advice([word], [], 0.12)
+    assert "reach 0.55" in advice([word], [], 0.55) and "--box-thresh 0.6" in advice([word], [], 0.55)
+    assert "not finite" in advice([word], [], float("nan"))
+    assert advice([word], [word], 0.9) is None
+    assert advice([], [], 0.1) is None  # no text, none found
