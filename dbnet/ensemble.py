@@ -83,7 +83,7 @@ class Ensemble:
         """What looks at an image, for the line that a script prints: `resnet34, 1024 px`."""
         networks = len({view.model for view in self.views})
         of = f"{networks} networks" if networks > 1 else self.config.backbone
-        px = " + ".join(map(str, self.sides))
+        px = " + ".join(map(str, sorted(self.sides)))
         return f"{of}, {px} px" + (f", {len(self.views)} views" if len(self.views) > networks else "")
 
     @torch.inference_mode()
