@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from measure import ROOT, parse_arguments, print_table, print_versions
 from torch.utils.flop_counter import FlopCounterMode
-from train_step import start, step
+from train_step import step
 
+import train
 from dbnet.checkpoint import save_checkpoint
 from dbnet.config import PRESETS, Config
 from dbnet.dataset import Batches, TextDataset, count_workers, make_loader
@@ -63,7 +64,7 @@ def measure(config: Config, args: argparse.Namespace, device: torch.device) -> t
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         torch.backends.cudnn.benchmark = config.pad == "square"
-    training = start(config, device)
+    training = train.start(config, device)
     groups = endless_groups(config, device)
     in_memory = next(groups)
     seconds = time_steps(lambda: step(training, in_memory, config, device), args.steps)
