@@ -32,8 +32,9 @@ from tqdm import tqdm
 from dbnet.checkpoint import load_checkpoint, load_weights, save_checkpoint, start_from
 from dbnet.config import PRESETS, ArgumentParser, Config, print_config, print_difference
 from dbnet.curves import show_progress
-from dbnet.dataset import Batches, TextDataset, make_loader
-from dbnet.device import compile_model, count_workers, pick_amp_dtype, pick_device
+from dbnet.dataset import Batches, TextDataset, count_workers, make_loader
+from dbnet.device import compile_model, pick_amp_dtype, pick_device
+from dbnet.ensemble import Ensemble
 from dbnet.errors import UserError, run_script
 from dbnet.evaluation import Evaluation
 from dbnet.files import make_folder, write_json
@@ -199,7 +200,7 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
         if validation is None or validation.config != in_force:
             val_set.config = in_force
             validation = Pipeline(val_set, in_force, device)
-        evaluation = validation.evaluate(training.scored_model, "validation")
+        evaluation = validation.evaluate(Ensemble.of(training.scored_model, in_force, device), "validation")
         training.epoch += 1
         finish_epoch(training, config, run, row, evaluation)
         if config.patience and training.epoch - training.best_epoch >= config.patience:

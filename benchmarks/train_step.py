@@ -17,8 +17,8 @@ from measure import ROOT, milliseconds, parse_arguments, print_table, print_vers
 
 import train
 from dbnet.config import Config
-from dbnet.dataset import Batches, TextDataset, make_loader
-from dbnet.device import count_workers, pick_device
+from dbnet.dataset import Batches, TextDataset, count_workers, make_loader
+from dbnet.device import pick_device
 from dbnet.memory import keep_freed_memory
 from dbnet.profile import synthetic_batch
 
