@@ -374,19 +374,50 @@ V0 = BASELINE.changed(
     clahe_p=0.3,
 )
 V1 = V0.changed(image_size=1024, batch_size=8, accumulate=2, box_thresh=0.25, prob_loss_weight=7.0)
+V2 = V1.changed(
+    backbone="efficientnet_b3",
+    train_sizes=(640, 800, 1024),
+    batch_size=4,
+    accumulate=4,
+    epochs=30,
+    tta=True,
+)
 V3 = V1.changed(backbone="resnet50", batch_size=4, accumulate=4, thresh=0.22, box_thresh=0.35)
-LITE = V1.changed(
+SLIM = V1.changed(
     backbone="mobilenet_v3_large",
     pyramid_channels=96,
-    image_size=640,
     pad="tight",
-    batch_size=8,
+    batch_size=4,
     accumulate=1,
     rotate90_p=0.0,
 )
-DEMO = LITE.changed(data="demo/data", weights="none", image_size=448, batch_size=4, epochs=7)
+LITE = SLIM.changed(image_size=800, flip_p=0.0, scale=2.0, rotate=2.0, ema=0.998, warmup_epochs=0.3)
+DEMO = SLIM.changed(data="demo/data", weights="none", image_size=448, epochs=7)
+BEST = V3.changed(
+    backbone="timm:hrnet_w44",
+    fusion="asf",
+    lr=1.3e-3,
+    epochs=30,
+    warmup_epochs=1.0,
+    ema=0.999,
+    scale=2.0,
+    rotate=2.0,
+    brightness_contrast_p=0.4,
+    brightness=0.33,
+    contrast=0.28,
+    tta=True,
+)
 
-PRESETS: dict[str, Config] = {"baseline": BASELINE, "v0": V0, "v1": V1, "v3": V3, "lite": LITE, "demo": DEMO}
+PRESETS: dict[str, Config] = {
+    "baseline": BASELINE,
+    "v0": V0,
+    "v1": V1,
+    "v2": V2,
+    "v3": V3,
+    "best": BEST,
+    "lite": LITE,
+    "demo": DEMO,
+}
 
 
 class ArgumentParser(argparse.ArgumentParser):
