@@ -1,11 +1,12 @@
 # make demo    render receipts, train on them, evaluate, predict (8 minutes on two cores)
 # make test    the checks and tests
+# make test-long    the tests that take minutes
 # make lint    ruff alone
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test lint clean-demo
+.PHONY: demo test test-long lint clean-demo
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +27,9 @@ clean-demo:
 
 test: lint
 	$(RUN) -m pytest
+
+test-long: $(VENV)/.installed
+	$(RUN) -m pytest -m long
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .

@@ -44,6 +44,7 @@ def main() -> None:
     }
     batch["prob_map"][:, 40:60, 40:200] = 1
     batch |= {"thresh_levels": batch["prob_map"] * 200, "mask": torch.ones_like(batch["prob_map"])}
+    batch["side"] = torch.full((config.batch_size,), config.image_size)
     rows = []
     training = start(config, device)
     for name in ("as the C library gives memory", "with freed memory kept"):

@@ -308,6 +308,7 @@ def make_loader(batches: Batches, workers: int, pin_memory: bool) -> DataLoader:
         collate_fn=_collate,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
+        generator=torch.Generator(),  # else each pass draws from the one that the network's layers draw from
     )
 
 

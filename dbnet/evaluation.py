@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -27,6 +27,11 @@ class Evaluation:
         self.per_image[name] = score_image(annotation.polygons, list(polygons), annotation.dont_care)
         if error:
             self.unreadable.append(error)
+
+    def merge(self, other: Self) -> None:
+        """Take in what another process has scored."""
+        self.per_image |= other.per_image
+        self.unreadable = sorted({*self.unreadable, *other.unreadable})
 
     def compute(self) -> DatasetScore:
         """Means over the images, and totals."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dbnet import distributed
 from dbnet.config import Config
 from dbnet.dataset import Batches, ImageDataset, TextDataset, make_loader
 from dbnet.device import count_workers, pick_amp_dtype
@@ -79,12 +80,14 @@ class Pipeline:
         self.dataset, self.config, self.device = dataset, config, device
         on_gpu = device.type == "cuda"
         workers = count_workers(config) if on_gpu else 0
-        self.loader = make_loader(Batches(dataset, config.batch_size), workers, pin_memory=on_gpu)
+        share = distributed.Share(Batches(dataset, config.batch_size))
+        self.loader = make_loader(share, workers, pin_memory=on_gpu)
         self._reader = ThreadPoolExecutor(max_workers=1)
         self._extractors: Executor = ProcessPoolExecutor(workers) if workers else AtOnce()
 
     def detect(self, model: DBNet) -> Iterator[Detection]:
-        """Every image of the data set exactly once, in the order in which they are done.
+        """Every image of the data set exactly once, in the order in which they are done; of several processes that
+        torchrun has started, each has its share.
 
         The model is put in eval mode. When memory runs out the batch is halved for the rest of the images. Raises
         ImageError for an image that cannot be read where config.strict is set; else its Detection has an `error`.
@@ -123,15 +126,25 @@ class Pipeline:
     def evaluate(self, model: DBNet, title: str = "") -> Evaluation:
         """CLEval of what `detect` finds in an annotated split, a TextDataset, with a progress bar; raises as it does.
 
-        Scores are in the order of the data set.
+        Every process that torchrun has started gets the scores of all of them. Scores are in the order of the data set.
         """
         dataset: TextDataset = self.dataset
         evaluation = Evaluation()
         for detection in tqdm(
-            self.detect(model), title, len(dataset), unit="img", leave=False, dynamic_ncols=True, smoothing=0
+            self.detect(model),
+            title,
+            len(dataset),
+            unit="img",
+            leave=False,
+            dynamic_ncols=True,
+            smoothing=0,
+            disable=not distributed.is_first(),
         ):
             name, annotation = dataset.paths[detection.index].name, dataset.annotations[detection.index]
             evaluation.update(name, annotation, detection.polygons, detection.error)
+        for other in distributed.gather(evaluation):
+            if other is not evaluation:
+                evaluation.merge(other)
         evaluation.per_image = {path.name: evaluation.per_image[path.name] for path in dataset.paths}
         return evaluation
 
