@@ -4,6 +4,7 @@
     python evaluate.py runs/NAME/best.pt --box-thresh 0.35     with another threshold than it was trained with
     python evaluate.py --submission submission.csv             without a network
     python evaluate.py runs/NAME/best.pt --json scores.json    all numbers, image by image
+    torchrun --nproc-per-node 4 evaluate.py runs/NAME/best.pt  on four GPUs
 
 Precision, recall and H-Mean are means over the images. A checkpoint carries its configuration; flags override it.
 """
@@ -33,11 +34,16 @@ def main() -> None:
         raise UserError("name either a checkpoint or --submission FILE.csv (see --help)")
 
     # Imported here, so that --help and a mistaken command line answer at once.
+    from dbnet import distributed
     from dbnet.files import check_writable, write_json
+
+    distributed.join()
 
     if args.json:
         check_writable(args.json)
     evaluation = evaluate_submission(args, changes) if args.submission else evaluate_checkpoint(args, changes)
+    if not distributed.is_first():
+        return
     print_scores(evaluation)
     if args.json:
         write_json(args.json, evaluation.to_dict())
@@ -50,14 +56,14 @@ def evaluate_checkpoint(args: argparse.Namespace, changes: dict[str, Any]) -> "E
 
     from dbnet.checkpoint import load_model
     from dbnet.dataset import TextDataset
-    from dbnet.device import pick_device
+    from dbnet.distributed import pick_device, say
     from dbnet.inference import Pipeline
 
     model, config, _ = load_model(args.checkpoint, changes)
     dataset = TextDataset(config, args.split, train=False)
     device = pick_device(config.device)
     model.to(device, memory_format=torch.channels_last)
-    print(f"{args.checkpoint} ({config.backbone}, {config.image_size} px) on {args.split} of {config.data}, {device}")
+    say(f"{args.checkpoint} ({config.backbone}, {config.image_size} px) on {args.split} of {config.data}, {device}")
     return Pipeline(dataset, config, device).evaluate(model)
 
 

@@ -3,15 +3,20 @@
     python predict.py --out submission.csv                         newest runs/*/best.pt on DATA/images/test
     python predict.py runs/NAME/best.pt --images photos/ --overlays overlays/
     python predict.py runs/NAME/best.pt --images a.jpg b.png --box-thresh 0.35
+    torchrun --nproc-per-node 4 predict.py --images photos/        on four GPUs
+    python predict.py --images photos/ --resume                    go on with a prediction that was cut short
 
 The CSV has a row for each image, `filename,polygons`: polygons separated by `|`, each `x1 y1 x2 y2 ...` in whole
-pixels of the image as a viewer shows it. It is written whole or not at all.
+pixels of the image as a viewer shows it. It is written whole or not at all; until then, OUT.rankN.partial hold the
+results so far.
 """
 
 from pathlib import Path
 
 from dbnet.config import ArgumentParser
 from dbnet.errors import UserError, run_script
+
+SETTINGS_APART = {"batch_size", "cache_gb", "compile", "data", "device", "workers"}  # results do not depend on these
 
 
 def main() -> None:
@@ -24,6 +29,7 @@ def main() -> None:
         "--out", type=Path, default=Path("submission.csv"), metavar="FILE.csv", help="where to (submission.csv)"
     )
     parser.add_argument("--overlays", type=Path, metavar="DIR", help="also write each image with its polygons here")
+    parser.add_argument("--resume", action="store_true", help="go on with a prediction for --out that was cut short")
     parser.add_config_flags()
     args, changes = parser.parse()
     checkpoint = args.checkpoint or newest_checkpoint()
@@ -32,37 +38,53 @@ def main() -> None:
     import torch
     from tqdm import tqdm
 
+    from dbnet import distributed
     from dbnet.annotations import find_images_at, read_image_paths
     from dbnet.checkpoint import load_model
     from dbnet.dataset import ImageDataset
-    from dbnet.device import pick_device
     from dbnet.files import check_writable, make_folder
     from dbnet.images import read_image
     from dbnet.inference import Pipeline
     from dbnet.overlay import draw_polygons, write_image
+    from dbnet.partial import Partial
     from dbnet.submission import write_submission
 
+    distributed.join()
     model, config, _ = load_model(checkpoint, changes)
     paths = find_images_at(args.images) if args.images else read_image_paths(Path(config.data), "test")
-    device = pick_device(config.device)
+    device = distributed.pick_device(config.device)
     check_writable(args.out)
     if args.overlays:
         make_folder(args.overlays)
     model.to(device, memory_format=torch.channels_last)
-    print(f"{checkpoint} ({config.backbone}, {config.image_size} px) on {len(paths)} images, {device}")
-
-    rows = {path.name: [] for path in paths}
-    unreadable = []
-    pipeline = Pipeline(ImageDataset(paths, config), config, device)
-    for detection in tqdm(pipeline.detect(model), total=len(paths), unit="img", dynamic_ncols=True, smoothing=0):
-        path = paths[detection.index]
-        rows[path.name] = detection.polygons
-        if detection.error:
-            unreadable.append(detection.error)
-        elif args.overlays:
-            pixels, _ = read_image(path)
-            write_image(args.overlays / f"{path.stem}.jpg", draw_polygons(pixels, detection.polygons))
-    write_submission(args.out, rows)
+    settings = {name: value for name, value in config.to_dict().items() if name not in SETTINGS_APART}
+    settings["checkpoint"] = [checkpoint.stat().st_size, checkpoint.stat().st_mtime_ns]
+    with Partial(args.out, settings, args.resume) as partial:
+        done = partial.done
+        rest = [path for path in paths if str(path) not in done]
+        distributed.say(
+            f"{checkpoint} ({config.backbone}, {config.image_size} px) on {len(rest)} images, {device}"
+            + (f"; {len(paths) - len(rest)} are done" if args.resume else "")
+        )
+        pipeline = Pipeline(ImageDataset(rest, config), config, device)
+        mine = len(pipeline.loader.batch_sampler) * config.batch_size if distributed.ranks() > 1 else len(rest)
+        detections = pipeline.detect(model)
+        for detection in tqdm(
+            detections, total=mine, unit="img", dynamic_ncols=True, smoothing=0, disable=not distributed.is_first()
+        ):
+            path = rest[detection.index]
+            if args.overlays and not detection.error:
+                pixels, _ = read_image(path)
+                write_image(args.overlays / f"{path.stem}.jpg", draw_polygons(pixels, detection.polygons))
+            partial.add(str(path), detection.polygons, detection.error)
+            done[str(path)] = detection.polygons, detection.error
+        for others in distributed.gather(done):
+            done |= others
+        if not distributed.is_first():
+            return
+        rows = {path.name: done[str(path)][0] for path in paths}
+        write_submission(args.out, rows)
+    unreadable = [error for path in paths if (error := done[str(path)][1])]
     for line in unreadable:
         print(f"no polygons: {line}")
     found = sum(map(len, rows.values()))

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dbnet import distributed
+from dbnet.batch_norm import synchronize_batch_norms
 from dbnet.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from dbnet.config import PRESETS, ArgumentParser, Config, print_config, print_difference
 from dbnet.dataset import Batches, TextDataset, make_loader
@@ -39,7 +40,7 @@ from dbnet.interruption import Interrupted, Interruption, let_workers_die_quietl
 from dbnet.log import append_row, keep_rows
 from dbnet.loss import Losses, db_loss
 from dbnet.memory import BatchPlan, agreed, all_or_none, run_until_it_fits
-from dbnet.micro_batch import micro_batches
+from dbnet.micro_batch import as_many_on_each_rank, micro_batches
 from dbnet.model import DBNet
 from dbnet.optim import WeightAverage, allocate_state, learning_rate, make_optimizer, make_scaler
 from dbnet.overlay import sample_sheet, write_image
@@ -139,6 +140,8 @@ def train(config: Config, run: Path, init: dict[str, Any] | None = None, last: d
     if start:
         load_weights(model, start, run / "last.pt" if last else Path("--init"), config)
     model.to(device, memory_format=torch.channels_last)
+    if config.sync_batch_norm:
+        synchronize_batch_norms(model)
     if config.compile:
         compile_model(model)
     training = Training(
@@ -383,17 +386,25 @@ def optimizer_step(
     def attempt() -> tuple[Tensor, Tensor]:
         optimizer.zero_grad(set_to_none=True)
         mean_losses = torch.zeros(len(Losses._fields), device=device)
+        training.scaler.scale(mean_losses)  # its first call creates the scale, which a rank without samples needs too
+        micros = micro_batches(batches, training.plan, device)
+        if config.sync_batch_norm and distributed.ranks() > 1:
+            micros = as_many_on_each_rank(micros, batches, training.plan, device)
         with all_or_none():
-            for micro in micro_batches(batches, training.plan, device):
+            for micro in micros:
                 weight = len(micro["image"]) / images
                 with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                     maps = model(micro["image"])
                 losses = db_loss(maps, micro["prob_map"], micro["thresh_levels"], micro["mask"], config)
                 training.scaler.scale(losses.total * weight).backward()
                 mean_losses += torch.stack(losses).detach() * weight
-            added_up = [mean_losses, *gradients(model), *weighted_statistics(model, ours / images)]
-            packed = distributed.pack(added_up)
-        distributed.add_up(packed, added_up)
+            if distributed.ranks() > 1:
+                added_up = [mean_losses, *gradients(model), *weighted_statistics(model, ours / images)]
+                packed = torch.cat([tensor.reshape(-1) for tensor in added_up])
+        if distributed.ranks() > 1:
+            distributed.add_up(packed)
+            for tensor, numbers in zip(added_up, packed.split([t.numel() for t in added_up]), strict=True):
+                tensor.copy_(numbers.view(tensor.shape))
         with agreed():
             training.scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or math.inf)
@@ -428,8 +439,7 @@ def weighted_statistics(model: nn.Module, weight: float) -> list[Tensor]:
     """The batch norm statistics of this rank times its share of the samples: their sum over the ranks is the mean."""
     norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
     statistics = [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]
-    if distributed.ranks() > 1:
-        torch._foreach_mul_(statistics, weight)
+    torch._foreach_mul_(statistics, weight)
     return statistics
 
 

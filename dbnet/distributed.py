@@ -7,7 +7,7 @@
 
 Training does not use DistributedDataParallel. Between its collective calls a rank may run out of memory, and all of
 them must fall back then; so the loop accumulates gradients locally, the ranks agree that everybody got there
-(`memory.all_or_none`), and only then gradients and losses are added up in one call (`add_up`), once an optimizer step.
+(`memory.all_or_none`), and only then gradients and losses are added up, in one call (`add_up`) an optimizer step.
 What the host decides (counts, saves, stops) goes through gloo and never waits for a GPU.
 """
 
@@ -191,23 +191,14 @@ class Share:
         return islice(iter(self.batches), self.start + rank(), None, ranks())
 
 
-def pack(tensors: list[Tensor]) -> Tensor:
-    """All numbers of float32 tensors in one, to be added up: whatever that needs of memory, it has then."""
-    import torch
-
-    return torch.cat([tensor.reshape(-1) for tensor in tensors]) if ranks() > 1 else torch.empty(0)
-
-
-def add_up(packed: Tensor, tensors: list[Tensor]) -> None:
-    """Replace each of `tensors`, which `packed` holds, by its sum over the ranks."""
+def add_up(numbers: Tensor) -> None:
+    """Replace a tensor by its sum over the ranks."""
     if ranks() == 1:
         return
     import torch.distributed as dist
 
     with _while_others_live():
-        dist.all_reduce(packed, group=_on_device if packed.is_cuda else None)
-    for tensor, numbers in zip(tensors, packed.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(numbers.view(tensor.shape))
+        dist.all_reduce(numbers, group=_on_device if numbers.is_cuda else None)
 
 
 @contextmanager

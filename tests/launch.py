@@ -1,9 +1,11 @@
 """The scripts in processes of their own, forked from one that has imported PyTorch already: a start costs no import."""
 
 import importlib
+import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -82,3 +84,18 @@ def run(name, *arguments, cwd, status=0, **environment):
     launched = Launched(name, *arguments, cwd=cwd, **environment)
     assert launched.wait() == status, launched.text()
     return launched.text()
+
+
+def copies(data, folder, train, val):
+    """A data set of so many images, copies of those of `data`."""
+    for split, count in (("train", train), ("val", val)):
+        (folder / "images" / split).mkdir(parents=True)
+        (folder / "jsons").mkdir(exist_ok=True)
+        content = json.loads((data / "jsons" / f"{split}.json").read_text())
+        originals, images = sorted(content["images"]), {}
+        for number in range(count):
+            name = originals[number % len(originals)]
+            images[f"{number}-{name}"] = content["images"][name]
+            shutil.copy(data / "images" / split / name, folder / "images" / split / f"{number}-{name}")
+        (folder / "jsons" / f"{split}.json").write_text(json.dumps({"images": images}))
+    return folder
