@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_config_flags()
     args, changes = parser.parse()
     distributed.join()
-    run = last = init = None
+    run = last = None
     if args.resume or distributed.remembered():
         run, last = distributed.from_first(lambda: resume_run(args))
     config = last["config"].changed(**changes) if last else Config.from_preset(args.preset or "v1", **changes)
@@ -79,10 +79,8 @@ def main() -> None:
         print(f"{args.show_samples}: image with polygons, probability map, threshold map")
     else:
         run = run or distributed.from_first(lambda: name_run(args))
-        if args.init and not last:
-            init = distributed.from_first(lambda: load_checkpoint(args.init))
         try:
-            train(config, run, init, last)
+            train(config, run, None if last else args.init, last)
         except (UserError, Interrupted, KeyboardInterrupt):
             if (run / "last.pt").exists():
                 command = f"train.py --run {run.name} --resume"
@@ -127,18 +125,18 @@ def is_saved(run: Path) -> bool:
     return (run / "last.pt").exists() or save_before(run / "last.pt").exists()
 
 
-def train(config: Config, run: Path, init: dict[str, Any] | None = None, last: dict[str, Any] | None = None) -> None:
-    """Train in the folder `run`: from scratch, from the weights of a checkpoint `init`, or on from the save `last`."""
+def train(config: Config, run: Path, init: Path | None = None, last: dict[str, Any] | None = None) -> None:
+    """Train in the folder `run`: from scratch, from the weights of `init`, or on from the content of last.pt."""
     device = distributed.pick_device(config.device)
     seed_all(config)
     accumulate = accumulation(config)
     train_set = TextDataset(config, "train", train=True)
     val_set = TextDataset(config, "val", train=False)
 
-    start = last or init
+    start = last or (distributed.from_first(lambda: load_checkpoint(init)) if init else None)
     model = DBNet(config.changed(weights="none") if start else config)
     if start:
-        load_weights(model, start, run / "last.pt" if last else Path("--init"), config)
+        load_weights(model, start, init or run / "last.pt", config)
     model.to(device, memory_format=torch.channels_last)
     if config.sync_batch_norm:
         synchronize_batch_norms(model)

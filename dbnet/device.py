@@ -41,7 +41,8 @@ def count_workers(config: Config) -> int:
     """Loader processes of `--workers`, where -1 means one a core, at most 8."""
     if config.workers >= 0:
         return config.workers
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # torchrun's processes share the cores
 
 
 def compile_model(model: torch.nn.Module) -> None:

@@ -165,9 +165,9 @@ def test_out_of_memory_on_one_rank_makes_all_fall_back_together(rendered, small,
     assert first[0] == second[0] == "4 x 4"
     assert first[1] == second[1] == ["8 x 2 at 64 px -> 4 x 4 at 64 px"]
     assert first[2:4] == second[2:4]  # the losses in the log, and all weights and statistics
-    # Five batches, one of them of 7 images: two for each in the first step, and in the second, one for rank 0 alone.
-    assert sum(images for images, *_ in second[4]) == (16 if len(second[4]) == 4 else 15)
-    assert max(images for images, *_ in second[4]) == 4
+    failed, *passes = [images for images, *_ in second[4]]
+    assert failed > 4 and max(passes) == 4 and sum(passes) in (15, 16)  # two batches of the five, one of which has 7
+    assert sum(images for images, *_ in first[4]) - sum(passes) >= 23  # the other three, and what it did in vain
 
 
 def test_out_of_memory_within_synchronized_layers_leaves_nobody_waiting(small):
