@@ -4,7 +4,7 @@
     python evaluate.py runs/NAME/best.pt --box-thresh 0.35     with another threshold than it was trained with
     python evaluate.py --submission submission.csv             without a network
     python evaluate.py runs/NAME/best.pt --json scores.json    all numbers, image by image
-    torchrun --nproc-per-node 4 evaluate.py runs/NAME/best.pt  on four GPUs
+    torchrun --nproc-per-node 4 -- evaluate.py runs/NAME/best.pt  on four GPUs
 
 Precision, recall and H-Mean are means over the images. A checkpoint carries its configuration; flags override it.
 """

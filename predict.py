@@ -3,7 +3,7 @@
     python predict.py --out submission.csv                         newest runs/*/best.pt on DATA/images/test
     python predict.py runs/NAME/best.pt --images photos/ --overlays overlays/
     python predict.py runs/NAME/best.pt --images a.jpg b.png --box-thresh 0.35
-    torchrun --nproc-per-node 4 predict.py --images photos/        on four GPUs
+    torchrun --nproc-per-node 4 -- predict.py --images photos/     on four GPUs
     python predict.py --images photos/ --resume                    go on with a prediction that was cut short
 
 The CSV has a row for each image, `filename,polygons`: polygons separated by `|`, each `x1 y1 x2 y2 ...` in whole

@@ -2,7 +2,7 @@
 
     python train.py --preset v1                                one GPU and a night
     python train.py --preset lite --weights none               a CPU and an afternoon
-    torchrun --nproc-per-node 4 train.py --preset v1           four GPUs
+    torchrun --nproc-per-node 4 -- train.py --preset v1        four GPUs
     python train.py --run first --resume                       go on with runs/first
     python train.py --preset v1 --init runs/first/best.pt      start from trained weights
     python train.py --preset v1 --show-samples samples.png     look at augmented samples, and exit
@@ -83,9 +83,10 @@ def main() -> None:
             train(config, run, None if last else args.init, last)
         except (UserError, Interrupted, KeyboardInterrupt):
             if (run / "last.pt").exists():
-                command = f"train.py --run {run.name} --resume"
-                launcher = f"torchrun --nproc-per-node {distributed.ranks()}" if distributed.ranks() > 1 else "python"
-                distributed.say(f"\ngo on from the last save with: {launcher} {command}", flush=True)
+                ranks = distributed.ranks()
+                launcher = f"torchrun --nproc-per-node {ranks} --" if ranks > 1 else "python"
+                command = f"{launcher} train.py --run {run.name} --resume"
+                distributed.say(f"\ngo on from the last save with: {command}", flush=True)
             raise
         distributed.leave()
 

@@ -273,9 +273,9 @@ def test_prediction_by_two_processes_is_that_of_one_and_goes_on_when_cut_short(c
 
 
 def torchrun(count, *arguments, cwd, restarts=0):
-    """torchrun with a script of the project, as a user starts it."""
+    """torchrun with a script of the project, as a user starts it; before `--`, --run would be one of its own flags."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    command += [f"--max-restarts={restarts}", "--monitor-interval=0.1", ROOT / arguments[0], *arguments[1:]]
+    command += [f"--max-restarts={restarts}", "--monitor-interval=0.1", "--", ROOT / arguments[0], *arguments[1:]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with (Path(cwd) / "output.txt").open("w") as output:
         return subprocess.Popen(list(map(str, command)), cwd=cwd, env=environment, stdout=output, stderr=output)
