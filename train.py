@@ -65,10 +65,11 @@ def main() -> None:
     args, changes = parser.parse()
     distributed.join()
     run = last = None
-    if args.resume or distributed.remembered():
-        run, last = distributed.from_first(lambda: resume_run(args))
+    started_before = distributed.remembered()
+    if args.resume or started_before:
+        run, last = distributed.from_first(lambda: resume_run(args, started_before))
     config = last["config"].changed(**changes) if last else Config.from_preset(args.preset or "v1", **changes)
-    if args.preset and args.resume:
+    if args.preset and args.resume and not started_before:
         distributed.say(f"--preset {args.preset}: not looked at; the run keeps its settings but for single flags")
     if args.diff:
         print_difference(config, args.diff, Config.from_preset(args.diff))
@@ -100,14 +101,14 @@ def name_run(args: argparse.Namespace) -> Path:
     return run
 
 
-def resume_run(args: argparse.Namespace) -> tuple[Path, dict[str, Any] | None]:
+def resume_run(args: argparse.Namespace, started_before: str | None) -> tuple[Path, dict[str, Any] | None]:
     """The folder of the run to resume and its last save.
 
-    Processes that torchrun starts in place of others get the command of the first ones and go on by themselves, with
-    None where nothing was saved yet.
+    Processes that torchrun starts in place of others get the command of the first ones and go on by themselves with the
+    run that those have named, with None where nothing was saved yet.
     """
-    if not args.resume:
-        run = RUNS / distributed.remembered()
+    if started_before:
+        run = RUNS / started_before
         return run, load_last(run) if is_saved(run) else None
     if args.init:
         raise UserError("--init starts a new run; leave it out with --resume")

@@ -40,8 +40,15 @@ def join() -> None:
         return
     import torch.distributed as dist
 
+    store = _agent_store()
     with _while_others_live():
-        dist.init_process_group("gloo")
+        if store:
+            # In torchrun's store are still the addresses of the processes that these may be started in place of.
+            attempt = dist.PrefixStore(f"dbnet/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+            where = {"store": attempt, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+            dist.init_process_group("gloo", **where)
+        else:
+            dist.init_process_group("gloo")
     _rank, _ranks = dist.get_rank(), dist.get_world_size()
 
 
@@ -159,9 +166,12 @@ def remember(name: str) -> None:
 
 
 def remembered() -> str | None:
-    """What `remember` kept before torchrun started these processes in place of others (--max-restarts)."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
-        return None
+    """What `remember` kept before torchrun started these processes in place of others (--max-restarts). All ranks call
+    it."""
+    return from_first(_read_name)
+
+
+def _read_name() -> str | None:
     store = _agent_store()
     return store.get(_NAME).decode() if store and store.check([_NAME]) else None
 

@@ -200,7 +200,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(rendered, tmp_path, monkeyp
     train.train(config.changed(batch_size=1, save_minutes=1e-5), tmp_path / "a")
     log = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
     assert all(0 < row["train_seconds"] < 600 and row["images_per_second"] > 0 for row in log)
-    assert len(saved) == 14  # six steps and the end of the epoch's batches, and the epoch: those that were due
+    assert len(saved) == 16  # of each epoch: before its six steps, after them, and after its validation
 
 
 @pytest.mark.long
