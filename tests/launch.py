@@ -9,8 +9,11 @@ import shutil
 import signal
 import sys
 import time
+from functools import cache
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
+import pytest
 import torch
 
 from dbnet.errors import run_script
@@ -18,8 +21,16 @@ from dbnet.errors import run_script
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 240  # until a process counts as hanging, on a busy machine
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["launch"])
+
+@cache
+def context():
+    """Of processes that are forked from one which has imported the scripts."""
+    forking = multiprocessing.get_context("forkserver")
+    forking.set_forkserver_preload(["launch", "train"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        ensure_running()
+    return forking
 
 
 def script(name, arguments, folder, output, environment):
@@ -41,7 +52,7 @@ class Launched:
     def __init__(self, name, *arguments, cwd, **environment):
         self.folder, self.output = Path(cwd), Path(cwd) / f"output-{time.monotonic_ns()}.txt"
         words = (name, [str(word) for word in arguments], cwd, self.output, environment)
-        self.process = _context.Process(target=script, args=words)
+        self.process = context().Process(target=script, args=words)
         self.process.start()
         self.pid = self.process.pid
 

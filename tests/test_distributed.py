@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import ROOT, SECONDS, Launched, _context, copies, run
+from launch import ROOT, SECONDS, Launched, context, copies, run
 from test_memory import CPU, fail_above, make_training, step_batches
 
 import train
@@ -64,9 +64,9 @@ def work(function, environment, results, arguments):
 
 def together(count, function, *arguments):
     """What `function(rank, ...)` gives in each of `count` processes."""
-    results = _context.Queue()
+    results = context().Queue()
     processes = [
-        _context.Process(target=work, args=(function, environment, results, arguments))
+        context().Process(target=work, args=(function, environment, results, arguments))
         for environment in environments(count)
     ]
     for process in processes:
