@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from launch import Launched, run
+from launch import Launched, copies, run
 from test_memory import CPU, fail_above, make_training
 
 import train
@@ -176,7 +176,8 @@ def test_all_random_sources_go_on(small):
 
 
 def test_a_fallback_of_the_image_within_an_epoch_agrees_in_log_best_and_validation(rendered, tmp_path, monkeypatch):
-    config = train.Config.from_preset("lite", data=str(rendered), weights="none", image_size=1024, workers=0)
+    data = copies(rendered, tmp_path / "data", train=2, val=1)
+    config = train.Config.from_preset("lite", data=str(data), weights="none", image_size=1024, workers=0)
     config = config.changed(batch_size=1, epochs=1, pad="tight")
     forward, validated = train.DBNet.forward, []
 
