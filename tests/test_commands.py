@@ -355,7 +355,7 @@ def test_mistakes_of_evaluate_and_predict(place, tmp_path, typed):
     refused(typed("evaluate.py", checkpoint, "--json", tmp_path / "file" / "a.json", cwd=place), "a.json")
     refused(typed("evaluate.py", checkpoint, "--save", cwd=place), "--save: belongs to --tune")
     refused(typed("evaluate.py", checkpoint, "--tune-picture", "a.png", cwd=place), "--tune-picture: belongs to")
-    refused(typed("evaluate.py", "--submission", "a.csv", "--tune", cwd=place), "--tune: a submission has no")
+    refused(typed("evaluate.py", "--submission", "a.csv", "--tune", cwd=place), "--tune: ", "leave --submission out")
     refused(typed("evaluate.py", checkpoint, "--tune", "--save", "--thresh", "0.2", cwd=place), "another --thresh")
     refused(typed("evaluate.py", checkpoint, "--tune", "--tune-picture", "absent/a.png", cwd=place), "absent/a.png")
     refused(typed("evaluate.py", checkpoint, "--tune", "--tune-picture", "a.gif", cwd=place), "a.gif", ".png")
