@@ -208,7 +208,7 @@ def tune_checkpoint(args: argparse.Namespace, changes: dict[str, Any]) -> None:
     from tqdm import tqdm
 
     from dbnet import distributed
-    from dbnet.dataset import count_workers
+    from dbnet.dataset import TextDataset, count_workers
     from dbnet.files import check_writable, write_json
     from dbnet.overlay import write_image
     from dbnet.tuning import Page, draw_tuning, tune
@@ -217,6 +217,7 @@ def tune_checkpoint(args: argparse.Namespace, changes: dict[str, Any]) -> None:
     network, pipeline = open_network(args, changes)
     check_writable(picture)
     dataset, config = pipeline.dataset, pipeline.config
+    assert isinstance(dataset, TextDataset)
     pages = []
     for found in tqdm(
         pipeline.detect(network), total=len(dataset), unit="img", leave=False, dynamic_ncols=True, smoothing=0

@@ -69,7 +69,7 @@ def main() -> None:
     from dbnet.images import name_stem, read_image, read_size
     from dbnet.inference import Pipeline, load_network
     from dbnet.overlay import draw_polygons, write_image
-    from dbnet.partial import Partial
+    from dbnet.partial import Found, Partial
     from dbnet.submission import choose_format, write_detections
 
     distributed.join()
@@ -106,7 +106,7 @@ def main() -> None:
                 pixels, _ = read_image(path)
                 write_image(args.overlays / f"{name_stem(path.name)}.jpg", draw_polygons(pixels, detection.polygons))
             partial.add(str(path), found, detection.error)
-        done = {}
+        done: dict[str, Found] = {}
         for share in distributed.gather(partial.done):
             done |= share
         if not distributed.is_first():
@@ -116,8 +116,8 @@ def main() -> None:
     unreadable = [error for path in paths if (error := done[str(path)][1])]
     for line in unreadable:
         print(f"no polygons: {line}")
-    found = sum(len(annotation.polygons) for annotation in rows.values())
-    print(f"{args.out}: {len(rows)} images, {found} polygons, {len(unreadable)} images could not be read")
+    polygons = sum(len(annotation.polygons) for annotation in rows.values())
+    print(f"{args.out}: {len(rows)} images, {polygons} polygons, {len(unreadable)} images could not be read")
     if form == "icdar" and any(len(polygon) != 4 for row in rows.values() for polygon in row.polygons):
         print(f"{args.out}: has polygons of more than four points; where a form refuses them, add --use-polygon false")
     if args.overlays:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -148,9 +148,9 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
     model = DBNet(config.changed(weights="none") if has_backbone else config)
     if last:
         load_weights(model, last, run / "last.pt", config)
-    elif start:
+    elif start and init:
         start_from(model, start, init)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     if config.sync_batch_norm:
         synchronize_batch_norms(model)
     if config.compile:
@@ -223,7 +223,7 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
 
 def start(config: Config, device: torch.device, plan: BatchPlan | None = None) -> Training:
     """A training from scratch at its beginning: for --profile and the benchmarks."""
-    model = DBNet(config.changed(weights="none")).to(device, memory_format=torch.channels_last).train()
+    model = DBNet(config.changed(weights="none")).to(device).to(memory_format=torch.channels_last).train()
     if config.compile:
         compile_model(model)
     return begin(model, config, device, plan or BatchPlan(config.batch_size, config.accumulate, config.image_size))
@@ -277,13 +277,13 @@ def train_epoch(
         # Shapes that hardly ever come again would each be measured anew.
         torch.backends.cudnn.benchmark = config.pad == "square" and not config.deterministic
     if training.running is None or training.running.row:
-        training.running = RunningEpoch(training.plan.image_size).to(device)
+        training.running = RunningEpoch(training.plan.image_size or config.image_size).to(device)
     epoch, plan = training.running, training.plan
     started, read_at, images_before = time.monotonic() - epoch.seconds, time.monotonic(), epoch.images
     title = f"epoch {training.epoch + 1}/{config.epochs}"
-    seen = epoch.images + epoch.failed
+    seen, total = epoch.images + epoch.failed, len(cast(TextDataset, loader.dataset))
     with tqdm(
-        total=len(loader.dataset),
+        total=total,
         desc=title,
         initial=seen,
         unit="img",
@@ -311,12 +311,12 @@ def train_epoch(
                 saver.save(training)  # before this step: nothing of its samples has been used
             if gone:
                 raise UserError(f"{config.data}: the folder has gone; bring it back and go on with --resume")
-            if stop:
+            if stop and interruption:
                 interruption.stop()
             if not in_step:
                 break
             if images:
-                progress = (epoch.batches * config.batch_size + 1) / len(loader.dataset)
+                progress = (epoch.batches * config.batch_size + 1) / total
                 for group in training.optimizer.param_groups:
                     group["lr"] = learning_rate(config, training.epoch, min(progress, 1.0))
                 losses, gradient_norm = optimizer_step(training, readable, config, device, images)
@@ -449,16 +449,18 @@ def optimizer_step(
 
 def gradients(model: nn.Module) -> list[Tensor]:
     """The gradients that the ranks add up: where a rank had no samples, zeros."""
+    found = []
     for parameter in model.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    return [parameter.grad for parameter in model.parameters()]
+        found.append(parameter.grad)
+    return found
 
 
 def weighted_statistics(model: nn.Module, weight: float) -> list[Tensor]:
     """The batch norm statistics of this rank times its share of the samples: their sum over the ranks is the mean."""
     norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
-    statistics = [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]
+    statistics = [each for norm in norms for each in (norm.running_mean, norm.running_var) if each is not None]
     torch._foreach_mul_(statistics, weight)
     return statistics
 

@@ -6,6 +6,7 @@ points = drawn.move(points, width, height)  # the points of all polygons at once
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -184,7 +185,7 @@ def draw(config: DataConfig, rng: np.random.Generator, side: int | None = None) 
         config.brightness_contrast_p,
         config.clahe_p,
     )
-    values = {
+    values: dict[str, Any] = {
         "brightness": rng.uniform(-config.brightness, config.brightness) if shade else 0.0,
         "contrast": rng.uniform(-config.contrast, config.contrast) if shade else 0.0,
         "clahe_clip": config.clahe_clip if equalized else 0.0,
@@ -254,4 +255,4 @@ def add_noise(image: np.ndarray, deviation: float, seed: int) -> np.ndarray:
 def compress(image: np.ndarray, quality: int) -> np.ndarray:
     """(height, width, 3) uint8 after JPEG compression; which channel is called red does not matter to it much."""
     _, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return cv2.imdecode(data, cv2.IMREAD_COLOR)
+    return np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))

@@ -31,7 +31,8 @@ class Backbone(nn.Module):
         self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
         if name.startswith("timm:"):
             self.stages = _load_timm(name, weights)
-            self.mean, self.std = self.stages.pretrained_cfg["mean"], self.stages.pretrained_cfg["std"]
+            pretrained: Any = self.stages.pretrained_cfg
+            self.mean, self.std = pretrained["mean"], pretrained["std"]
         else:
             self.stages = _cut_into_stages(_load_torchvision(name, weights))
         try:
@@ -142,9 +143,9 @@ def _read_weights(path: str) -> dict[str, Tensor]:
 def _cut_into_stages(classifier: nn.Module) -> Stages:
     """The layers of a torchvision classifier that run before its pooling, cut where strides 4, 8, 16 and 32 end."""
     if hasattr(classifier, "features"):
-        layers = list(classifier.features)
+        layers = list(classifier.get_submodule("features").children())
     elif hasattr(classifier, "trunk_output"):
-        layers = [classifier.stem, *classifier.trunk_output]
+        layers = [classifier.get_submodule("stem"), *classifier.get_submodule("trunk_output").children()]
     else:
         layers = [layer for name, layer in classifier.named_children() if name not in ("avgpool", "fc")]
     shapes = _probe(Stages(layers))

@@ -17,6 +17,11 @@ class SynchronizedBatchNorm(nn.BatchNorm2d):
     """In training mode, normalizes by mean and variance over the ranks. A rank may have an empty batch, (0, C, H, W),
     but each has to call it as often as the others, forward and backward."""
 
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     def forward(self, inputs: Tensor) -> Tensor:
         if not self.training or distributed.ranks() == 1:
             return super().forward(inputs)

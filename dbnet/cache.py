@@ -35,20 +35,20 @@ class PixelCache:
         if self._file is not None:
             os.close(self._file)
 
-    def __getstate__(self) -> dict[str, int]:
+    def __getstate__(self) -> dict[str, int | None]:
         """A process that is spawned, not forked, has no part in the file and caches nothing."""
         return {"_file": None, "_slots": 0, "_slot_bytes": self._slot_bytes}
 
     def load(self, index: int, key: tuple[int, int, int]) -> tuple[np.ndarray, tuple[int, int]] | None:
         """The pixels and the (width, height) stored for an image under this key, or None."""
-        if index >= self._slots:
+        if self._file is None or index >= self._slots:
             return None
         header = np.empty(1, _HEADER)
         start = index * self._slot_bytes
-        if os.preadv(self._file, [header], start) < _HEADER.itemsize or tuple(header["key"][0]) != key:
+        if os.preadv(self._file, [header.data], start) < _HEADER.itemsize or tuple(header["key"][0]) != key:
             return None
         pixels = np.empty((*header["shape"][0], 3), np.uint8)
-        if os.preadv(self._file, [pixels], start + _HEADER.itemsize) < pixels.size:
+        if os.preadv(self._file, [pixels.data], start + _HEADER.itemsize) < pixels.size:
             return None
         return pixels, tuple(header["size"][0].tolist())
 
@@ -57,13 +57,13 @@ class PixelCache:
 
         A full disk ends the caching of this process, and is said.
         """
-        if index >= self._slots:
+        if self._file is None or index >= self._slots:
             return
         start = index * self._slot_bytes
         header = np.array([(key, pixels.shape[:2], size)], _HEADER)
         try:
-            if os.pwritev(self._file, [pixels], start + _HEADER.itemsize) == pixels.size:
-                os.pwritev(self._file, [header], start)  # last, so that a slot half written does not count
+            if os.pwritev(self._file, [pixels.data], start + _HEADER.itemsize) == pixels.size:
+                os.pwritev(self._file, [header.data], start)  # last, so that a slot half written does not count
         except OSError as error:
             self._slots = 0
             print(f"\nimages are no longer cached ({error.strerror} in {tempfile.gettempdir()})", file=sys.stderr)

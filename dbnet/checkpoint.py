@@ -147,7 +147,7 @@ def _layer(name: str) -> str:
 
 def _list_parts(title: str, names: set[str]) -> str:
     """The parts of the network, such as pyramid.lateral or thresh_branch, that tensors belong to."""
-    parts = {re.match(r"[^.]+(\.[^.\d]+(?=\.))?", _layer(name) + ".")[0] for name in names}
+    parts = {match[0] for name in names if (match := re.match(r"[^.]+(\.[^.\d]+(?=\.))?", _layer(name) + "."))}
     return f"; {title}: {', '.join(sorted(parts))}" if parts else ""
 
 

@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, Self, get_args, get_origin, get_type_hints
 
 from dbnet.errors import UserError
 
@@ -296,7 +296,7 @@ class Config(PostprocessConfig, DeviceConfig, TrainConfig, LossConfig, DataConfi
                 raise UserError(f"--train-sizes {size}: must be a multiple of {STRIDE}")
 
     @classmethod
-    def from_preset(cls, name: str, **changes: Any) -> Self:
+    def from_preset(cls, name: str, **changes: Any) -> "Config":
         """The preset `name` with some fields changed, e.g. `Config.from_preset("v1", batch_size=4)`."""
         if name not in PRESETS:
             raise UserError(f"--preset {name}: no such preset; there are {', '.join(PRESETS)}")
@@ -313,7 +313,9 @@ class Config(PostprocessConfig, DeviceConfig, TrainConfig, LossConfig, DataConfi
         unknown = sorted(changes.keys() - _hints().keys())
         if unknown:
             raise UserError(f"unknown configuration field {unknown[0]!r}; --help lists all of them")
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()
+        }
         return dataclasses.replace(self, **values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -343,7 +345,7 @@ def _check(name: str, hint: Any, value: Any) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: takes whole numbers separated by commas")
         return
     kind = _value_type(hint)
-    allowed = (int, float) if kind is float else kind
+    allowed: Any = (int, float) if kind is float else kind
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{flag}: takes a value of type {kind.__name__}")
     if get_origin(hint) is Annotated:
@@ -436,18 +438,18 @@ class ArgumentParser(argparse.ArgumentParser):
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Raise UserError in place of argparse's usage text and exit."""
         raise UserError(f"{message} (see --help)")
 
     def add_config_flags(self) -> None:
         """Add `--field-name VALUE` for every field of Config, a group of the help for each of its parts."""
         for group in _GROUPS:
-            chapter = self.add_argument_group(group.__doc__.strip().rstrip(".").lower())
+            chapter = self.add_argument_group((group.__doc__ or "").strip().rstrip(".").lower())
             documentation = _field_docstrings(group)
             for field in dataclasses.fields(group):
                 hint = _hints()[field.name]
-                kind = _value_type(hint)
+                kind: Any = _value_type(hint)
                 chapter.add_argument(
                     f"--{field.name.replace('_', '-')}",
                     type={bool: _parse_bool, tuple: _parse_sizes}.get(kind, kind),
@@ -491,10 +493,10 @@ def _parse_sizes(text: str) -> tuple[int, ...]:
 
 def _field_docstrings(group: type) -> dict[str, str]:
     """The string under each field of a dataclass, read from its source."""
-    body = ast.parse(inspect.getsource(group)).body[0].body
+    [definition] = ast.parse(inspect.getsource(group)).body
     return {
-        field.target.id: docstring.value.value
-        for field, docstring in pairwise(body)
+        ast.unparse(field.target): ast.literal_eval(docstring.value)
+        for field, docstring in pairwise(ast.iter_child_nodes(definition))
         if isinstance(field, ast.AnnAssign) and isinstance(docstring, ast.Expr)
     }
 

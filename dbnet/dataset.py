@@ -21,6 +21,7 @@ from dbnet.augment import Augmentation
 from dbnet.augment import draw as draw_augmentation
 from dbnet.cache import PixelCache
 from dbnet.config import Config, DataConfig
+from dbnet.distributed import Share
 from dbnet.geometry import Letterbox, clip_polygons, padded, split_polygons, visible_shares
 from dbnet.images import ImageError, read_image, read_size
 from dbnet.memory import keep_freed_memory
@@ -273,7 +274,8 @@ class TextDataset(ImageDataset):
         points, ignored = augmentation.move(letterbox.to_network(points), *letterbox.resized), dont_care[kept]
         polygons = split_polygons(points, counts)
         visible = visible_shares(points, counts, *augmentation.size(*letterbox.resized))
-        text, illegible = [], []
+        text: list[np.ndarray] = []
+        illegible: list[np.ndarray] = []
         for polygon, ignore, share in zip(polygons, ignored.tolist(), visible.tolist(), strict=True):
             if share > 0:
                 (illegible if ignore or share < MOSTLY_VISIBLE else text).append(polygon)
@@ -300,7 +302,7 @@ class Batches:
         sizes = self.dataset.config.train_sizes if rng else ()
         side = None
         for number, batch in enumerate(self._batches(rng)):
-            if sizes and number % self.accumulate == 0:
+            if rng and sizes and number % self.accumulate == 0:
                 side = min(int(rng.choice(sizes)), self.dataset.config.image_size)
             yield [draw._replace(side=side) for draw in batch]
 
@@ -326,7 +328,7 @@ class ArrayLoader:
     not be read; with no readable sample, `image` is missing.
     """
 
-    def __init__(self, batches: Batches) -> None:
+    def __init__(self, batches: Batches | Share) -> None:
         self.batches = batches
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -334,7 +336,7 @@ class ArrayLoader:
             yield _collate(self.batches.dataset.__getitems__(draws), _stack)
 
 
-def make_loader(batches: Batches, workers: int, pin_memory: bool) -> DataLoader:
+def make_loader(batches: Batches | Share, workers: int, pin_memory: bool) -> DataLoader:
     """The batches of ArrayLoader, but of tensors, loaded in `workers` processes that live as long as the loader."""
     import torch
     from torch.utils.data import DataLoader, default_collate
@@ -342,8 +344,9 @@ def make_loader(batches: Batches, workers: int, pin_memory: bool) -> DataLoader:
     # The workers are the parallelism; threads inside them would fight for the same cores. It must be said before they
     # are forked: a forked process that inherits OpenCV's threads waits for them for ever when it sets their number.
     cv2.setNumThreads(1)
+    dataset: Any = batches.dataset  # has what a torch Dataset has, but is none: most who use one need no PyTorch
     return DataLoader(
-        batches.dataset,
+        dataset,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=partial(_collate, stack=default_collate),

@@ -86,6 +86,7 @@ class Detector:
         Raises as `detect` does.
         """
         [detection] = self._run([image], bgr)
+        assert detection.prob_map is not None  # as an image that cannot be read raises
         return detection.prob_map.copy()
 
     def _run(self, images: Sequence[Picture], bgr: bool) -> Iterator[Detection]:
@@ -107,8 +108,9 @@ class _Pictures(ImageDataset):
     def load(self, place: int) -> tuple[np.ndarray, Letterbox]:
         if place not in self.pixels:
             return super().load(place)
-        letterbox = Letterbox(*self._sizes[place], self.config.image_size)
-        return letterbox.resize(self.pixels[place]), letterbox
+        pixels = self.pixels[place]
+        letterbox = Letterbox(pixels.shape[1], pixels.shape[0], self.config.image_size)
+        return letterbox.resize(pixels), letterbox
 
 
 def _pixels(image: np.ndarray | Image.Image, bgr: bool) -> np.ndarray:

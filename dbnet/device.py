@@ -61,7 +61,8 @@ def seed_all(config: Config) -> None:
 def random_state(device: torch.device) -> dict[str, Any]:
     """Where every source of random numbers of this process is, as tensors and plain values."""
     version, numbers, gauss = random.getstate()
-    name, keys, *position = np.random.get_state()
+    numpy_state: Any = np.random.get_state()  # a tuple, which its type leaves open
+    name, keys, *position = numpy_state
     return {
         "python": [version, list(numbers), gauss],
         "numpy": [name, keys.tolist(), *position],

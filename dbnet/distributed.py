@@ -45,8 +45,8 @@ def join() -> None:
         if store:
             # In torchrun's store are still the addresses of the processes that these may be started in place of.
             attempt = dist.PrefixStore(f"dbnet/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-            where = {"store": attempt, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
-            dist.init_process_group("gloo", **where)
+            number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            dist.init_process_group("gloo", store=attempt, rank=number, world_size=count)
         else:
             dist.init_process_group("gloo")
     _rank, _ranks = dist.get_rank(), dist.get_world_size()

@@ -73,7 +73,7 @@ class Ensemble:
         device = pick_device(config.device)
         views = []
         for model, own in loaded:
-            model.to(device, memory_format=torch.channels_last)
+            model.to(device).to(memory_format=torch.channels_last)
             scales = TTA_SCALES if config.tta else (1.0,)
             flips = (False, True) if config.tta and own.flip_p else (False,)
             sides = [padded(round(scale * own.image_size)) for scale in scales]
@@ -146,6 +146,7 @@ class Ensemble:
             if view.side != first:
                 prob_map = fitted(prob_map, resized[view.side], resized[first], shape)
             total = prob_map if total is None else total.add_(prob_map)
+        assert total is not None  # there is a view
         return (total * (255 / len(self.views))).round().to(torch.uint8)
 
 
@@ -161,7 +162,7 @@ def mirrored(batch: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
 
 
 def fitted(
-    prob_maps: Tensor, sizes: list[tuple[int, int]], new_sizes: list[tuple[int, int]], shape: tuple[int, int]
+    prob_maps: Tensor, sizes: list[tuple[int, int]], new_sizes: list[tuple[int, int]], shape: tuple[int, ...]
 ) -> Tensor:
     """(N, *shape) maps: of each of the (N, height, width) `prob_maps` the (width, height) that it fills, resized.
 

@@ -20,7 +20,8 @@ def write_whole(path: Path, mode: str = "wb", keep: Path | None = None) -> Itera
     """
     temporary = _beside(path)
     try:
-        with temporary.open(mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+        encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
+        with temporary.open(mode, encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -176,14 +176,16 @@ def _checked(where: str, polygon: np.ndarray) -> np.ndarray:
 
 def to_score(value: object) -> float | None:
     """A confidence of a JSON file, where it is one."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and 0 <= value <= 1 else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 <= value <= 1 else None
 
 
 def scores_of(values: Iterable[object]) -> list[float] | None:
     """The confidences of an image's words, where each word has one."""
     scores = [to_score(value) for value in values]
-    return scores if scores and None not in scores else None
+    known = [score for score in scores if score is not None]
+    return known if known and len(known) == len(scores) else None
 
 
 def rectangle(x0: float, y0: float, x1: float, y1: float) -> list[list[float]]:
@@ -269,7 +271,7 @@ def parse_totaltext(where: str, text: str) -> Annotation:
         number = text.count("\n", 0, start) + 1
         match = _TOTALTEXT.fullmatch(text[start:end].strip())
         x, y = (match[group].replace(",", " ").split() for group in (1, 2)) if match else ([], [])
-        if len(x) != len(y) or len(x) < 3 or not all(map(_NUMBER.fullmatch, x + y)):
+        if not match or len(x) != len(y) or len(x) < 3 or not all(map(_NUMBER.fullmatch, x + y)):
             raise UserError(
                 f"{where}: line {number}: must be x: [[...]], y: [[...]] with as many numbers in both, three or more, "
                 f"then ornt: [...], transcriptions: [...]"
@@ -450,7 +452,8 @@ def write_coco(path: Path, found: dict[str, Annotation]) -> None:
     """Images, annotations and the one category `text`, each word an annotation with its score where it has one: both
     COCO's annotations, and, as the list under "annotations", its results. Raises UserError where it cannot be written.
     """
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image_id, (name, annotation) in enumerate(found.items(), start=1):
         width, height = annotation.size or (None, None)
         images.append({"id": image_id, "file_name": name, **({"width": width, "height": height} if width else {})})

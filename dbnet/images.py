@@ -182,6 +182,9 @@ def _read_header(path: Path, file: IO[bytes]) -> _Header:
         raise ImageError(f"{path}: broken image header ({_one_line(error)})") from None
     width, height = image.size
     if image.format == "TIFF":  # Pillow turns it as it decodes; whether `size` is turned before depends on its version
+        from PIL.TiffImagePlugin import TiffImageFile  # loaded by now, as it is for a TIFF only
+
+        assert isinstance(image, TiffImageFile)
         width, height = image.tag_v2[_TIFF_WIDTH], image.tag_v2[_TIFF_HEIGHT]
     size = (height, width) if _UPRIGHT[orientation][0] else (width, height)
     return _Header(image, 1 if image.format == "TIFF" else orientation, size)

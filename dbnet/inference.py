@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -28,8 +29,12 @@ if TYPE_CHECKING:
 
 _WAITING_IMAGES = 64  # on a GPU, more maps than this do not wait for their polygons; then the network does
 
+Found = tuple[list[np.ndarray], list[float]]
+"""Polygons in pixels of the original image, and their scores"""
 
-class Detection(NamedTuple):
+
+@dataclass(frozen=True)
+class Detection:
     """What was found in one image."""
 
     index: int
@@ -51,14 +56,17 @@ class Detection(NamedTuple):
 class Network(Protocol):
     """What makes probability maps: an `ensemble.Ensemble` of checkpoints, or an `onnx.OnnxNetwork`."""
 
-    config: Config
-    """the configuration that it was trained with, as the user changed it"""
+    @property
+    def config(self) -> Config:
+        """The configuration that it was trained with, as the user changed it."""
 
-    device: torch.device | str
-    """where it runs; `str` of it begins with cpu or cuda"""
+    @property
+    def device(self) -> torch.device | str:
+        """Where it runs; `str` of it begins with cpu or cuda."""
 
-    sides: tuple[int, ...]
-    """the image sizes that it looks at, config.image_size first"""
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The image sizes that it looks at, config.image_size first."""
 
     def infer(self, images: Sequence[Any], sizes: list[tuple[int, int]], plan: BatchPlan) -> Callable[[], np.ndarray]:
         """Start on the (N, height, width, 3) uint8 images of a batch, one batch for each of `sides`.
@@ -100,9 +108,9 @@ def shipped_weights() -> Path:
 class AtOnce(Executor):
     """Runs what is submitted before it returns: where another process or thread would gain nothing."""
 
-    def submit(self, function: Callable, *args: Any) -> Future:
-        future = Future()
-        future.set_result(function(*args))
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **kwargs))
         return future
 
 
@@ -130,7 +138,7 @@ class Pipeline:
         be read where config.strict is set; else its Detection has an `error`.
         """
         plan = BatchPlan(self.config.batch_size)
-        waiting: deque[tuple[int, np.ndarray, Future]] = deque()
+        waiting: deque[tuple[int, np.ndarray, Future[Found]]] = deque()
         launched: tuple[dict[str, Any], Callable[[], np.ndarray]] | None = None
         batches = iter(self._load(network.sides[1:]))
         batch = next(batches, None)
@@ -161,7 +169,8 @@ class Pipeline:
         Every process that torchrun has started gets the scores of all of them. Scores are in the order of the data set.
         A `report` takes in each image.
         """
-        dataset: TextDataset = self.dataset
+        dataset = self.dataset
+        assert isinstance(dataset, TextDataset)
         evaluation = Evaluation()
         for detection in tqdm(
             self.detect(network),
@@ -197,20 +206,21 @@ class Pipeline:
 
     def _extract(
         self, batch: dict[str, Any], prob_maps: Callable[[], np.ndarray]
-    ) -> Iterator[tuple[int, np.ndarray, Future]]:
+    ) -> Iterator[tuple[int, np.ndarray, Future[Found]]]:
         """The index of each image of a batch, its probability map, and its polygons and scores to be."""
         for index, size, prob_map in zip(batch["index"].tolist(), batch["size"].tolist(), prob_maps(), strict=True):
-            width, height = Letterbox(*size, self.config.image_size).resized
+            width, height = Letterbox(size[0], size[1], self.config.image_size).resized
             prob_map = prob_map[:height, :width]
             yield index, prob_map, self._extractors.submit(read_off, prob_map, size, self.config)
 
 
-def read_off(prob_map: np.ndarray, size: tuple[int, int], config: Config) -> tuple[list[np.ndarray], list[float]]:
+def read_off(prob_map: np.ndarray, size: tuple[int, int], config: Config) -> Found:
     """Polygons in pixels of the original image and their scores.
 
     Args:
         prob_map: (height, width) uint8, probability x 255, of the resized image without its padding.
         size: (width, height) of the original image.
     """
-    scale = 1 / Letterbox(*size, config.image_size).scale
-    return extract_polygons(prob_map, config, tuple(scale), tuple(size))
+    width, height = size
+    scale = 1 / Letterbox(width, height, config.image_size).scale
+    return extract_polygons(prob_map, config, tuple(scale), (width, height))

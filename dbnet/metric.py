@@ -230,7 +230,7 @@ def _measure(
 ) -> "_Page":
     """All that there is to say about polygons and pairs of them, whichever detections count in the end."""
     if dont_care is None:
-        dont_care = np.zeros(len(gt_polygons), bool)
+        dont_care = [False] * len(gt_polygons)
     elif len(dont_care) != len(gt_polygons):
         raise ValueError(f"dont_care has {len(dont_care)} flags for {len(gt_polygons)} ground truths")
     gts, gt_is_scored = _read_polygons(gt_polygons)
@@ -484,9 +484,7 @@ def _characters(elongation: np.ndarray) -> np.ndarray:
     return np.minimum(np.round(np.float32(0.5) + elongation), MAX_CHARACTERS).astype(np.intp)
 
 
-def _lengths(
-    polygons: _Polygons, select: np.ndarray, length_of_ratio: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
+def _lengths(polygons: _Polygons, select: np.ndarray, length_of_ratio: Callable[..., np.ndarray]) -> np.ndarray:
     """(k,) int lengths in characters of the polygons at the (k,) indices `select`.
 
     Of the edges of the convex hull the first with the least rectangle counts, so the order of Qhull matters where two

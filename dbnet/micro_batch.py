@@ -23,7 +23,8 @@ def micro_batches(batches: list[dict[str, Any]], plan: BatchPlan, device: torch.
                 for name in ("image", "prob_map", "thresh_levels", "mask")
             }
             loaded_at = int(batch["side"][0])
-            yield micro if loaded_at <= plan.image_size else resize_sample(micro, plan.image_size / loaded_at)
+            side = plan.image_size or loaded_at
+            yield micro if loaded_at <= side else resize_sample(micro, side / loaded_at)
 
 
 def as_many_on_each_rank(

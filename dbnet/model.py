@@ -1,7 +1,7 @@
 """The network: a backbone, a feature pyramid, the differentiable binarization head (arXiv 1911.08947)."""
 
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ class DBNet(nn.Module):
 
     Output: `Maps` in training mode; in eval mode the probability map alone, (N, H, W) float32 in 0..1.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -108,14 +111,14 @@ def fold_batch_norms(model: DBNet) -> None:
     uses = Counter(id(tensor) for taken, _ in run.calls for tensor in taken)
     names = {layer: name for name, layer in model.named_modules()}
     by_weight = {id(layer.weight): layer for layer in names if _is_convolution(layer) or type(layer) is nn.BatchNorm2d}
-    makers: dict[int, nn.Module] = {}
+    makers: dict[int, nn.Conv2d | nn.ConvTranspose2d] = {}
     for taken, result in run.calls:
         layer = by_weight.get(id(taken[1])) if len(taken) > 1 else None
         if layer is None or uses[id(layer.weight)] > 1:
             continue
         if _is_convolution(layer):
             makers[id(result)] = layer
-        elif id(taken[0]) in makers and uses[id(taken[0])] == 1:
+        elif isinstance(layer, nn.BatchNorm2d) and id(taken[0]) in makers and uses[id(taken[0])] == 1:
             _fold(makers[id(taken[0])], layer)
             model.set_submodule(names[layer], nn.Identity())
 
@@ -134,11 +137,12 @@ class _Calls(TorchDispatchMode):
         return result
 
 
-def _is_convolution(layer: nn.Module) -> bool:
+def _is_convolution(layer: nn.Module) -> TypeGuard[nn.Conv2d | nn.ConvTranspose2d]:
     return isinstance(layer, nn.Conv2d) or (isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1)
 
 
 def _fold(layer: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d) -> None:
+    assert norm.running_mean is not None and norm.running_var is not None  # as all backbones have them
     scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
     of_outputs = (1, -1, 1, 1) if isinstance(layer, nn.ConvTranspose2d) else (-1, 1, 1, 1)
     bias = 0 if layer.bias is None else layer.bias

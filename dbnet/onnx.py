@@ -100,7 +100,7 @@ def write_onnx(path: Path, model: DBNet, config: Config) -> None:
     onnx = _import("onnx")
     example = torch.zeros(2, 64, 96, 3, dtype=torch.uint8)
     axes = {0: "batch", 1: "height", 2: "width"}
-    file = io.BytesIO()
+    file: Any = io.BytesIO()  # the exporter takes it, though its signature names paths alone
     with warnings.catch_warnings():
         # The exporter by tracing is called deprecated, but the network is a plain graph, and its successor takes six
         # times as long, one package more, and puts the weights into a file of their own.

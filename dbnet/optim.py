@@ -12,6 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dbnet.config import Config, TrainConfig
 from dbnet.device import pick_amp_dtype
+from dbnet.model import DBNet
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -65,7 +66,7 @@ class WeightAverage:
     In the first steps the decay is (1 + n) / (10 + n) at step n, so that the average leaves the initial weights soon.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: DBNet, decay: float) -> None:
         self.decay, self.steps = decay, 0
         self.model = copy.deepcopy(model).requires_grad_(False)
 

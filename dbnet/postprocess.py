@@ -52,11 +52,12 @@ def extract_polygons(
     """
     regions = find_regions(prob_map, config)
     enough = config.min_size + 2
-    polygons, scores = [], []
+    polygons: list[np.ndarray] = []
+    scores: list[float] = []
     while regions and len(polygons) < config.max_candidates:
         best, regions = regions[: config.max_candidates], regions[config.max_candidates :]
         for region, grown in zip(best, grow_regions(best, config, enough), strict=True):
-            if grown.breadth >= enough:
+            if grown.polygon is not None and grown.breadth >= enough:
                 polygons.append(grown.polygon)
                 scores.append(region.score)
     del polygons[config.max_candidates :], scores[config.max_candidates :]
@@ -194,7 +195,7 @@ def offset_polygons(polygons: list[np.ndarray], distances: list[float]) -> list[
 def _binarize(prob_map: np.ndarray, thresh: float) -> np.ndarray:
     """(height, width) uint8, 1 where the probability is above `thresh`."""
     if prob_map.dtype == np.uint8:
-        thresh = np.uint8(math.floor(thresh * 255))  # whole numbers above it are those above the product
+        thresh = math.floor(thresh * 255)  # whole numbers above it are those above the product
     return (prob_map > thresh).view(np.uint8)
 
 

@@ -297,7 +297,7 @@ class Typeface:
 
 
 @lru_cache(maxsize=256)
-def load_font(path: str, size: int) -> ImageFont.FreeTypeFont:
+def load_font(path: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """The font at `size` pixels. Raises UserError for a file that is missing or no font."""
     try:
         if not path:
@@ -381,10 +381,15 @@ class Page:
         return Page(self.ink, boxes, texts, [1] * len(boxes))
 
 
-def fit_words(text: str, face: Typeface, size: int, bold: bool, room: float) -> tuple[list, int]:
+SetWord = tuple[str, np.ndarray, int, int]
+"""A word, its ink, and the ink's place: down from the baseline, right from where the line begins"""
+
+
+def fit_words(text: str, face: Typeface, size: int, bold: bool, room: float) -> tuple[list[SetWord], int]:
     """As many words of `text` as fit in `room` pixels: (word, ink, top, left) of each, and the width of all."""
     space = max(3, round(size * face.stretch * (0.6 if face.fixed_pitch else 0.32)))
-    words, width = [], 0
+    words: list[SetWord] = []
+    width = 0
     for word in text.split():
         ink, top = word_ink(face, size, bold, word)
         left = width + space if words else 0
@@ -404,7 +409,7 @@ def print_row(page: Page, row: Row, face: Typeface, size: int, band: tuple[int, 
     start, across = x0 + padding, x1 - x0 - 2 * padding
     baseline = (y0 + y1 + round(size * 0.66)) // 2
     margin = WORD_MARGIN * size + 0.5
-    words = []
+    words: list[SetWord] = []
     for cell in row.cells:
         room = (cell.right - cell.left) * across - (size * 0.4 if cell.right < 1 else 0)
         words, width = fit_words(cell.text, face, size, row.bold, room)

@@ -112,7 +112,8 @@ class Report:
         match = match_image(annotation.polygons, polygons, annotation.dont_care)
         sizes = bin_of_size(text_heights(annotation.polygons), (width, height))
         words = zip(match.gt_outcomes(), match.gt_chars().tolist(), sizes.tolist(), annotation.polygons, strict=True)
-        found = zip(match.det_outcomes(), scores or [None] * len(polygons), polygons, strict=True)
+        confidences: Sequence[float | None] = scores or [None] * len(polygons)
+        found = zip(match.det_outcomes(), confidences, polygons, strict=True)
         self.pictures[path.name] = Picture(
             width,
             height,

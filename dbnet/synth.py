@@ -113,7 +113,7 @@ def develop(rng: np.random.Generator, page: Page, flat: bool) -> tuple[np.ndarra
     """Paper (height, width, 3) uint8 with the page printed on it, and the contrast of print there in grey levels."""
     height, width = page.ink.shape
     brightness, warmth = (rng.uniform(243, 255), 0) if flat else (rng.uniform(205, 248), rng.uniform(-4, 12))
-    white = np.float32([brightness, brightness - warmth * 0.4, brightness - warmth]) + rng.uniform(-2, 2, 3)
+    white = np.array([brightness, brightness - warmth * 0.4, brightness - warmth], np.float32) + rng.uniform(-2, 2, 3)
     ink = np.float32(pick(rng, ((20, 20, 24), (45, 45, 50), (60, 50, 110), (70, 60, 50)))) + rng.uniform(-15, 25)
     strength = print_strength(rng, height, width)
     alpha = strength * page.ink * np.float32(1 / 255)
@@ -166,7 +166,8 @@ def table_top(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
         grain += 0.5 * np.sign(np.sin(y * pace) + np.sin(x * pace))
     scene = to_image(colour + grain[..., None] * rng.uniform(15, 60, 3).astype(np.float32))
     for _ in range(rng.integers(0, 6)):  # cups, cables, cards, phones, other pieces of paper
-        shade = rng.integers(*pick(rng, ((0, 80), (0, 256), (190, 250))), 3).tolist()
+        darkest, lightest = pick(rng, ((0, 80), (0, 256), (190, 250)))
+        shade = rng.integers(darkest, lightest, 3).tolist()
         place, end = (rng.random((2, 2)) * (width, height)).astype(int).tolist()
         radius = int(height * rng.uniform(0.02, 0.2))
         if chance(rng, 0.25):
@@ -188,7 +189,7 @@ def uneven_light(rng: np.random.Generator, width: int, height: int) -> np.ndarra
         cv2.fillConvexPoly(shadow, outline.astype(np.int32), rng.uniform(0.15, 0.45))
         light -= cv2.resize(cv2.GaussianBlur(shadow, (0, 0), width * rng.uniform(0.005, 0.03)), (width, height))
     warmth = rng.normal(0, 0.05)
-    return light[..., None] * np.float32([1 + warmth, 1, 1 - warmth])
+    return light[..., None] * np.array([1 + warmth, 1, 1 - warmth], np.float32)
 
 
 def photograph(rng: np.random.Generator, paper: np.ndarray, homography: np.ndarray, frame: Frame) -> np.ndarray:
@@ -234,7 +235,7 @@ def degrade(rng: np.random.Generator, image: np.ndarray, size: int, flat: bool) 
     image = cv2.add(image, cv2.merge([noise, noise, noise]), dtype=cv2.CV_8U)
     if chance(rng, 0.5):
         _, encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(30, 85))])
-        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR)
+        image = np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR))
     return image
 
 

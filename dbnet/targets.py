@@ -182,7 +182,8 @@ def _raise_near_outlines(thresh_levels: np.ndarray, points: np.ndarray, distance
 def _of_like_size(sizes: np.ndarray, pixels: int) -> Iterator[list[int]]:
     """Indices of boxes of (count, 2) sizes in groups, each of which takes no more than so many pixels when all its
     boxes are as large as the largest, or is a single box."""
-    group, widest, highest = [], 0, 0
+    group: list[int] = []
+    widest = highest = 0
     for index in np.lexsort(sizes.T).tolist():
         width, height = sizes[index].tolist()
         widest, highest = max(widest, width), max(highest, height)

@@ -226,6 +226,7 @@ def _score_selections(page: Page, regions: list[Region], config: Config, grid: G
     region_scores = np.array([region.score for region in regions])
     breadths = np.array([region.breadth for region in regions])
     grown_breadths = np.array([each.breadth for each in grown])
+    assert page.prob_map is not None  # `regions` come from it
     height, width = page.prob_map.shape
     scale = 1 / (np.array([width, height]) / page.size)  # as Letterbox has it, to the last bit
     nothing = np.empty((0, 2), np.int32)  # in place of what is not one piece, and has no breadth
