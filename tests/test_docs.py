@@ -50,7 +50,7 @@ PENDING = {
     "python train.py --preset v1 --data data/mine --profile",
     "python predict.py runs/first/best.pt weights/lite.pt --tta --out mean.csv",
     "python predict.py runs/mine/best.pt runs/finetuned/best.pt --images photos/ --out mean.csv",
-    "python export.py runs/first/best.pt --onnx best.onnx",
+    "python export.py runs/small/best.pt --onnx best.onnx",
     "python predict.py best.onnx --images photos/",
     "torchrun --nproc-per-node 2 train.py --preset v1 --effective-batch 16",
     "python train.py --preset v2 --run v2",
