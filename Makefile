@@ -1,12 +1,13 @@
 # make demo    render receipts, train on them, evaluate, predict (8 minutes on two cores)
 # make test    the checks and tests
 # make test-long    what takes minutes: the tests marked long, and 12,000 cases of hostile input
-# make lint    ruff alone
+# make lint    the checks alone: ruff and mypy
+# make bench   the benchmarks that need no GPU (5 minutes on two cores)
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test test-long lint clean-demo
+.PHONY: demo test test-long lint bench clean-demo
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,3 +36,7 @@ test-long: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: $(VENV)/.installed
+	for name in data postprocess metric inference train_step; do $(RUN) benchmarks/$$name.py || exit 1; done

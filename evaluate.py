@@ -4,6 +4,7 @@
     python evaluate.py runs/NAME/best.pt --box-thresh 0.35     with another threshold than it was trained with
     python evaluate.py --submission submission.csv             without a network
     python evaluate.py runs/NAME/best.pt --json scores.json    all numbers, image by image
+    python evaluate.py runs/A/best.pt runs/B/best.pt --tta     mean of two networks, at several sizes
     python evaluate.py runs/NAME/best.pt --report report.html  a page that shows each image and each mistake
     python evaluate.py runs/NAME/best.pt --compare scores.json what got better and worse since those scores
     python evaluate.py runs/NAME/best.pt --tune                which thresholds and unclip ratio would be best
@@ -22,8 +23,7 @@ from dbnet.errors import UserError, run_script
 if TYPE_CHECKING:
     from dbnet.comparison import Comparison
     from dbnet.evaluation import Evaluation
-    from dbnet.inference import Pipeline
-    from dbnet.model import DBNet
+    from dbnet.inference import Network, Pipeline
     from dbnet.report import Report
     from dbnet.tuning import Tuning
 
@@ -34,7 +34,13 @@ FREE_TO_SAVE = {"data", "format", "workers", "strict", "batch_size", "device", "
 
 def main() -> None:
     parser = ArgumentParser(__doc__)
-    parser.add_argument("checkpoint", nargs="?", type=Path, metavar="CKPT", help="checkpoint to score")
+    parser.add_argument(
+        "checkpoints",
+        nargs="*",
+        type=Path,
+        metavar="CKPT",
+        help="checkpoint to score, several whose probability maps are averaged, or a .onnx file",
+    )
     parser.add_argument(
         "--submission",
         type=Path,
@@ -52,7 +58,7 @@ def main() -> None:
     )
     parser.add_config_flags()
     args, changes = parser.parse()
-    if (args.checkpoint is None) == (args.submission is None):
+    if bool(args.checkpoints) == (args.submission is not None):
         raise UserError("name either a checkpoint or --submission FILE (see --help)")
     check_tuning_flags(args, changes)
 
@@ -84,6 +90,8 @@ def check_tuning_flags(args: argparse.Namespace, changes: dict[str, Any]) -> Non
             f"--save: the checkpoint would get values that were tuned with another --{others[0].replace('_', '-')} "
             f"than its own; leave one of the two out"
         )
+    if args.save and (len(args.checkpoints) > 1 or args.checkpoints[0].suffix.lower() == ".onnx"):
+        raise UserError("--save: writes into a checkpoint; name one, and no .onnx file")
 
 
 def score(args: argparse.Namespace, changes: dict[str, Any]) -> None:
@@ -108,34 +116,34 @@ def score(args: argparse.Namespace, changes: dict[str, Any]) -> None:
         print(f"report: {args.report} ({args.report.stat().st_size / 1e6:.1f} MB)")
 
 
-def open_checkpoint(args: argparse.Namespace, changes: dict[str, Any]) -> "tuple[DBNet, Pipeline]":
-    """The network on its device, and the pipeline that runs it over the split."""
-    import torch
-
-    from dbnet.checkpoint import load_model
+def open_network(args: argparse.Namespace, changes: dict[str, Any]) -> "tuple[Network, Pipeline]":
+    """The network, and the pipeline that runs it over the split."""
     from dbnet.dataset import TextDataset
-    from dbnet.device import pick_device
-    from dbnet.inference import Pipeline
+    from dbnet.inference import Pipeline, load_network
 
-    model, config, _ = load_model(args.checkpoint, changes)
+    network = load_network(args.checkpoints, changes)
+    config = network.config
     dataset = TextDataset(config, args.split, train=False)
-    device = pick_device(config.device)
-    model.to(device, memory_format=torch.channels_last)
-    print(f"{args.checkpoint} ({config.backbone}, {config.image_size} px) on {args.split} of {config.data}, {device}")
-    return model, Pipeline(dataset, config, device)
+    print(f"{names(args.checkpoints)} ({network}) on {args.split} of {config.data}, {network.device}")
+    return network, Pipeline(dataset, config, network.device)
+
+
+def names(paths: list[Path]) -> str:
+    """The paths as they are typed."""
+    return " ".join(map(str, paths))
 
 
 def evaluate_checkpoint(
     args: argparse.Namespace, changes: dict[str, Any], report: "Report | None", comparison: "Comparison | None"
 ) -> "Evaluation":
     """Run the network over the split and score what it finds."""
-    model, pipeline = open_checkpoint(args, changes)
+    network, pipeline = open_network(args, changes)
     if comparison:
         comparison.check_shares(path.name for path in pipeline.dataset.paths)
     if report:
-        report.title = f"{args.checkpoint} on {args.split}"
+        report.title = f"{names(args.checkpoints)} on {args.split}"
         report.settings = {field: getattr(pipeline.config, field) for field in REPORTED}
-    return pipeline.evaluate(model, report=report)
+    return pipeline.evaluate(network, report=report)
 
 
 def evaluate_submission(
@@ -182,18 +190,18 @@ def tune_checkpoint(args: argparse.Namespace, changes: dict[str, Any]) -> None:
     """Run the network over the split once, score all combinations of post-processing values, and show the best."""
     from tqdm import tqdm
 
-    from dbnet.device import count_workers
+    from dbnet.dataset import count_workers
     from dbnet.files import check_writable, write_json
     from dbnet.overlay import write_image
     from dbnet.tuning import Page, draw_tuning, tune
 
-    picture = args.tune_picture or args.checkpoint.with_name("tuning.png")
-    model, pipeline = open_checkpoint(args, changes)
+    picture = args.tune_picture or args.checkpoints[0].with_name("tuning.png")
+    network, pipeline = open_network(args, changes)
     check_writable(picture)
     dataset, config = pipeline.dataset, pipeline.config
     pages = []
     for found in tqdm(
-        pipeline.detect(model), total=len(dataset), unit="img", leave=False, dynamic_ncols=True, smoothing=0
+        pipeline.detect(network), total=len(dataset), unit="img", leave=False, dynamic_ncols=True, smoothing=0
     ):
         name, annotation = dataset.paths[found.index].name, dataset.annotations[found.index]
         pages.append(Page(name, found.prob_map, dataset.size(found.index), annotation))
@@ -214,15 +222,16 @@ def save_tuning(args: argparse.Namespace, tuning: "Tuning", config: Config) -> N
     """Write the best values into the checkpoint, unless values chosen like that score no better on unseen images."""
     from dbnet.checkpoint import change_checkpoint, load_checkpoint
 
+    checkpoint = args.checkpoints[0]
     own, best = tuning.combinations[0], tuning.combinations[tuning.best]
     if not tuning.pays:
-        print(f"not saved: cross-validated, other values are no better; {args.checkpoint} keeps its own")
+        print(f"not saved: cross-validated, other values are no better; {checkpoint} keeps its own")
         return
     record = {"before": own.changes(config), "after": best.changes(config), "split": args.split}
     record |= {"own_hmean": float(tuning.means[0, 2]), "cross_validated_hmean": tuning.cross_validated}
-    tunings = [*load_checkpoint(args.checkpoint).get("tunings", []), record]
-    change_checkpoint(args.checkpoint, best.changes(config), tunings=tunings)
-    print(f"saved: {args.checkpoint} now has the best values; its old ones are kept in it, under `tunings`")
+    tunings = [*load_checkpoint(checkpoint).get("tunings", []), record]
+    change_checkpoint(checkpoint, best.changes(config), tunings=tunings)
+    print(f"saved: {checkpoint} now has the best values; its old ones are kept in it, under `tunings`")
 
 
 if __name__ == "__main__":

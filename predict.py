@@ -1,6 +1,8 @@
 """Detect text in images and write a submission file.
 
     python predict.py --out submission.csv                         newest runs/*/best.pt on DATA/images/test
+    python predict.py --images photos/                             with no run in runs/: the weights that come along
+    python predict.py runs/A/best.pt runs/B/best.pt --tta          mean of two networks, at several sizes
     python predict.py runs/NAME/best.pt --images photos/ --overlays overlays/
     python predict.py runs/NAME/best.pt --images a.jpg b.png --box-thresh 0.35
     python predict.py --images scans/*.pdf 'photos/**/*.jpg' --out found.json
@@ -19,12 +21,18 @@ The file is written whole or not at all. A page of a PDF is an image called FILE
 from pathlib import Path
 
 from dbnet.config import ArgumentParser
-from dbnet.errors import UserError, run_script
+from dbnet.errors import run_script
 
 
 def main() -> None:
     parser = ArgumentParser(__doc__)
-    parser.add_argument("checkpoint", nargs="?", type=Path, metavar="CKPT", help="checkpoint (newest runs/*/best.pt)")
+    parser.add_argument(
+        "checkpoints",
+        nargs="*",
+        type=Path,
+        metavar="CKPT",
+        help="checkpoint, several whose probability maps are averaged, or a .onnx file (newest runs/*/best.pt)",
+    )
     parser.add_argument(
         "--images",
         nargs="+",
@@ -44,36 +52,32 @@ def main() -> None:
     parser.add_argument("--overlays", type=Path, metavar="DIR", help="also write each image with its polygons here")
     parser.add_config_flags()
     args, changes = parser.parse()
-    checkpoint = args.checkpoint or newest_checkpoint()
 
     # Imported here, so that --help and a mistaken command line answer at once.
-    import torch
     from tqdm import tqdm
 
     from dbnet.annotations import Annotation, find_images_at, read_image_paths
-    from dbnet.checkpoint import load_model
     from dbnet.dataset import ImageDataset
-    from dbnet.device import pick_device
     from dbnet.files import check_writable, make_folder
     from dbnet.images import name_stem, read_image, read_size
-    from dbnet.inference import Pipeline
+    from dbnet.inference import Pipeline, load_network
     from dbnet.overlay import draw_polygons, write_image
     from dbnet.submission import choose_format, write_detections
 
-    model, config, _ = load_model(checkpoint, changes)
+    checkpoints = args.checkpoints or [default_checkpoint()]
+    network = load_network(checkpoints, changes)
+    config = network.config
     paths = find_images_at(args.images) if args.images else read_image_paths(Path(config.data), "test", config.format)
     form = choose_format(args.out, args.out_format, [path.name for path in paths])
-    device = pick_device(config.device)
     check_writable(args.out)
     if args.overlays:
         make_folder(args.overlays)
-    model.to(device, memory_format=torch.channels_last)
-    print(f"{checkpoint} ({config.backbone}, {config.image_size} px) on {len(paths)} images, {device}")
+    print(f"{' '.join(map(str, checkpoints))} ({network}) on {len(paths)} images, {network.device}")
 
     rows = {path.name: Annotation() for path in paths}
     unreadable = []
-    pipeline = Pipeline(ImageDataset(paths, config), config, device)
-    for detection in tqdm(pipeline.detect(model), total=len(paths), unit="img", dynamic_ncols=True, smoothing=0):
+    pipeline = Pipeline(ImageDataset(paths, config), config, network.device)
+    for detection in tqdm(pipeline.detect(network), total=len(paths), unit="img", dynamic_ncols=True, smoothing=0):
         path = paths[detection.index]
         rows[path.name] = Annotation(detection.polygons, [False] * len(detection.polygons), detection.scores)
         if detection.error:
@@ -95,12 +99,16 @@ def main() -> None:
         print(f"{args.overlays}: the images with their polygons")
 
 
-def newest_checkpoint() -> Path:
-    """The best checkpoint of the run that wrote one last."""
+def default_checkpoint() -> Path:
+    """The best checkpoint of the run that wrote one last; without a run, the weights that come with the program."""
     found = sorted(Path("runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError("runs/: holds no best.pt; train first, or name a checkpoint: python predict.py CKPT")
-    return found[-1]
+    if found:
+        return found[-1]
+    from dbnet.inference import shipped_weights
+
+    weights = shipped_weights()
+    print(f"no run in runs/: the weights that come with dbnet are used, {weights}")
+    return weights
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@
     python train.py --run first --resume                       go on with runs/first
     python train.py --preset v1 --init runs/first/best.pt      start from trained weights
     python train.py --preset v1 --show-samples samples.png     look at augmented samples, and exit
+    python train.py --preset v1 --profile                      measure memory and speed on this device, and exit
 
-A run writes runs/NAME/: config.json, best.pt (by validation H-Mean), last.pt (all that resuming needs) and log.jsonl
-(a line an epoch).
+A run writes runs/NAME/: config.json, best.pt (by validation H-Mean), last.pt (all that resuming needs), log.jsonl
+(a line an epoch), curves.png, and events for `tensorboard --logdir runs` after `pip install tensorboard`.
 """
 
 import argparse
@@ -30,8 +31,10 @@ from tqdm import tqdm
 
 from dbnet.checkpoint import load_checkpoint, load_weights, save_checkpoint, start_from
 from dbnet.config import PRESETS, ArgumentParser, Config, print_config, print_difference
-from dbnet.dataset import Batches, TextDataset, make_loader
-from dbnet.device import compile_model, count_workers, pick_amp_dtype, pick_device
+from dbnet.curves import show_progress
+from dbnet.dataset import Batches, TextDataset, count_workers, make_loader
+from dbnet.device import compile_model, pick_amp_dtype, pick_device
+from dbnet.ensemble import Ensemble
 from dbnet.errors import UserError, run_script
 from dbnet.evaluation import Evaluation
 from dbnet.files import make_folder, write_json
@@ -42,6 +45,7 @@ from dbnet.memory import BatchPlan, run_until_it_fits
 from dbnet.model import DBNet
 from dbnet.optim import WeightAverage, learning_rate, make_optimizer, make_scaler
 from dbnet.overlay import sample_sheet, write_image
+from dbnet.profile import print_profile
 
 RUNS = Path("runs")
 NON_FINITE_LIMIT = 5  # steps in a row whose loss is not finite; then training stops
@@ -104,6 +108,7 @@ def main() -> None:
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as JSON and exit")
     parser.add_argument("--diff", metavar="PRESET", help="print what differs from this preset and exit")
     parser.add_argument("--show-samples", type=Path, metavar="FILE.png", help="picture some training samples and exit")
+    parser.add_argument("--profile", action="store_true", help="measure memory and speed on this device and exit")
     parser.add_config_flags()
     args, changes = parser.parse()
     config = Config.from_preset(args.preset, **changes)
@@ -114,6 +119,8 @@ def main() -> None:
     elif args.show_samples:
         write_image(args.show_samples, sample_sheet(TextDataset(config, "train", train=True)))
         print(f"{args.show_samples}: image with polygons, probability map, threshold map")
+    elif args.profile:
+        print_profile(args.preset, config, start, optimizer_step)
     else:
         run = find_run(args) if args.resume else name_run(args)
         last = load_checkpoint(run / "last.pt") if args.resume else None
@@ -193,7 +200,7 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
         if validation is None or validation.config != in_force:
             val_set.config = in_force
             validation = Pipeline(val_set, in_force, device)
-        evaluation = validation.evaluate(training.scored_model, "validation")
+        evaluation = validation.evaluate(Ensemble.of(training.scored_model, in_force, device), "validation")
         training.epoch += 1
         finish_epoch(training, config, run, row, evaluation)
         if config.patience and training.epoch - training.best_epoch >= config.patience:
@@ -205,6 +212,16 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
         f"best H-Mean {training.best_hmean:.4f} in epoch {training.best_epoch}. Next: "
         f"python predict.py {run / 'best.pt'} --out submission.csv"
     )
+
+
+def start(config: Config, device: torch.device, plan: BatchPlan | None = None) -> Training:
+    """A training from scratch at its beginning: for --profile and the benchmarks."""
+    model = DBNet(config.changed(weights="none")).to(device, memory_format=torch.channels_last).train()
+    if config.compile:
+        compile_model(model)
+    plan = plan or BatchPlan(config.batch_size, config.accumulate, config.image_size)
+    average = WeightAverage(model, config.ema) if config.ema else None
+    return Training(model, make_optimizer(model, config), make_scaler(config, device), plan, average)
 
 
 def train_epoch(
@@ -397,6 +414,7 @@ def finish_epoch(training: Training, config: Config, run: Path, row: dict[str, A
     if better:
         save_checkpoint(run / "best.pt", in_force, training.scored_model, hmean=score.hmean, epoch=training.epoch)
     save_checkpoint(run / "last.pt", config, training.model, **training.state())
+    show_progress(run)
 
 
 def peak_memory(device: torch.device) -> float:

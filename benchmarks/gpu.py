@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 from measure import ROOT, parse_arguments, print_table, print_versions
 from torch.utils.flop_counter import FlopCounterMode
-from train_step import start, step
+from train_step import step
 
+import train
 from dbnet.checkpoint import save_checkpoint
 from dbnet.config import PRESETS, Config
-from dbnet.dataset import Batches, TextDataset, make_loader
-from dbnet.device import count_workers, pick_device
-from dbnet.inference import infer
+from dbnet.dataset import Batches, TextDataset, count_workers, make_loader
+from dbnet.device import pick_device
+from dbnet.ensemble import Ensemble
 from dbnet.memory import BatchPlan
 from dbnet.model import DBNet, fold_batch_norms
 
@@ -63,7 +64,7 @@ def measure(config: Config, args: argparse.Namespace, device: torch.device) -> t
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         torch.backends.cudnn.benchmark = config.pad == "square"
-    training = start(config, device)
+    training = train.start(config, device)
     groups = endless_groups(config, device)
     in_memory = next(groups)
     seconds = time_steps(lambda: step(training, in_memory, config, device), args.steps)
@@ -80,7 +81,8 @@ def measure(config: Config, args: argparse.Namespace, device: torch.device) -> t
         predicted = time_predict(checkpoint, args, Path(folder))
     fold_batch_norms(model.eval())
     batch = in_memory[0]["image"]
-    inferred = time_steps(lambda: infer(model, batch, config, device, BatchPlan(len(batch))).numpy(), args.steps)
+    network, sizes, plan = Ensemble.of(model, config, device), [batch.shape[2:0:-1]] * len(batch), BatchPlan(len(batch))
+    inferred = time_steps(lambda: network.infer([batch], sizes, plan)(), args.steps)
     return (
         f"{images / seconds:.1f}",
         f"{images / from_files:.1f}",

@@ -8,18 +8,14 @@ On the validation images; without a checkpoint, the newest of runs/.
 import time
 from pathlib import Path
 
-import torch
 from measure import parse_arguments, print_table, print_versions
 
-from dbnet.checkpoint import load_model
-from dbnet.config import Config
-from dbnet.dataset import Batches, TextDataset, make_loader
-from dbnet.device import pick_device
-from dbnet.inference import Pipeline, infer
+from dbnet.dataset import ArrayLoader, Batches, TextDataset
+from dbnet.ensemble import Ensemble
+from dbnet.inference import Pipeline
 from dbnet.memory import BatchPlan
 from dbnet.metric import score_image
-from dbnet.model import DBNet
-from predict import newest_checkpoint
+from predict import default_checkpoint
 
 REPEATS = 3
 
@@ -33,10 +29,9 @@ def main() -> None:
     args = parse_arguments(__doc__, *flags)
     changes = {"image_size": args.image_size, "batch_size": args.batch_size}
     changes = {name: value for name, value in changes.items() if value}
-    checkpoint = args.checkpoint or newest_checkpoint()
-    model, config, _ = load_model(checkpoint, changes | {"data": str(args.data)})
-    device = pick_device(config.device)
-    model.to(device, memory_format=torch.channels_last)
+    checkpoint = args.checkpoint or default_checkpoint()
+    network = Ensemble.load([checkpoint], changes | {"data": str(args.data), "tta": False})
+    config = network.config
     print_versions()
     print(f"{checkpoint}: {config.backbone}, {config.image_size} px, batch {config.batch_size}")
 
@@ -45,14 +40,14 @@ def main() -> None:
         dataset = TextDataset(config, "val", train=False)
         dataset.pad = pad
         images = len(dataset)
-        batches = list(make_loader(Batches(dataset, config.batch_size), workers=0, pin_memory=False))
-        pipeline = Pipeline(dataset, config, device)
-        pipeline.evaluate(model)
+        batches = list(ArrayLoader(Batches(dataset, config.batch_size)))
+        pipeline = Pipeline(dataset, config, network.device)
+        pipeline.evaluate(network)
         times = [[], []]
         for _ in range(REPEATS):  # in turn, so that a slow moment of the machine touches both
-            times[0].append(run_network(model, batches, config, device))
+            times[0].append(run_network(network, batches))
             start = time.perf_counter()
-            evaluation = pipeline.evaluate(model)
+            evaluation = pipeline.evaluate(network)
             times[1].append(time.perf_counter() - start)
         network, whole = (1e3 * min(each) / images for each in times)
         score = evaluation.compute().hmean
@@ -60,7 +55,7 @@ def main() -> None:
     header = ("padding", "network alone", "whole evaluation", "added", "H-Mean")
     print_table(f"{images} validation images, ms an image", header, rows)
 
-    detections = [(detection.index, detection.polygons) for detection in pipeline.detect(model)]
+    detections = [(detection.index, detection.polygons) for detection in pipeline.detect(network)]
     parts = {
         "read and resize": lambda: [dataset.load(index) for index in range(images)],
         "score": lambda: [
@@ -73,12 +68,12 @@ def main() -> None:
     )
 
 
-def run_network(model: DBNet, batches: list[dict], config: Config, device: torch.device) -> float:
+def run_network(network: Ensemble, batches: list[dict]) -> float:
     """Seconds for the maps of all batches, which are in memory."""
     start = time.perf_counter()
     for batch in batches:
-        maps = infer(model, batch["image"], config, device, BatchPlan(config.batch_size))
-    maps.numpy()
+        prob_maps = network.infer([batch["image"]], batch["size"].tolist(), BatchPlan(len(batch["image"])))
+    prob_maps()
     return time.perf_counter() - start
 
 

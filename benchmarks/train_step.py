@@ -17,11 +17,10 @@ from measure import ROOT, milliseconds, parse_arguments, print_table, print_vers
 
 import train
 from dbnet.config import Config
-from dbnet.dataset import Batches, TextDataset, make_loader
-from dbnet.device import count_workers, pick_device
-from dbnet.memory import BatchPlan, keep_freed_memory
-from dbnet.model import DBNet
-from dbnet.optim import make_optimizer, make_scaler
+from dbnet.dataset import Batches, TextDataset, count_workers, make_loader
+from dbnet.device import pick_device
+from dbnet.memory import keep_freed_memory
+from dbnet.profile import synthetic_batch
 
 STEPS = 6
 
@@ -38,17 +37,12 @@ def main() -> None:
     device = pick_device(config.device)
     print_versions()
 
-    batch = {
-        "image": torch.randint(0, 256, (config.batch_size, config.image_size, config.image_size, 3), dtype=torch.uint8),
-        "prob_map": torch.zeros(config.batch_size, config.image_size, config.image_size, dtype=torch.uint8),
-    }
-    batch["prob_map"][:, 40:60, 40:200] = 1
-    batch |= {"thresh_levels": batch["prob_map"] * 200, "mask": torch.ones_like(batch["prob_map"])}
+    batch = synthetic_batch(config)
     rows = []
-    training = start(config, device)
+    training = train.start(config, device)
     for name in ("as the C library gives memory", "with freed memory kept"):
         took = milliseconds(lambda: step(training, [batch], config, device), repeats=5) / config.batch_size
-        rows.append((f"square, random image, {name}", f"{took:.0f}"))
+        rows.append((f"square, random images, {name}", f"{took:.0f}"))
         keep_freed_memory()
 
     for pad in ("square", "tight"):
@@ -71,13 +65,6 @@ def main() -> None:
     title = f"Training step of {args.preset}, {config.image_size} px, batch {config.batch_size}, on {device}"
     print_table(title, ("what", "ms an image"), rows)
     print(f"\nfrom the command to the first step: {seconds_to_first_step(config):.1f} s on {len(dataset)} images")
-
-
-def start(config: Config, device: torch.device) -> train.Training:
-    """A training at its beginning."""
-    model = DBNet(config).to(device, memory_format=torch.channels_last).train()
-    plan = BatchPlan(config.batch_size, config.accumulate, config.image_size)
-    return train.Training(model, make_optimizer(model, config), make_scaler(config, device), plan)
 
 
 def step(training: train.Training, batches: list[dict], config: Config, device: torch.device) -> None:

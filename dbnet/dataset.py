@@ -1,26 +1,35 @@
-"""Samples: an image resized and padded, and for training its augmentation and target maps; and their batches."""
+"""Samples: an image resized and padded, and for training its augmentation and target maps; and their batches.
 
-from collections.abc import Iterator
+All are numpy arrays; only `make_loader`, whose batches are tensors, needs PyTorch.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import cv2
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from dbnet.annotations import Annotation, read_split
 from dbnet.augment import Augmentation
 from dbnet.augment import draw as draw_augmentation
 from dbnet.cache import PixelCache
-from dbnet.config import Config
+from dbnet.config import Config, DataConfig
 from dbnet.geometry import Letterbox, clip_polygons, padded, split_polygons, visible_shares
 from dbnet.images import ImageError, read_image, read_size
 from dbnet.memory import keep_freed_memory
 from dbnet.targets import draw_targets, make_targets, polygon_mask
 
-__all__ = ["Batches", "ImageDataset", "TextDataset", "make_loader", "make_targets"]
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+__all__ = ["ArrayLoader", "Batches", "ImageDataset", "TextDataset", "count_workers", "make_loader", "make_targets"]
 
 _LIKE_SHAPES_AMONG = 16  # batches whose images are sorted by shape: enough to find company, few enough to stay random
 MOSTLY_VISIBLE = 0.9
@@ -39,12 +48,13 @@ class Draw(NamedTuple):
     """longer side of the resized image in pixels; None is config.image_size"""
 
 
-class ImageDataset(Dataset):
+class ImageDataset:
     """Images to detect text in. A sample is a dict of
 
-    image: (height, width, 3) uint8 tensor, RGB: the image with its longer side resized to image_size, in the top-left
+    image: (height, width, 3) uint8 array, RGB: the image with its longer side resized to image_size, in the top-left
         corner; below and beside it is black up to the next multiple of 32, or what the rest of its batch needs;
-    size: (2,) int64 tensor, width and height of the original image in pixels;
+    image_SIDE: for each SIDE of `further_sizes`, what `image` is at that image_size;
+    size: (2,) int64 array, width and height of the original image in pixels;
     index: its place in `paths`;
 
     or of `index` and `error`, a line of text, for an image that cannot be read.
@@ -55,6 +65,7 @@ class ImageDataset(Dataset):
         self.paths = paths
         self.config = config
         self.pad = pad
+        self.further_sizes: tuple[int, ...] = ()
         self._sizes: dict[int, tuple[int, int] | None] = {}
         keep_freed_memory()  # whoever makes a data set is going to make and drop large arrays by the thousand
 
@@ -68,6 +79,18 @@ class ImageDataset(Dataset):
 
     def __getitems__(self, draws: list[Draw]) -> list[dict[str, Any]]:
         """The samples of a batch, all of one shape. (The data loader looks for this name.)"""
+        samples = self._at_one_size(draws)
+        for side in self.further_sizes:
+            resized = copy.copy(self)
+            resized.config = self.config.changed(image_size=side)
+            found = {sample["index"]: sample for sample in resized._at_one_size(draws)}
+            for sample in samples:
+                other = found[sample["index"]]
+                sample.update({"error": other["error"]} if "error" in other else {f"image_{side}": other["image"]})
+        return samples
+
+    def _at_one_size(self, draws: list[Draw]) -> list[dict[str, Any]]:
+        """The samples of a batch without their further sizes."""
         loaded, samples = [], []
         for draw in draws:
             try:
@@ -99,8 +122,8 @@ class ImageDataset(Dataset):
         """The sample of what `load` and `augmentation` gave, on the black (height, width, 3) `canvas` of its batch."""
         augmentation.render(pixels, canvas)
         return {
-            "image": torch.from_numpy(canvas),
-            "size": torch.tensor((letterbox.width, letterbox.height)),
+            "image": canvas,
+            "size": np.array((letterbox.width, letterbox.height)),
             "index": draw.place,
         }
 
@@ -170,10 +193,10 @@ class Words:
 class TextDataset(ImageDataset):
     """A split of an annotated data set. For training (`train=True`) a sample is a dict of
 
-    image: (height, width, 3) uint8 tensor, RGB, augmented; image_size x image_size with `config.pad` "square";
-    prob_map: (height, width) uint8 tensor, 1 on text kernels;
-    thresh_levels: (height, width) uint8 tensor, 0 to 255 for thresh_min to thresh_max;
-    mask: (height, width) uint8 tensor, 0 on don't-care text and on what a cut has left of words;
+    image: (height, width, 3) uint8 array, RGB, augmented; image_size x image_size with `config.pad` "square";
+    prob_map: (height, width) uint8 array, 1 on text kernels;
+    thresh_levels: (height, width) uint8 array, 0 to 255 for thresh_min to thresh_max;
+    mask: (height, width) uint8 array, 0 on don't-care text and on what a cut has left of words;
     dropped: how many degenerate polygons were left out;
     side: the image size that the sample was made for;
     index, or `index` and `error`: as in ImageDataset, which is also the sample where `train` is false.
@@ -228,10 +251,10 @@ class TextDataset(ImageDataset):
         prob_map, thresh_levels = draw_targets(text, height, width, self.config.shrink_ratio)
         mask = polygon_mask(illegible, height, width)
         return {
-            "image": torch.from_numpy(canvas),
-            "prob_map": torch.from_numpy(prob_map),
-            "thresh_levels": torch.from_numpy(thresh_levels),
-            "mask": torch.from_numpy(np.subtract(1, mask, out=mask)),
+            "image": canvas,
+            "prob_map": prob_map,
+            "thresh_levels": thresh_levels,
+            "mask": np.subtract(1, mask, out=mask),
             "dropped": dropped,
             "side": draw.side or self.config.image_size,
             "index": draw.place,
@@ -257,7 +280,7 @@ class TextDataset(ImageDataset):
         return text, illegible, dropped
 
 
-class Batches(Sampler):
+class Batches:
     """Batches of Draws, each image once: in order, or with a seed, for training, shuffled anew for each epoch.
 
     The order depends on the seed and the epoch alone. Set `epoch` before iterating. Where the data set pads tightly,
@@ -296,12 +319,25 @@ class Batches(Sampler):
             yield from batches
 
 
-def make_loader(batches: Batches, workers: int, pin_memory: bool) -> DataLoader:
-    """Load batches in `workers` processes that live as long as the loader.
+class ArrayLoader:
+    """Batches of arrays, read where and when they are asked for.
 
-    A batch is a dict of the samples' tensors, stacked, and of `failed`, the (index, error) of the samples that could
+    A batch is a dict of the samples' arrays, stacked, and of `failed`, the (index, error) of the samples that could
     not be read; with no readable sample, `image` is missing.
     """
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for draws in self.batches:
+            yield _collate(self.batches.dataset.__getitems__(draws), _stack)
+
+
+def make_loader(batches: Batches, workers: int, pin_memory: bool) -> DataLoader:
+    """The batches of ArrayLoader, but of tensors, loaded in `workers` processes that live as long as the loader."""
+    from torch.utils.data import DataLoader, default_collate
+
     # The workers are the parallelism; threads inside them would fight for the same cores. It must be said before they
     # are forked: a forked process that inherits OpenCV's threads waits for them for ever when it sets their number.
     cv2.setNumThreads(1)
@@ -309,14 +345,25 @@ def make_loader(batches: Batches, workers: int, pin_memory: bool) -> DataLoader:
         batches.dataset,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, stack=default_collate),
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
     )
 
 
-def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+def count_workers(config: DataConfig) -> int:
+    """Loader processes of `--workers`, where -1 means one a core, at most 8."""
+    if config.workers >= 0:
+        return config.workers
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _collate(samples: list[dict[str, Any]], stack: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> dict[str, Any]:
     readable = [sample for sample in samples if "error" not in sample]
-    batch = default_collate(readable) if readable else {}
+    batch = stack(readable) if readable else {}
     batch["failed"] = [(sample["index"], sample["error"]) for sample in samples if "error" in sample]
     return batch
+
+
+def _stack(samples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}

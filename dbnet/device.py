@@ -32,13 +32,6 @@ def pick_amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.amp]
 
 
-def count_workers(config: Config) -> int:
-    """Loader processes of `--workers`, where -1 means one a core, at most 8."""
-    if config.workers >= 0:
-        return config.workers
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
 def compile_model(model: torch.nn.Module) -> None:
     """Compile `model` in place at its first call, for batches of any shape; its state_dict stays as it is.
 

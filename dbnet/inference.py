@@ -1,25 +1,29 @@
 """From image files to polygons: the one path that validation, evaluate.py, predict.py and `Detector` share."""
 
+from __future__ import annotations
+
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from dbnet.config import Config
-from dbnet.dataset import Batches, ImageDataset, TextDataset, make_loader
-from dbnet.device import count_workers, pick_amp_dtype
+from dbnet.dataset import ArrayLoader, Batches, ImageDataset, TextDataset, count_workers, make_loader
+from dbnet.errors import UserError
 from dbnet.evaluation import Evaluation
 from dbnet.geometry import Letterbox
 from dbnet.images import ImageError
 from dbnet.memory import BatchPlan, run_until_it_fits
-from dbnet.model import DBNet
 from dbnet.postprocess import extract_polygons
 from dbnet.report import Report
+
+if TYPE_CHECKING:
+    import torch
 
 _WAITING_IMAGES = 64  # on a GPU, more maps than this do not wait for their polygons; then the network does
 
@@ -43,20 +47,53 @@ class Detection(NamedTuple):
     """one line, where the image could not be read"""
 
 
-class ProbMaps(NamedTuple):
-    """Probability maps on their way from the device to the host."""
+class Network(Protocol):
+    """What makes probability maps: an `ensemble.Ensemble` of checkpoints, or an `onnx.OnnxNetwork`."""
 
-    maps: Tensor
-    """(N, H, W) uint8 on the host, probability x 255; not to be read before `numpy` returns"""
+    config: Config
+    """the configuration that it was trained with, as the user changed it"""
 
-    arrived: torch.cuda.Event | None
-    """the copy's end; None where there is nothing to wait for"""
+    device: torch.device | str
+    """where it runs; `str` of it begins with cpu or cuda"""
 
-    def numpy(self) -> np.ndarray:
-        """The maps, once they are there."""
-        if self.arrived:
-            self.arrived.synchronize()
-        return self.maps.numpy()
+    sides: tuple[int, ...]
+    """the image sizes that it looks at, config.image_size first"""
+
+    def infer(self, images: Sequence[Any], sizes: list[tuple[int, int]], plan: BatchPlan) -> Callable[[], np.ndarray]:
+        """Start on the (N, height, width, 3) uint8 images of a batch, one batch for each of `sides`.
+
+        `sizes` holds (width, height) of the originals. Returns a function that waits for the (N, height, width) uint8
+        maps, probability x 255, in the geometry of the first size.
+        """
+
+
+def load_network(paths: Sequence[Path], changes: dict[str, Any]) -> Network:
+    """The network of one checkpoint, the average of several, or a network that was exported to ONNX.
+
+    `changes` are made to the configuration that came with it. PyTorch is imported for checkpoints alone.
+
+    Raises UserError where a file cannot be used.
+    """
+    if not any(path.suffix.lower() == ".onnx" for path in paths):
+        from dbnet.ensemble import Ensemble
+
+        return Ensemble.load(paths, changes)
+    if len(paths) > 1:
+        raise UserError(
+            f"{paths[0]} {paths[1]}: a .onnx file runs alone; name its checkpoint to average it with others"
+        )
+    from dbnet.onnx import OnnxNetwork
+
+    return OnnxNetwork(paths[0], changes)
+
+
+def shipped_weights() -> Path:
+    """The trained `lite` that comes with the program. Raises UserError where it does not."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "weights", package.parent / "weights"):  # installed, and in a checkout
+        if (folder / "lite.pt").is_file():
+            return folder / "lite.pt"
+    raise UserError("weights/lite.pt: is missing from this copy of dbnet; name a checkpoint, or train one")
 
 
 class AtOnce(Executor):
@@ -76,37 +113,32 @@ class Pipeline:
     read while the polygons of the last are made and used, between two batches.
     """
 
-    def __init__(self, dataset: ImageDataset, config: Config, device: torch.device) -> None:
-        self.dataset, self.config, self.device = dataset, config, device
-        on_gpu = device.type == "cuda"
-        workers = count_workers(config) if on_gpu else 0
-        self.loader = make_loader(Batches(dataset, config.batch_size), workers, pin_memory=on_gpu)
+    def __init__(self, dataset: ImageDataset, config: Config, device: torch.device | str) -> None:
+        self.dataset, self.config = dataset, config
+        self.on_gpu = str(device).startswith("cuda")
+        self.workers = count_workers(config) if self.on_gpu else 0
+        self.loader: Iterable[dict[str, Any]] | None = None
         self._reader = ThreadPoolExecutor(max_workers=1)
-        self._extractors: Executor = ProcessPoolExecutor(workers) if workers else AtOnce()
+        self._extractors: Executor = ProcessPoolExecutor(self.workers) if self.workers else AtOnce()
 
-    def detect(self, model: DBNet) -> Iterator[Detection]:
+    def detect(self, network: Network) -> Iterator[Detection]:
         """Every image of the data set exactly once, in the order in which they are done.
 
-        The model is put in eval mode. When memory runs out the batch is halved for the rest of the images. Raises
-        ImageError for an image that cannot be read where config.strict is set; else its Detection has an `error`.
+        When memory runs out the batch is halved for the rest of the images. Raises ImageError for an image that cannot
+        be read where config.strict is set; else its Detection has an `error`.
         """
-        model.eval()
-        if self.device.type == "cuda":
-            torch.backends.cudnn.benchmark = False  # each shape of a batch would be measured anew
         plan = BatchPlan(self.config.batch_size)
         waiting: deque[tuple[int, np.ndarray, Future]] = deque()
-        launched: tuple[dict[str, Any], ProbMaps] | None = None
-        batches = iter(self.loader)
+        launched: tuple[dict[str, Any], Callable[[], np.ndarray]] | None = None
+        batches = iter(self._load(network.sides[1:]))
         batch = next(batches, None)
         while batch or launched:
             last = launched
             launched = None
             if batch and "image" in batch:
-                images = batch["image"]
-                launched = (
-                    batch,
-                    run_until_it_fits(lambda images=images: infer(model, images, self.config, self.device, plan), plan),
-                )
+                images = [batch["image"], *(batch[f"image_{side}"] for side in network.sides[1:])]
+                sizes = batch["size"].tolist()
+                launched = batch, run_until_it_fits(partial(network.infer, images, sizes, plan), plan)
             following = self._reader.submit(next, batches, None) if batch else None
             for index, error in batch["failed"] if batch else []:
                 if self.config.strict:
@@ -121,7 +153,7 @@ class Pipeline:
         for index, prob_map, future in waiting:
             yield Detection(index, *future.result(), prob_map, None)
 
-    def evaluate(self, model: DBNet, title: str = "", report: Report | None = None) -> Evaluation:
+    def evaluate(self, network: Network, title: str = "", report: Report | None = None) -> Evaluation:
         """CLEval of what `detect` finds in an annotated split, a TextDataset, with a progress bar; raises as it does.
 
         Scores are in the order of the data set. A `report` takes in each image.
@@ -129,7 +161,7 @@ class Pipeline:
         dataset: TextDataset = self.dataset
         evaluation = Evaluation()
         for detection in tqdm(
-            self.detect(model), title, len(dataset), unit="img", leave=False, dynamic_ncols=True, smoothing=0
+            self.detect(network), title, len(dataset), unit="img", leave=False, dynamic_ncols=True, smoothing=0
         ):
             name, annotation = dataset.paths[detection.index].name, dataset.annotations[detection.index]
             size = dataset.size(detection.index)
@@ -140,33 +172,22 @@ class Pipeline:
         evaluation.per_image = {path.name: evaluation.per_image[path.name] for path in dataset.paths}
         return evaluation
 
-    def _extract(self, batch: dict[str, Any], prob_maps: ProbMaps) -> Iterator[tuple[int, np.ndarray, Future]]:
+    def _load(self, further_sizes: tuple[int, ...]) -> Iterable[dict[str, Any]]:
+        """The batches, with the images at these sizes too."""
+        if self.loader is None or self.dataset.further_sizes != further_sizes:
+            self.dataset.further_sizes = further_sizes
+            batches = Batches(self.dataset, self.config.batch_size)
+            self.loader = make_loader(batches, self.workers, pin_memory=True) if self.on_gpu else ArrayLoader(batches)
+        return self.loader
+
+    def _extract(
+        self, batch: dict[str, Any], prob_maps: Callable[[], np.ndarray]
+    ) -> Iterator[tuple[int, np.ndarray, Future]]:
         """The index of each image of a batch, its probability map, and its polygons and scores to be."""
-        for index, size, prob_map in zip(
-            batch["index"].tolist(), batch["size"].tolist(), prob_maps.numpy(), strict=True
-        ):
+        for index, size, prob_map in zip(batch["index"].tolist(), batch["size"].tolist(), prob_maps(), strict=True):
             width, height = Letterbox(*size, self.config.image_size).resized
             prob_map = prob_map[:height, :width]
             yield index, prob_map, self._extractors.submit(read_off, prob_map, size, self.config)
-
-
-@torch.inference_mode()
-def infer(model: DBNet, images: Tensor, config: Config, device: torch.device, plan: BatchPlan) -> ProbMaps:
-    """Probability maps of (N, H, W, 3) uint8 images, `plan.micro_batch` at a time. Does not wait for the device."""
-    amp_dtype = pick_amp_dtype(config, device)
-    prob_maps = []
-    for micro in images.split(plan.micro_batch):
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            prob_map = model(micro.to(device, non_blocking=True))
-        prob_maps.append((prob_map.nan_to_num() * 255).round().to(torch.uint8))
-    prob_maps = torch.cat(prob_maps)
-    if device.type == "cpu":
-        return ProbMaps(prob_maps, None)
-    on_host = torch.empty(prob_maps.shape, dtype=torch.uint8, pin_memory=True)
-    on_host.copy_(prob_maps, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    return ProbMaps(on_host, arrived)
 
 
 def read_off(prob_map: np.ndarray, size: tuple[int, int], config: Config) -> tuple[list[np.ndarray], list[float]]:

@@ -16,8 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
-import torch
-
 from dbnet.errors import UserError
 
 Result = TypeVar("Result")
@@ -110,7 +108,8 @@ def run_until_it_fits(work: Callable[[], Result], plan: BatchPlan, reset: Callab
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is the GPU's, the CPU allocator's or Python's way to say that memory ran out."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    torch = sys.modules.get("torch")  # where nobody has imported it, none of its memory can be short
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(message in str(error).lower() for message in _MESSAGES)
 
@@ -118,7 +117,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_memory() -> None:
     """Give what no tensor uses back to the device."""
     gc.collect()
-    if torch.cuda.is_available():
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 

@@ -35,11 +35,11 @@ def sample_sheet(dataset: TextDataset, count: int = 4, side: int = 480) -> np.nd
         _, letterbox = dataset.load(index)
         text, illegible, _ = dataset.polygons(index, letterbox, dataset.augmentation(Draw(index)))
         sample = dataset[index]
-        image = sample["image"].numpy()
+        image = sample["image"]
         panels = [
             draw_polygons(draw_polygons(image, text), illegible, DONT_CARE_COLOR),
-            cv2.cvtColor(sample["prob_map"].numpy() * 255, cv2.COLOR_GRAY2RGB),
-            cv2.applyColorMap(sample["thresh_levels"].numpy(), cv2.COLORMAP_VIRIDIS)[..., ::-1],
+            cv2.cvtColor(sample["prob_map"] * 255, cv2.COLOR_GRAY2RGB),
+            cv2.applyColorMap(sample["thresh_levels"], cv2.COLORMAP_VIRIDIS)[..., ::-1],
         ]
         size = Letterbox(image.shape[1], image.shape[0], side).resized
         row = np.zeros((side, 3 * side, 3), np.uint8)

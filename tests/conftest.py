@@ -34,7 +34,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(rendered: Path) -> Config:
     """A network and images small enough for a step in a fraction of a second."""
     return Config.from_preset(
-        "lite",
+        "demo",
         data=str(rendered),
         weights="none",
         image_size=128,

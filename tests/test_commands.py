@@ -76,7 +76,8 @@ def data(rendered, tmp_path):
 
 def test_a_run_writes_its_files(place):
     run = place / "runs" / "first"
-    assert {path.name for path in run.iterdir()} == {"best.pt", "last.pt", "config.json", "log.jsonl"}
+    files = {path.name for path in run.iterdir() if not path.name.startswith("events.out.tfevents")}
+    assert files == {"best.pt", "last.pt", "config.json", "log.jsonl", "curves.png"}
     [row] = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     assert row["epoch"] == 1 and row["batch"] == "2 x 1"
     assert {"total_loss", "prob_loss", "lr", "precision", "recall", "hmean", "images_per_second"} <= row.keys()
@@ -224,6 +225,20 @@ def test_a_submission_scores_what_its_checkpoint_scores(place, tmp_path):
     assert ours == theirs
 
 
+def test_without_a_run_the_weights_that_ship_are_taken(place, tmp_path):
+    for name in ("dbnet", "predict.py"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    arguments = [sys.executable, "predict.py", "--images", place / "data/datasets/images/test"]
+    without = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+    refused(without, "weights/lite.pt")
+    (tmp_path / "weights").mkdir()
+    shutil.copy(place / "runs/first/best.pt", tmp_path / "weights/lite.pt")
+    result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("no run in runs/") and "weights/lite.pt" in result.stdout
+    assert len(read_submission(tmp_path / "submission.csv")) == 2
+
+
 def test_detections_score_alike_in_every_format(place, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
 
@@ -306,7 +321,7 @@ def test_prediction_goes_on_with_an_empty_row_for_a_broken_image(place, data, tm
 
 
 def test_a_mistake_ends_the_process_with_status_2_and_one_line(tmp_path):
-    refused(command("predict.py", "--images", tmp_path, cwd=tmp_path), "runs/: holds no best.pt")
+    refused(command("predict.py", "absent.pt", cwd=tmp_path), "absent.pt: no such checkpoint")
     refused(command("train.py", "--preset", "v9", cwd=tmp_path), "v9", "v1")
 
 
@@ -345,7 +360,7 @@ def test_mistakes_of_evaluate_and_predict(place, tmp_path, typed):
     refused(typed("evaluate.py", checkpoint, "--tune", "--tune-picture", "absent/a.png", cwd=place), "absent/a.png")
     refused(typed("evaluate.py", checkpoint, "--tune", "--tune-picture", "a.gif", cwd=place), "a.gif", ".png")
     refused(typed("evaluate.py", checkpoint, "--backbone", "resnet18", cwd=place), "another architecture")
-    refused(typed("predict.py", cwd=tmp_path), "runs/: holds no best.pt")
+    refused(typed("evaluate.py", checkpoint, "--submission", "a.csv", cwd=place), "--submission")
     refused(typed("predict.py", checkpoint, "--images", tmp_path / "empty", cwd=place), "holds no images")
     refused(typed("predict.py", checkpoint, "--images", tmp_path / "absent", cwd=place), "no such file or folder")
     refused(typed("predict.py", checkpoint, "--out", tmp_path / "a.txt", cwd=place), "a.txt", "--out-format")

@@ -10,12 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbnet import Detector
 from dbnet.checkpoint import load_checkpoint, load_model, load_weights, save_checkpoint, start_from
 from dbnet.config import PRESETS
 from dbnet.dataset import Batches, TextDataset, make_loader
+from dbnet.ensemble import Ensemble
 from dbnet.errors import UserError
-from dbnet.images import read_image
 from dbnet.inference import Pipeline
 from dbnet.loss import balanced_cross_entropy, db_loss, hardest
 from dbnet.model import DBNet, Maps
@@ -197,18 +196,6 @@ def test_init_from_what_does_not_fit_at_all_is_refused(checkpoint, small):
             start_from(model, {**content, "model": weights}, checkpoint)
 
 
-def test_the_detector_takes_a_path_or_pixels(checkpoint, rendered):
-    detector = Detector.load(checkpoint, device="cpu", box_thresh=0.0, thresh=0.4)
-    path = next((rendered / "images" / "test").iterdir())
-    from_path = detector.detect(path)
-    from_pixels = detector.detect(read_image(path)[0])
-    assert len(from_path) == len(from_pixels)
-    for ours, theirs in zip(from_path, from_pixels, strict=True):
-        assert np.array_equal(ours.polygon, theirs.polygon) and ours.score == theirs.score
-    with pytest.raises(UserError, match="uint8 RGB"):
-        detector.detect(np.zeros((4, 4)))
-
-
 def test_a_checkpoint_of_v0_is_a_network_of_v1(tmp_path):
     v0, v1 = PRESETS["v0"].changed(weights="none"), PRESETS["v1"].changed(weights="none")
     trained = DBNet(v0)
@@ -227,14 +214,15 @@ def test_polygons_made_in_other_processes_are_the_same(small):
     config = small.changed(batch_size=1, box_thresh=0.0, thresh=0.5)  # an untrained network finds something everywhere
     dataset = TextDataset(config, "val", train=False)
     model = DBNet(config)
-    here, beside = (Pipeline(dataset, config, torch.device("cpu")) for _ in range(2))
+    network = Ensemble.of(model, config, torch.device("cpu"))
+    here, beside = (Pipeline(dataset, config, network.device) for _ in range(2))
     beside.loader = make_loader(Batches(dataset, 1), workers=1, pin_memory=False)
     beside._extractors = ProcessPoolExecutor(1)
-    ours, theirs = ({found.index: found for found in pipeline.detect(model)} for pipeline in (here, beside))
+    ours, theirs = ({found.index: found for found in pipeline.detect(network)} for pipeline in (here, beside))
     assert sorted(ours) == sorted(theirs) == list(range(len(dataset)))
     assert any(found.polygons for found in ours.values())
     for index, found in ours.items():
         assert found.scores == theirs[index].scores
         for polygon, other in zip(found.polygons, theirs[index].polygons, strict=True):
             assert np.array_equal(polygon, other)
-    assert here.evaluate(model).per_image.keys() == {path.name for path in dataset.paths}
+    assert here.evaluate(network).per_image.keys() == {path.name for path in dataset.paths}

@@ -1,6 +1,9 @@
 """The training loop: schedule, precision, steps that are not finite, and learning at all."""
 
 import copy
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,3 +142,33 @@ def test_a_validation_without_detections_says_what_to_look_at():
     assert "not finite" in advice([word], [], float("nan"))
     assert advice([word], [word], 0.9) is None
     assert advice([], [], 0.1) is None  # no text, none found
+
+
+@pytest.mark.parametrize("preset", ["v2", "v3", pytest.param("best", marks=pytest.mark.long)])
+def test_an_epoch_of_the_large_presets_on_real_receipts(receipts, preset, tmp_path, monkeypatch):
+    """At 96 px, on four receipts; multi-scale where the preset is, with its accumulation, fusion and average."""
+    if preset == "best":
+        pytest.importorskip("timm")
+    content = json.loads((receipts / "jsons" / "train.json").read_text())
+    content["images"] = dict(list(content["images"].items())[:4])
+    for split in ("train", "val"):
+        (tmp_path / "data" / "images" / split).mkdir(parents=True)
+        (tmp_path / "data" / "jsons").mkdir(exist_ok=True)
+        (tmp_path / "data" / "jsons" / f"{split}.json").write_text(json.dumps(content))
+        for name in content["images"]:
+            shutil.copy(receipts / "images" / "train" / name, tmp_path / "data" / "images" / split)
+    monkeypatch.chdir(tmp_path)
+    config = PRESETS[preset].changed(
+        data="data",
+        weights="none",
+        image_size=96,
+        train_sizes=(64, 96) if PRESETS[preset].train_sizes else (),
+        batch_size=1,
+        epochs=1,
+        workers=0,
+    )
+    train.train(config, Path("runs/tiny"))
+    [row] = map(json.loads, Path("runs/tiny/log.jsonl").read_text().splitlines())
+    assert row["epoch"] == 1 and row["total_loss"] > 0 and row["skipped_steps"] == 0
+    assert row["batch"] == "1 x 4"
+    assert Path("runs/tiny/best.pt").exists()

@@ -1,0 +1,174 @@
+"""Networks that look at an image together: the mean probability map of several checkpoints, sizes and mirror images.
+
+    ensemble = Ensemble.load([Path("a.pt"), Path("b.pt")], {"tta": True})
+    prob_maps = ensemble.infer(images, sizes, BatchPlan(8))    # goes to the device and returns at once
+    prob_maps()                                                # (N, height, width) uint8, once they have arrived
+
+Each network sees images of its own size. Its map is brought to the geometry of the first one's, image by image, and
+they are averaged as float32 on the device; a single look at an image passes through untouched.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dbnet.checkpoint import load_model
+from dbnet.config import Config
+from dbnet.device import pick_amp_dtype, pick_device
+from dbnet.geometry import Letterbox, padded
+from dbnet.memory import BatchPlan
+
+TTA_SCALES = (1.0, 0.75, 1.25)
+"""Sizes of test-time augmentation, as multiples of image_size."""
+
+
+class View(NamedTuple):
+    """One look at an image, whose probability map counts in the average."""
+
+    model: nn.Module
+    """the network: (N, height, width, 3) uint8 images in, (N, height, width) float32 probabilities out"""
+
+    side: int
+    """longer side of the image that it sees, in pixels"""
+
+    flip: bool = False
+    """whether it sees the mirror image"""
+
+
+class Ensemble:
+    """One view of an image, or several whose probability maps are averaged, each with the same weight.
+
+    `config` is the first network's: it says how large the maps are, how precisely they are computed, and how they
+    become polygons.
+    """
+
+    def __init__(self, views: Sequence[View], config: Config, device: torch.device) -> None:
+        self.views = list(views)
+        self.config = config
+        self.device = device
+        self.sides = (config.image_size, *sorted({view.side for view in views} - {config.image_size}))
+
+    @classmethod
+    def of(cls, model: nn.Module, config: Config, device: torch.device) -> Self:
+        """A single network that looks once, whatever `config.tta` says: what training is validated with."""
+        return cls([View(model, config.image_size)], config, device)
+
+    @classmethod
+    def load(cls, paths: Sequence[Path], changes: dict[str, Any]) -> Self:
+        """The networks of these checkpoints, on the device of the first one's configuration.
+
+        `changes` to the configuration hold for all of them. With `tta`, each looks at TTA_SCALES, and at mirror images
+        too if it was trained with them.
+
+        Raises UserError where a file is no checkpoint or the device does not exist.
+        """
+        loaded = [load_model(path, changes)[:2] for path in paths]
+        config = loaded[0][1]
+        device = pick_device(config.device)
+        views = []
+        for model, own in loaded:
+            model.to(device, memory_format=torch.channels_last)
+            scales = TTA_SCALES if config.tta else (1.0,)
+            flips = (False, True) if config.tta and own.flip_p else (False,)
+            sides = [padded(round(scale * own.image_size)) for scale in scales]
+            views += [View(model, side, flip) for side in sides for flip in flips]
+        return cls(views, config, device)
+
+    def __str__(self) -> str:
+        """What looks at an image, for the line that a script prints: `resnet34, 1024 px`."""
+        networks = len({view.model for view in self.views})
+        of = f"{networks} networks" if networks > 1 else self.config.backbone
+        px = " + ".join(map(str, sorted(self.sides)))
+        return f"{of}, {px} px" + (f", {len(self.views)} views" if len(self.views) > networks else "")
+
+    @torch.inference_mode()
+    def infer(
+        self, images: Sequence[np.ndarray | Tensor], sizes: list[tuple[int, int]], plan: BatchPlan
+    ) -> Callable[[], np.ndarray]:
+        """Probability maps of a batch, `plan.micro_batch` images at a time, without waiting for the device.
+
+        Args:
+            images: for each of `sides`, (N, height, width, 3) uint8 RGB at that size, padded below and beside.
+            sizes: (width, height) of each original image.
+
+        Returns a function that waits for the maps and gives them: (N, height, width) uint8, probability x 255, in the
+        geometry of the first size.
+        """
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = False  # each shape of a batch would be measured anew
+        for view in self.views:
+            if view.model.training:
+                view.model.eval()
+        batches = {side: torch.as_tensor(batch) for side, batch in zip(self.sides, images, strict=True)}
+        micro_batches = range(0, len(sizes), plan.micro_batch)
+        prob_maps = torch.cat(
+            [
+                self._mean_map(
+                    {side: batch[start : start + plan.micro_batch] for side, batch in batches.items()},
+                    sizes[start : start + plan.micro_batch],
+                )
+                for start in micro_batches
+            ]
+        )
+        if self.device.type == "cpu":
+            return prob_maps.numpy
+        on_host = torch.empty(prob_maps.shape, dtype=torch.uint8, pin_memory=True)
+        on_host.copy_(prob_maps, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+        def prob_maps_on_host() -> np.ndarray:
+            arrived.synchronize()
+            return on_host.numpy()
+
+        return prob_maps_on_host
+
+    def _mean_map(self, images: dict[int, Tensor], sizes: list[tuple[int, int]]) -> Tensor:
+        """(N, height, width) uint8 on the device: the mean over the views of images that are given at each size."""
+        amp_dtype = pick_amp_dtype(self.config, self.device)
+        resized = {side: [Letterbox(*size, side).resized for size in sizes] for side in self.sides}
+        first, shape = self.sides[0], images[self.sides[0]].shape[1:3]
+        total: Tensor | None = None
+        for view in self.views:
+            batch = images[view.side].to(self.device, non_blocking=True)
+            if view.flip:
+                batch = mirrored(batch, resized[view.side])
+            with torch.autocast(self.device.type, amp_dtype, enabled=amp_dtype is not None):
+                prob_map = view.model(batch).nan_to_num()
+            if view.flip:
+                prob_map = mirrored(prob_map, resized[view.side])
+            if view.side != first:
+                prob_map = fitted(prob_map, resized[view.side], resized[first], shape)
+            total = prob_map if total is None else total.add_(prob_map)
+        return (total * (255 / len(self.views))).round().to(torch.uint8)
+
+
+def mirrored(batch: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
+    """(N, height, width, ...) images or maps, each with the (width, height) that it fills mirrored left and right.
+
+    The padding stays where it is, as the network has seen it in training.
+    """
+    mirrored = batch.clone()
+    for image, (width, _) in zip(mirrored, sizes, strict=True):
+        image[:, :width] = image[:, :width].flip(1)
+    return mirrored
+
+
+def fitted(
+    prob_maps: Tensor, sizes: list[tuple[int, int]], new_sizes: list[tuple[int, int]], shape: tuple[int, int]
+) -> Tensor:
+    """(N, *shape) maps: of each of the (N, height, width) `prob_maps` the (width, height) that it fills, resized.
+
+    The corners of what is filled fall on corners, so that maps of one image lie on each other whatever their sizes.
+    """
+    fitted = prob_maps.new_zeros(len(prob_maps), *shape)
+    for new, old, (width, height), (new_width, new_height) in zip(fitted, prob_maps, sizes, new_sizes, strict=True):
+        new[:new_height, :new_width] = F.interpolate(
+            old[None, None, :height, :width], size=(new_height, new_width), mode="bilinear", antialias=True
+        )
+    return fitted

@@ -1,0 +1,91 @@
+"""Export a checkpoint to the ONNX format, for programs without PyTorch.
+
+    python export.py runs/NAME/best.pt --onnx best.onnx
+    python predict.py best.onnx --images photos/            on ONNX Runtime
+
+The file holds the network, for batches and images of any size, and its configuration, which flags change. Where
+onnxruntime is installed the file is checked: it must find the same polygons as the checkpoint.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dbnet.config import ArgumentParser, Config
+from dbnet.errors import UserError, run_script
+
+if TYPE_CHECKING:
+    from dbnet.model import DBNet
+
+TOLERANCE = 1e-4  # largest difference of a probability
+SHAPES = ((1, 64, 64, 3), (2, 96, 160, 3))  # of the random images that the probabilities are compared on
+
+
+def main() -> None:
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint to export")
+    parser.add_argument("--onnx", type=Path, required=True, metavar="FILE.onnx", help="where to")
+    parser.add_config_flags()
+    args, changes = parser.parse()
+    if args.onnx.suffix.lower() != ".onnx":
+        raise UserError(f"--onnx {args.onnx}: name a file that ends in .onnx; predict.py knows it by that")
+
+    # Imported here, so that --help and a mistaken command line answer at once.
+    from dbnet.checkpoint import load_model
+    from dbnet.files import check_writable
+    from dbnet.onnx import write_onnx
+
+    check_writable(args.onnx)
+    model, config, _ = load_model(args.checkpoint, changes | {"compile": False})
+    if config.tta:
+        print("a .onnx file looks at an image once: test-time augmentation is left out")
+        config = config.changed(tta=False)
+    write_onnx(args.onnx, model, config)
+    print(f"{args.onnx}: {config.backbone}, {config.image_size} px, {args.onnx.stat().st_size / 1e6:.1f} MB")
+    if find_spec("onnxruntime"):
+        check(args.onnx, model, config)
+    else:
+        print("not checked against PyTorch; for that: pip install onnxruntime")
+
+
+def check(path: Path, model: "DBNet", config: Config) -> None:
+    """Compare the exported file with the network: probabilities of random images, and polygons of a rendered receipt.
+
+    Where they differ the file is deleted and UserError raised: of some backbones, the Swin Transformers among them,
+    the exporter keeps the sizes of its example.
+    """
+    import numpy as np
+    import torch
+
+    from dbnet.detector import Detector
+    from dbnet.ensemble import Ensemble
+    from dbnet.onnx import OnnxNetwork
+    from dbnet.synth import render_receipt
+
+    exported = OnnxNetwork(path, {})
+    rng = np.random.default_rng(0)
+    difference = 0.0
+    for shape in SHAPES:
+        images = rng.integers(0, 256, shape, dtype=np.uint8)
+        with torch.inference_mode():
+            expected = model(torch.from_numpy(images)).numpy()
+        difference = max(difference, float(np.abs(exported.probabilities(images) - expected).max()))
+    receipt, _ = render_receipt(rng, config.image_size)
+    ours, theirs = (
+        Detector(network).detect(receipt) for network in (Ensemble.of(model, config, torch.device("cpu")), exported)
+    )
+    same = len(ours) == len(theirs) and all(
+        map(np.array_equal, *([t.polygon for t in found] for found in (ours, theirs)))
+    )
+    if not difference <= TOLERANCE or not same:
+        path.unlink()
+        raise UserError(
+            f"{path}: not kept: ONNX Runtime finds {len(theirs)} polygons where PyTorch finds {len(ours)}, with a "
+            f"largest difference of {difference:.0e}; these versions of torch and onnxruntime cannot export a "
+            f"{config.backbone}"
+        )
+    print(f"checked: probabilities within {difference:.0e} of PyTorch's, and the same {len(ours)} polygons")
+
+
+if __name__ == "__main__":
+    run_script(main)

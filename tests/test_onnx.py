@@ -1,0 +1,127 @@
+"""Networks in the ONNX format: the same polygons, without PyTorch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dbnet.checkpoint import load_model, save_checkpoint
+from dbnet.config import Config
+from dbnet.dataset import TextDataset
+from dbnet.ensemble import Ensemble
+from dbnet.errors import UserError
+from dbnet.inference import Pipeline, load_network, shipped_weights
+from dbnet.model import DBNet
+from dbnet.onnx import OnnxNetwork, write_onnx
+from dbnet.submission import read_submission
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def exported(rendered, tmp_path_factory):
+    """A checkpoint, and what `export.py` made of it."""
+    folder = tmp_path_factory.mktemp("exported")
+    torch.manual_seed(0)
+    config = Config.from_preset(
+        "lite", data=str(rendered), weights="none", image_size=128, batch_size=2, thresh=0.5, box_thresh=0.0
+    )
+    save_checkpoint(folder / "best.pt", config, DBNet(config))
+    result = run("export.py", "best.pt", "--onnx", "best.onnx", "--box-thresh", "0.1", "--tta", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "test-time augmentation is left out" in result.stdout and "checked: probabilities within" in result.stdout
+    return folder
+
+
+def run(script, *arguments, cwd, without_torch=False):
+    """Run a script; with `without_torch`, one that imports PyTorch fails."""
+    start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import runpy; "
+    block = "sys.modules['torch'] = sys.modules['torchvision'] = None; " if without_torch else ""
+    code = f"{start}{block}runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+def test_a_file_takes_batches_of_any_size_and_holds_the_configuration(exported):
+    model, config, _ = load_model(exported / "best.pt", {})
+    network = OnnxNetwork(exported / "best.onnx", {"min_size": 5.0})
+    assert network.config == config.changed(box_thresh=0.1, min_size=5.0)
+    for shape in ((1, 32, 32, 3), (3, 64, 160, 3)):
+        images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        with torch.inference_mode():
+            expected = model(torch.from_numpy(images)).numpy()
+        assert np.abs(network.probabilities(images) - expected).max() < 1e-4
+
+
+def test_predict_and_evaluate_run_without_torch(exported, rendered):
+    scores = []
+    for network, without_torch in (("best.onnx", True), ("best.pt", False)):
+        out = ["--box-thresh=0.1", "--data", rendered]
+        predicted = run(
+            "predict.py", network, "--out", f"{network}.csv", *out, cwd=exported, without_torch=without_torch
+        )
+        assert predicted.returncode == 0, predicted.stderr
+        scored = run("evaluate.py", network, "--json", "a.json", *out, cwd=exported, without_torch=without_torch)
+        assert scored.returncode == 0, scored.stderr
+        scores.append(json.loads((exported / "a.json").read_text())["hmean"])
+    ours, theirs = (read_submission(exported / f"{name}.csv") for name in ("best.onnx", "best.pt"))
+    assert list(ours) == list(theirs) and any(ours.values())
+    assert scores[0] == pytest.approx(scores[1], abs=0.01)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_b3"])
+def test_other_backbones_can_be_exported(backbone, tmp_path):
+    torch.manual_seed(0)
+    config = Config.from_preset("lite", backbone=backbone, weights="none")
+    model = DBNet(config).eval()
+    write_onnx(tmp_path / "a.onnx", model, config)
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 32, 3), dtype=np.uint8)
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(images)).numpy()
+    assert np.abs(OnnxNetwork(tmp_path / "a.onnx", {}).probabilities(images) - expected).max() < 1e-4
+
+
+def test_onnx_and_pytorch_find_the_same_polygons_on_real_receipts(receipts, tmp_path):
+    try:
+        weights = shipped_weights()
+    except UserError as error:
+        pytest.skip(str(error))
+    model, config, _ = load_model(weights, {"data": str(receipts), "tta": False})
+    write_onnx(tmp_path / "lite.onnx", model, config)
+    dataset = TextDataset(config, "val", train=False)
+    del dataset.paths[20:]
+    found = []
+    for network in (Ensemble.of(model, config, CPU), OnnxNetwork(tmp_path / "lite.onnx", {})):
+        found.append({each.index: each.polygons for each in Pipeline(dataset, config, "cpu").detect(network)})
+    assert sum(map(len, found[0].values())) > 20 * 20
+    for index in range(20):
+        ours, theirs = ({tuple(polygon.ravel().tolist()) for polygon in each[index]} for each in found)
+        assert ours == theirs, dataset.paths[index]
+
+
+def test_what_a_file_cannot_do_is_said(exported, tmp_path):
+    path = exported / "best.onnx"
+    (tmp_path / "a.onnx").write_bytes(path.read_bytes()[:5000])
+    for paths, changes, words in (
+        ([path], {"tta": True}, "--tta needs the checkpoint"),
+        ([path], {"device": "cuda"}, r"--device cuda: .*runs on the CPU"),
+        ([path], {"backbone": "resnet18"}, r"--backbone: the network of .* is what it is"),
+        ([path, exported / "best.pt"], {}, "runs alone"),
+        ([tmp_path / "absent.onnx"], {}, r"absent\.onnx: no such file"),
+        ([tmp_path / "a.onnx"], {}, r"a\.onnx: not an ONNX file, or a damaged one"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            load_network(paths, changes)
+        assert "\n" not in str(caught.value)
+    refused = run("export.py", "best.pt", "--onnx", "best.bin", cwd=exported)
+    assert refused.returncode == 2 and "ends in .onnx" in refused.stderr

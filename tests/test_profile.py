@@ -1,0 +1,133 @@
+"""--profile: every plan of the fallback has its row, measured or with the reason why not."""
+
+import re
+import time
+
+import pytest
+import torch
+from test_commands import command
+
+import train
+from dbnet import profile
+from dbnet.config import Config
+from dbnet.dataset import Batches, TextDataset, make_loader
+from dbnet.profile import Case, Measured, fallback_cases, measure_case, measure_cases, synthetic_batch
+
+CPU = torch.device("cpu")
+
+
+def test_the_command_measures_each_batch_of_the_fallback(rendered, tmp_path):
+    flags = ["--preset", "lite", "--image-size", "64", "--batch-size", "2", "--accumulate", "3", "--epochs", "9"]
+    result = command("train.py", *flags, "--profile", "--data", rendered, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines() if " px " in line]
+    assert [" ".join(row[: row.index("off")]) for row in rows] == ["* 64 px 2 x 3", "64 px 1 x 6"]
+    for row in rows:
+        memory, speed, minutes, unit = row[row.index("off") + 1 :][:4]
+        memory, speed, minutes = float(memory), float(speed), float(minutes)
+        assert 0.01 < memory < 4 and unit == "min"
+        assert minutes == pytest.approx(9 * 6 / speed / 60, abs=0.06)
+        assert re.search(r"\d steps? of [12] x 2$", " ".join(row))
+    assert f"6 images each ({rendered})" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cases_are_the_fallback_in_its_order():
+    cases = fallback_cases(Config.from_preset("v1"), CPU)
+    assert cases[:4] == [
+        Case("off", 1024, 8, 2),
+        Case("off", 1024, 4, 4),
+        Case("off", 1024, 2, 8),
+        ("off", 1024, 1, 16),
+    ]
+    assert [case.image_size for case in cases[::4]] == [1024, 896, 800]
+    assert len(fallback_cases(Config.from_preset("v0", batch_size=1), CPU)) == 1
+    assert {case.amp for case in fallback_cases(Config.from_preset("v0", amp="bf16"), CPU)} == {"bf16"}
+
+
+def test_a_synthetic_batch_is_like_one_of_the_loader(small):
+    [real, *_] = make_loader(Batches(TextDataset(small, "train", train=True), small.batch_size), 0, False)
+    synthetic = synthetic_batch(small)
+    for name in ("image", "prob_map", "thresh_levels", "mask", "side"):
+        assert synthetic[name].shape == real[name].shape and synthetic[name].dtype == real[name].dtype, name
+    assert 0.02 < synthetic["prob_map"].float().mean() < 0.5 and synthetic["thresh_levels"].max() == 255
+
+
+def exhaust(training, batches, config, device):
+    """A step that runs out of memory where the allocator notices: more than any machine has."""
+    if len(batches) > 1:
+        torch.empty(2**50, dtype=torch.uint8)
+
+
+def die(training, batches, config, device):
+    """A step during which the system ends the process, as it does when the host's memory is used up."""
+    import os
+    import signal
+
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def grow(training, batches, config, device):
+    """A step that takes 64 MiB an image and gives them back."""
+    torch.ones(len(batches) * config.batch_size * 2**26, dtype=torch.uint8)
+
+
+def start_nothing(config, device, plan):
+    return None
+
+
+def test_a_first_step_that_takes_long_stands_alone(small, monkeypatch):
+    monkeypatch.setattr(profile, "_STEP_SECONDS", 0.02)
+    sleeps = []
+
+    def sleep(training, batches, config, device):
+        sleeps.append(len(batches))
+        time.sleep(0.05)
+
+    config = small.changed(image_size=64, batch_size=2, accumulate=2)
+    measured = profile.run_steps(config, CPU, start_nothing, sleep)
+    assert sleeps == [1] and (measured.steps, measured.micro_batches) == (0, 1)
+    assert 5 < measured.images_per_second <= 40
+    monkeypatch.setattr(profile, "_STEP_SECONDS", 60)
+    measured = profile.run_steps(config, CPU, start_nothing, sleep)
+    assert sleeps == [1, 1, *[2] * 5] and (measured.steps, measured.micro_batches) == (5, 2)
+
+
+@pytest.mark.parametrize(("step", "words"), [(exhaust, "out of memory"), (die, "the system ended the process")])
+def test_out_of_memory_is_a_row(small, step, words):
+    result = measure_case(small, Case("off", 64, 1, 2), CPU, start_nothing, step)
+    assert isinstance(result, str) and words in result
+
+
+def test_the_memory_of_a_case_is_the_growth_of_its_own_process(small):
+    sizes = [measure_case(small, Case("off", 64, batch, 2), CPU, start_nothing, grow).memory_gb for batch in (2, 1)]
+    assert sizes == pytest.approx([2 * 2 * 2**26 / 1e9, 2 * 2**26 / 1e9], abs=0.04)
+
+
+def test_what_has_no_room_or_no_time_is_not_begun_and_says_so(small, monkeypatch):
+    """Of two images and of one, the latter known to take 1 GB and half a second."""
+    config = small.changed(image_size=64, batch_size=2)
+    measured = Measured(1.0, 2.0, 1, 1)
+    monkeypatch.setattr(profile, "measure_case", lambda *_: measured)
+    monkeypatch.setattr(profile, "free_host_gb", lambda: 1.5)
+    assert list(measure_cases(config, CPU, train.start, train.optimizer_step).values()) == [
+        "no: needs about 2.0 GB, and 1.5 GB are free",
+        measured,
+    ]
+    monkeypatch.setattr(profile, "free_host_gb", lambda: 99.0)
+    monkeypatch.setitem(profile._LIMIT_SECONDS, "cpu", 1.5)
+    begun = time.monotonic()
+    assert list(measure_cases(config, CPU, train.start, train.optimizer_step).values()) == [
+        "no: about 2 s more, and 2 s are the limit",
+        measured,
+    ]
+    assert time.monotonic() - begun < 1
+
+
+def test_a_micro_batch_that_does_not_fit_is_not_halved_while_it_is_measured(small):
+    plan = profile._OnlyPlan(4, 1, 128)
+    training = train.start(small, CPU, plan)
+    training.model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("injected")))
+    with pytest.raises(MemoryError, match="4 x 1 does not fit"):
+        train.optimizer_step(training, [synthetic_batch(small)], small, CPU)
+    assert plan.micro_batch == 4
