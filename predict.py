@@ -50,7 +50,7 @@ def main() -> None:
         help="format of that file (by its suffix)",
     )
     parser.add_argument("--overlays", type=Path, metavar="DIR", help="also write each image with its polygons here")
-    parser.add_config_flags()
+    parser.add_config_flags(of_checkpoint=True)
     args, changes = parser.parse()
 
     # Imported here, so that --help and a mistaken command line answer at once.

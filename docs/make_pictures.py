@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint whose maps are shown")
     parser.add_argument("--image", type=Path, metavar="FILE", help="an image to show in place of a rendered receipt")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, metavar="DIR", help="where to (docs/)")
-    parser.add_config_flags()
+    parser.add_config_flags(of_checkpoint=True)
     args, changes = parser.parse()
     model, config, _ = load_model(args.checkpoint, changes)
     make_folder(args.out)
