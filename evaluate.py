@@ -9,11 +9,13 @@
     python evaluate.py runs/NAME/best.pt --compare scores.json what got better and worse since those scores
     python evaluate.py runs/NAME/best.pt --tune                which thresholds and unclip ratio would be best
     python evaluate.py runs/NAME/best.pt --tune --save         and keep them in the checkpoint, if they really are
+    torchrun --nproc-per-node 4 -- evaluate.py runs/NAME/best.pt  on four GPUs
 
 Precision, recall and H-Mean are means over the images. A checkpoint carries its configuration; flags override it.
 """
 
 import argparse
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +65,10 @@ def main() -> None:
     check_tuning_flags(args, changes)
 
     # Imported here, so that --help and a mistaken command line answer at once.
+    from dbnet import distributed
     from dbnet.files import check_writable
 
+    distributed.join()
     for path in filter(None, (args.json, args.report)):
         check_writable(path)
     if args.tune:
@@ -96,6 +100,7 @@ def check_tuning_flags(args: argparse.Namespace, changes: dict[str, Any]) -> Non
 
 def score(args: argparse.Namespace, changes: dict[str, Any]) -> None:
     """Score the checkpoint or the submission, and show and write what was asked for."""
+    from dbnet import distributed
     from dbnet.comparison import Comparison
     from dbnet.files import write_json
     from dbnet.report import Report
@@ -103,7 +108,11 @@ def score(args: argparse.Namespace, changes: dict[str, Any]) -> None:
     comparison = Comparison.read(args.compare) if args.compare else None
     report = Report() if args.report else None
     evaluate = evaluate_submission if args.submission else evaluate_checkpoint
+    if args.submission and not distributed.is_first():
+        return
     evaluation = evaluate(args, changes, report, comparison)
+    if not distributed.is_first():
+        return
     print(evaluation.table())
     if comparison:
         comparison.compare(evaluation.per_image)
@@ -119,12 +128,13 @@ def score(args: argparse.Namespace, changes: dict[str, Any]) -> None:
 def open_network(args: argparse.Namespace, changes: dict[str, Any]) -> "tuple[Network, Pipeline]":
     """The network, and the pipeline that runs it over the split."""
     from dbnet.dataset import TextDataset
+    from dbnet.distributed import say
     from dbnet.inference import Pipeline, load_network
 
     network = load_network(args.checkpoints, changes)
     config = network.config
     dataset = TextDataset(config, args.split, train=False)
-    print(f"{names(args.checkpoints)} ({network}) on {args.split} of {config.data}, {network.device}")
+    say(f"{names(args.checkpoints)} ({network}) on {args.split} of {config.data}, {network.device}")
     return network, Pipeline(dataset, config, network.device)
 
 
@@ -137,13 +147,20 @@ def evaluate_checkpoint(
     args: argparse.Namespace, changes: dict[str, Any], report: "Report | None", comparison: "Comparison | None"
 ) -> "Evaluation":
     """Run the network over the split and score what it finds."""
+    from dbnet.distributed import say
+    from dbnet.evaluation import advise_on_collapse
+
     network, pipeline = open_network(args, changes)
     if comparison:
         comparison.check_shares(path.name for path in pipeline.dataset.paths)
     if report:
         report.title = f"{names(args.checkpoints)} on {args.split}"
         report.settings = {field: getattr(pipeline.config, field) for field in REPORTED}
-    return pipeline.evaluate(network, report=report)
+    evaluation = pipeline.evaluate(network, report=report)
+    advice = advise_on_collapse(evaluation.compute(), evaluation.highest, pipeline.config)
+    if advice:
+        say(advice)
+    return evaluation
 
 
 def evaluate_submission(
@@ -190,6 +207,7 @@ def tune_checkpoint(args: argparse.Namespace, changes: dict[str, Any]) -> None:
     """Run the network over the split once, score all combinations of post-processing values, and show the best."""
     from tqdm import tqdm
 
+    from dbnet import distributed
     from dbnet.dataset import count_workers
     from dbnet.files import check_writable, write_json
     from dbnet.overlay import write_image
@@ -207,6 +225,9 @@ def tune_checkpoint(args: argparse.Namespace, changes: dict[str, Any]) -> None:
         pages.append(Page(name, found.prob_map, dataset.size(found.index), annotation))
         if found.error:
             print(f"counts 0: {found.error}")
+    pages = list(chain.from_iterable(distributed.gather(pages)))
+    if not distributed.is_first():
+        return
     tuning = tune(pages, config, workers=count_workers(config))
     print(tuning.table(config))
     write_image(picture, draw_tuning(tuning))

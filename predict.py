@@ -6,6 +6,8 @@
     python predict.py runs/NAME/best.pt --images photos/ --overlays overlays/
     python predict.py runs/NAME/best.pt --images a.jpg b.png --box-thresh 0.35
     python predict.py --images scans/*.pdf 'photos/**/*.jpg' --out found.json
+    python predict.py --images photos/ --resume                    go on with a prediction that was cut short
+    torchrun --nproc-per-node 4 -- predict.py --images photos/     on four GPUs
 
 The CSV has a row for each image, `filename,polygons`: polygons separated by `|`, each `x1 y1 x2 y2 ...` in whole
 pixels of the image as a viewer shows it. Other formats, by the suffix of --out or --out-format:
@@ -15,13 +17,16 @@ pixels of the image as a viewer shows it. Other formats, by the suffix of --out 
     .zip    icdar         res_NAME.txt for each image, lines of x1,y1,...,xn,yn (ICDAR 2015 wants --use-polygon false)
             coco          COCO annotations with scores, whose list of annotations is COCO's results
 
-The file is written whole or not at all. A page of a PDF is an image called FILE.pdf#page=NUMBER, in pixels at 200 dpi.
+The file is written whole or not at all; until then, OUT.rankN.partial hold the results so far. A page of a PDF is an
+image called FILE.pdf#page=NUMBER, in pixels at 200 dpi.
 """
 
 from pathlib import Path
 
 from dbnet.config import ArgumentParser
 from dbnet.errors import run_script
+
+SETTINGS_APART = {"batch_size", "cache_gb", "compile", "data", "device", "workers"}  # results do not depend on these
 
 
 def main() -> None:
@@ -50,21 +55,25 @@ def main() -> None:
         help="format of that file (by its suffix)",
     )
     parser.add_argument("--overlays", type=Path, metavar="DIR", help="also write each image with its polygons here")
+    parser.add_argument("--resume", action="store_true", help="go on with a prediction for --out that was cut short")
     parser.add_config_flags(of_checkpoint=True)
     args, changes = parser.parse()
 
     # Imported here, so that --help and a mistaken command line answer at once.
     from tqdm import tqdm
 
+    from dbnet import distributed
     from dbnet.annotations import Annotation, find_images_at, read_image_paths
     from dbnet.dataset import ImageDataset
     from dbnet.files import check_writable, make_folder
     from dbnet.images import name_stem, read_image, read_size
     from dbnet.inference import Pipeline, load_network
     from dbnet.overlay import draw_polygons, write_image
+    from dbnet.partial import Partial
     from dbnet.submission import choose_format, write_detections
 
-    checkpoints = args.checkpoints or [default_checkpoint()]
+    distributed.join()
+    checkpoints = args.checkpoints or [distributed.from_first(default_checkpoint)]
     network = load_network(checkpoints, changes)
     config = network.config
     paths = find_images_at(args.images) if args.images else read_image_paths(Path(config.data), "test", config.format)
@@ -72,23 +81,39 @@ def main() -> None:
     check_writable(args.out)
     if args.overlays:
         make_folder(args.overlays)
-    print(f"{' '.join(map(str, checkpoints))} ({network}) on {len(paths)} images, {network.device}")
-
-    rows = {path.name: Annotation() for path in paths}
-    unreadable = []
-    pipeline = Pipeline(ImageDataset(paths, config), config, network.device)
-    for detection in tqdm(pipeline.detect(network), total=len(paths), unit="img", dynamic_ncols=True, smoothing=0):
-        path = paths[detection.index]
-        rows[path.name] = Annotation(detection.polygons, [False] * len(detection.polygons), detection.scores)
-        if detection.error:
-            unreadable.append(detection.error)
-            continue
-        if form in ("competition", "coco"):
-            rows[path.name].size = read_size(path)
-        if args.overlays:
-            pixels, _ = read_image(path)
-            write_image(args.overlays / f"{name_stem(path.name)}.jpg", draw_polygons(pixels, detection.polygons))
-    write_detections(args.out, form, rows)
+    settings = {name: value for name, value in config.to_dict().items() if name not in SETTINGS_APART}
+    settings["checkpoints"] = [[path.stat().st_size, path.stat().st_mtime_ns] for path in checkpoints]
+    with Partial(args.out, settings, args.resume) as partial:
+        rest = [path for path in paths if str(path) not in partial.done]
+        distributed.say(
+            f"{' '.join(map(str, checkpoints))} ({network}) on {len(rest)} images, {network.device}"
+            + (f"; {len(paths) - len(rest)} are done" if args.resume else "")
+        )
+        pipeline = Pipeline(ImageDataset(rest, config), config, network.device)
+        for detection in tqdm(
+            pipeline.detect(network),
+            total=-(-len(rest) // distributed.ranks()),
+            unit="img",
+            dynamic_ncols=True,
+            smoothing=0,
+            disable=not distributed.is_first(),
+        ):
+            path = rest[detection.index]
+            found = Annotation(detection.polygons, [False] * len(detection.polygons), detection.scores)
+            if not detection.error and form in ("competition", "coco"):
+                found.size = read_size(path)
+            if not detection.error and args.overlays:
+                pixels, _ = read_image(path)
+                write_image(args.overlays / f"{name_stem(path.name)}.jpg", draw_polygons(pixels, detection.polygons))
+            partial.add(str(path), found, detection.error)
+        done = {}
+        for share in distributed.gather(partial.done):
+            done |= share
+        if not distributed.is_first():
+            return
+        rows = {path.name: done[str(path)][0] for path in paths}
+        write_detections(args.out, form, rows)
+    unreadable = [error for path in paths if (error := done[str(path)][1])]
     for line in unreadable:
         print(f"no polygons: {line}")
     found = sum(len(annotation.polygons) for annotation in rows.values())

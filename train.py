@@ -2,106 +2,64 @@
 
     python train.py --preset v1                                one GPU and a night
     python train.py --preset lite --weights none               a CPU and an afternoon
+    torchrun --nproc-per-node 4 -- train.py --preset v1        four GPUs
     python train.py --run first --resume                       go on with runs/first
     python train.py --preset v1 --init runs/first/best.pt      start from trained weights
     python train.py --preset v1 --show-samples samples.png     look at augmented samples, and exit
     python train.py --preset v1 --profile                      measure memory and speed on this device, and exit
 
-A run writes runs/NAME/: config.json, best.pt (by validation H-Mean), last.pt (all that resuming needs), log.jsonl
-(a line an epoch), curves.png, and events for `tensorboard --logdir runs` after `pip install tensorboard`.
+A run writes runs/NAME/: config.json, best.pt (by validation H-Mean), last.pt (all that resuming needs; last.prev.pt is
+the save before it), log.jsonl (a line an epoch), curves.png, and events for `tensorboard --logdir runs` after
+`pip install tensorboard`. Ctrl-C and SIGTERM finish the optimizer step and save.
 """
 
 import argparse
-import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from dbnet import distributed
+from dbnet.batch_norm import synchronize_batch_norms
 from dbnet.checkpoint import load_checkpoint, load_weights, save_checkpoint, start_from
 from dbnet.config import PRESETS, ArgumentParser, Config, print_config, print_difference
 from dbnet.curves import show_progress
 from dbnet.dataset import Batches, TextDataset, count_workers, make_loader
-from dbnet.device import compile_model, pick_amp_dtype, pick_device
+from dbnet.device import compile_model, peak_memory, pick_amp_dtype, seed_all
 from dbnet.ensemble import Ensemble
 from dbnet.errors import UserError, run_script
-from dbnet.evaluation import Evaluation
-from dbnet.files import make_folder, write_json
-from dbnet.geometry import padded
+from dbnet.evaluation import Evaluation, advise_on_collapse
+from dbnet.files import make_folder, remove_leftovers, write_json
 from dbnet.inference import Pipeline
+from dbnet.interruption import Interrupted, Interruption, let_workers_die_quietly
+from dbnet.log import append_row, keep_rows
 from dbnet.loss import Losses, db_loss
-from dbnet.memory import BatchPlan, run_until_it_fits
+from dbnet.memory import BatchPlan, agreed, all_or_none, run_until_it_fits
+from dbnet.micro_batch import as_many_on_each_rank, micro_batches
 from dbnet.model import DBNet
-from dbnet.optim import WeightAverage, learning_rate, make_optimizer, make_scaler
+from dbnet.optim import WeightAverage, allocate_state, learning_rate, make_optimizer, make_scaler
 from dbnet.overlay import sample_sheet, write_image
 from dbnet.profile import print_profile
+from dbnet.training import LastSave, RunningEpoch, Training, load_last, save_before
 
 RUNS = Path("runs")
 NON_FINITE_LIMIT = 5  # steps in a row whose loss is not finite; then training stops
 READING_INTERVAL = 1.0  # seconds between two looks at the losses, each of which waits for the device
-
-
-@dataclass
-class Training:
-    """What an optimizer step changes, and how far the run is: together with the configuration, all of `last.pt`."""
-
-    model: DBNet
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    plan: BatchPlan
-    average: WeightAverage | None = None
-    """of the weights, where config.ema asks for it"""
-    epoch: int = 0
-    """epochs finished"""
-    best_hmean: float = -1.0
-    best_epoch: int = 0
-
-    @property
-    def scored_model(self) -> DBNet:
-        """The network that is validated and kept in best.pt."""
-        return self.average.model if self.average else self.model
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "average": self.average.state_dict() if self.average else None,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "plan": self.plan.to_dict(),
-            "epoch": self.epoch,
-            "best_hmean": self.best_hmean,
-            "best_epoch": self.best_epoch,
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.average and state.get("average"):
-            self.average.load_state_dict(state["average"])
-        plan = BatchPlan.from_dict(state["plan"])
-        if (plan.batch_size, plan.accumulate) == (self.plan.batch_size, self.plan.accumulate):
-            self.plan = plan  # else the user asks for another batch, to start from afresh
-        self.epoch, self.best_hmean, self.best_epoch = state["epoch"], state["best_hmean"], state["best_epoch"]
-        torch.set_rng_state(state["torch_rng"])
-        if len(state["cuda_rng"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+WORKER_DEATHS = 3  # of data workers in one epoch; the next one stops training
 
 
 def main() -> None:
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--preset", default="v1", help=f"configuration to start from: {', '.join(PRESETS)} (v1)")
+    parser.add_argument("--preset", help=f"configuration to start from: {', '.join(PRESETS)} (v1)")
     parser.add_argument("--run", metavar="NAME", help="folder of the run under runs/ (preset and time)")
     parser.add_argument("--resume", action="store_true", help="go on with the run; without --run, the newest one")
     parser.add_argument("--init", type=Path, metavar="CKPT", help="start from the weights of this checkpoint")
@@ -111,7 +69,14 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="measure memory and speed on this device and exit")
     parser.add_config_flags()
     args, changes = parser.parse()
-    config = Config.from_preset(args.preset, **changes)
+    distributed.join()
+    run = last = None
+    started_before = distributed.remembered()
+    if args.resume or started_before:
+        run, last = distributed.from_first(lambda: resume_run(args, started_before))
+    config = last["config"].changed(**changes) if last else Config.from_preset(args.preset or "v1", **changes)
+    if args.preset and args.resume and not started_before:
+        distributed.say(f"--preset {args.preset}: not looked at; the run keeps its settings but for single flags")
     if args.diff:
         print_difference(config, args.diff, Config.from_preset(args.diff))
     elif args.print_config:
@@ -122,46 +87,63 @@ def main() -> None:
     elif args.profile:
         print_profile(args.preset, config, start, optimizer_step)
     else:
-        run = find_run(args) if args.resume else name_run(args)
-        last = load_checkpoint(run / "last.pt") if args.resume else None
+        run = run or distributed.from_first(lambda: name_run(args))
         try:
-            train(last["config"].changed(**changes) if last else config, run, args.init, last)
-        except KeyboardInterrupt:
+            train(config, run, None if last else args.init, last)
+        except (UserError, Interrupted, KeyboardInterrupt):
             if (run / "last.pt").exists():
-                print(f"\nfinished epochs are kept; go on with: python train.py --run {run.name} --resume")
+                ranks = distributed.ranks()
+                launcher = f"torchrun --nproc-per-node {ranks} --" if ranks > 1 else "python"
+                command = f"{launcher} train.py --run {run.name} --resume"
+                distributed.say(f"\ngo on from the last save with: {command}", flush=True)
             raise
+        distributed.leave()
 
 
 def name_run(args: argparse.Namespace) -> Path:
     """The folder of a new run."""
-    run = RUNS / (args.run or f"{args.preset}-{datetime.now():%Y%m%d-%H%M%S}")
+    run = RUNS / (args.run or f"{args.preset or 'v1'}-{datetime.now():%Y%m%d-%H%M%S}")
     if run.exists():
         raise UserError(f"{run}: exists; go on with it by --run {run.name} --resume, or name another with --run")
+    distributed.remember(run.name)
     return run
 
 
-def find_run(args: argparse.Namespace) -> Path:
-    """The folder of the run to resume."""
+def resume_run(args: argparse.Namespace, started_before: str | None) -> tuple[Path, dict[str, Any] | None]:
+    """The folder of the run to resume and its last save.
+
+    Processes that torchrun starts in place of others get the command of the first ones and go on by themselves with the
+    run that those have named, with None where nothing was saved yet.
+    """
+    if started_before:
+        run = RUNS / started_before
+        return run, load_last(run) if is_saved(run) else None
     if args.init:
         raise UserError("--init starts a new run; leave it out with --resume")
     if args.run:
-        if not (RUNS / args.run / "last.pt").exists():
+        if not is_saved(RUNS / args.run):
             raise UserError(f"{RUNS / args.run}: holds no last.pt to resume; leave out --resume to start it")
-        return RUNS / args.run
-    found = sorted(RUNS.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+        return RUNS / args.run, load_last(RUNS / args.run)
+    found = sorted(RUNS.glob("*/last*.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError("runs/: holds no last.pt to resume; leave out --resume to start a run")
-    return found[-1].parent
+    return found[-1].parent, load_last(found[-1].parent)
+
+
+def is_saved(run: Path) -> bool:
+    """Whether there is something to resume in a run's folder."""
+    return (run / "last.pt").exists() or save_before(run / "last.pt").exists()
 
 
 def train(config: Config, run: Path, init: Path | None = None, last: dict[str, Any] | None = None) -> None:
     """Train in the folder `run`: from scratch, from the weights of `init`, or on from the content of last.pt."""
-    device = pick_device(config.device)
-    torch.manual_seed(config.seed)
+    device = distributed.pick_device(config.device)
+    seed_all(config)
+    accumulate = accumulation(config)
     train_set = TextDataset(config, "train", train=True)
     val_set = TextDataset(config, "val", train=False)
 
-    start = last or (load_checkpoint(init) if init else None)
+    start = last or (distributed.from_first(lambda: load_checkpoint(init)) if init else None)
     has_backbone = last or (start and start["config"].backbone == config.backbone)
     model = DBNet(config.changed(weights="none") if has_backbone else config)
     if last:
@@ -169,46 +151,71 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
     elif start:
         start_from(model, start, init)
     model.to(device, memory_format=torch.channels_last)
+    if config.sync_batch_norm:
+        synchronize_batch_norms(model)
     if config.compile:
         compile_model(model)
-    training = Training(
-        model,
-        make_optimizer(model, config),
-        make_scaler(config, device),
-        BatchPlan(config.batch_size, config.accumulate, config.image_size),
-        WeightAverage(model, config.ema) if config.ema else None,
-    )
+    training = begin(model, config, device, BatchPlan(config.batch_size, accumulate, config.image_size))
+    allocate_state(training.optimizer)
     if last:
-        training.load_state(last)
-    make_folder(run)
-    write_json(run / "config.json", config.to_dict())
-    print(
+        training.load_state(last, config)
+    if distributed.is_first():
+        make_folder(run)
+        remove_leftovers(run)
+        keep_rows(run / "log.jsonl", training.epoch)
+        write_json(run / "config.json", config.to_dict())
+    saver = LastSave(run, config)
+    done = f", {training.running.images} images of it done" if training.running else ""
+    distributed.say(
         f"{run}: {len(train_set)} training and {len(val_set)} validation images on {device}, {config.backbone}, "
-        f"{training.plan.image_size} px, batch {training.plan.in_force}, epochs {training.epoch + 1} to {config.epochs}"
+        f"{training.plan.image_size} px, batch {training.plan.in_force}"
+        + (f" x {distributed.ranks()} processes" if distributed.ranks() > 1 else "")
+        + f", epochs {training.epoch + 1}{done} to {config.epochs}"
     )
     unreadable: set[str] = set()
     loader = validation = None
-    while training.epoch < config.epochs:
-        in_force = config.changed(image_size=training.plan.image_size)
-        if loader is None or train_set.config != in_force:
-            train_set.config = in_force
-            batches = Batches(train_set, config.batch_size, config.seed, config.accumulate)
-            loader = make_loader(batches, count_workers(config), device.type == "cuda")
-        batches.epoch = training.epoch
-        row = train_epoch(training, loader, in_force, device, unreadable)
-        in_force = config.changed(image_size=training.plan.image_size)  # memory may have run out since
-        if validation is None or validation.config != in_force:
-            val_set.config = in_force
-            validation = Pipeline(val_set, in_force, device)
-        evaluation = validation.evaluate(Ensemble.of(training.scored_model, in_force, device), "validation")
-        training.epoch += 1
-        finish_epoch(training, config, run, row, evaluation)
-        if config.patience and training.epoch - training.best_epoch >= config.patience:
-            print(f"no better H-Mean in {config.patience} epochs: stopped early")
-            break
+    with Interruption() as interruption:
+        while training.epoch < config.epochs and not is_stuck(training, config):
+            deaths = 0
+            while not (training.running and training.running.row):
+                side = training.running.image_size if training.running else training.plan.image_size
+                if loader is None or train_set.config.image_size != side:
+                    train_set.config = config.changed(image_size=side)
+                    batches = Batches(train_set, config.batch_size, config.seed, accumulate * distributed.ranks())
+                    share = distributed.Share(batches)
+                    loader = make_loader(share, count_workers(config), device.type == "cuda")
+                batches.epoch = training.epoch
+                share.start = training.running.batches if training.running else 0
+                try:
+                    train_epoch(training, loader, train_set.config, device, unreadable, saver, interruption)
+                except WorkerDied as death:
+                    loader, deaths = None, deaths + 1
+                    if deaths > WORKER_DEATHS:
+                        raise UserError(f"{death}; if memory is short, lower --workers, or use --workers 0") from None
+                    print(f"\n{death}; going on with new ones", file=sys.stderr)
+            in_force = config.changed(image_size=training.plan.image_size)  # memory may have run out since
+            if validation is None or validation.config != in_force:
+                val_set.config = in_force
+                validation = Pipeline(val_set, in_force, device)
+            training.note_random_states()
+            scored = Ensemble.of(training.scored_model, in_force, device)
+            try:
+                with interruption.at_once():
+                    evaluation = validation.evaluate(scored, "validation")
+            except Interrupted:
+                saver.write(training)  # the trained epoch; its validation starts again
+                raise
+            row, training.running = training.running.row, None
+            training.epoch += 1
+            finish_epoch(training, config, run, row, evaluation)
+            saver.save(training)
+            if interruption.signal:
+                interruption.stop()
     for line in sorted(unreadable):
-        print(f"left out: {line}")
-    print(
+        distributed.say(f"left out: {line}")
+    if is_stuck(training, config):
+        distributed.say(f"no better H-Mean in {config.patience} epochs: stopped early")
+    distributed.say(
         f"best H-Mean {training.best_hmean:.4f} in epoch {training.best_epoch}. Next: "
         f"python predict.py {run / 'best.pt'} --out submission.csv"
     )
@@ -219,82 +226,159 @@ def start(config: Config, device: torch.device, plan: BatchPlan | None = None) -
     model = DBNet(config.changed(weights="none")).to(device, memory_format=torch.channels_last).train()
     if config.compile:
         compile_model(model)
-    plan = plan or BatchPlan(config.batch_size, config.accumulate, config.image_size)
+    return begin(model, config, device, plan or BatchPlan(config.batch_size, config.accumulate, config.image_size))
+
+
+def begin(model: DBNet, config: Config, device: torch.device, plan: BatchPlan) -> Training:
+    """Training of a network that is on its device, before its first step."""
     average = WeightAverage(model, config.ema) if config.ema else None
     return Training(model, make_optimizer(model, config), make_scaler(config, device), plan, average)
 
 
+def accumulation(config: Config) -> int:
+    """Micro-batches of one optimizer step in each process. Raises UserError where they cannot make up the batch."""
+    if not config.effective_batch:
+        return config.accumulate
+    together = config.batch_size * distributed.ranks()
+    if config.effective_batch % together:
+        raise UserError(
+            f"--effective-batch {config.effective_batch}: is no multiple of batch {config.batch_size} x "
+            f"{distributed.ranks()} processes; change --batch-size"
+        )
+    return config.effective_batch // together
+
+
+def is_stuck(training: Training, config: Config) -> bool:
+    """Whether it is time to stop early."""
+    return 0 < config.patience <= training.epoch - training.best_epoch
+
+
+class WorkerDied(Exception):
+    """A process that loads images has ended; nothing of the run is lost."""
+
+
 def train_epoch(
-    training: Training, loader: DataLoader, config: Config, device: torch.device, unreadable: set[str]
+    training: Training,
+    loader: DataLoader,
+    config: Config,
+    device: torch.device,
+    unreadable: set[str],
+    saver: LastSave | None = None,
+    interruption: Interruption | None = None,
 ) -> dict[str, Any]:
-    """One pass over the training images. Returns its row of the log; adds to `unreadable` what could not be read."""
+    """One pass over the training images, or the rest of one that has begun, as training.running says.
+
+    Returns its row of the log, also kept there; adds to `unreadable` what could not be read. Saves by the clock of
+    `saver`, and ends with a save where `interruption` has noted a signal. Raises WorkerDied between two steps.
+    """
     training.model.train()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         # Shapes that hardly ever come again would each be measured anew.
-        torch.backends.cudnn.benchmark = config.pad == "square"
-    totals = torch.zeros(len(Losses._fields), device=device)
-    steps = skipped = non_finite_streak = torch.zeros((), device=device)
-    images = dropped = 0
-    started = reading = time.monotonic()
+        torch.backends.cudnn.benchmark = config.pad == "square" and not config.deterministic
+    if training.running is None or training.running.row:
+        training.running = RunningEpoch(training.plan.image_size).to(device)
+    epoch, plan = training.running, training.plan
+    started, read_at, images_before = time.monotonic() - epoch.seconds, time.monotonic(), epoch.images
     title = f"epoch {training.epoch + 1}/{config.epochs}"
-    with tqdm(total=len(loader.dataset), desc=title, unit="img", dynamic_ncols=True) as bar:
-        for batches in group_batches(loader, config.accumulate):
-            lr = learning_rate(config, training.epoch, (images + 1) / len(loader.dataset))
-            for group in training.optimizer.param_groups:
-                group["lr"] = lr
-            for batch in batches:
-                for _, error in batch["failed"]:
-                    if config.strict:
-                        raise UserError(error)
-                    unreadable.add(error)
+    seen = epoch.images + epoch.failed
+    with tqdm(
+        total=len(loader.dataset),
+        desc=title,
+        initial=seen,
+        unit="img",
+        dynamic_ncols=True,
+        disable=not distributed.is_first(),
+    ) as bar:
+        # A rank whose batches have ended goes on with empty ones, for as long as another has samples.
+        for batches in chain(group_batches(loader, plan.accumulate), repeat([])):
+            errors = [error for batch in batches for _, error in batch["failed"]]
+            if errors and config.strict:
+                raise UserError(errors[0])
+            unreadable.update(errors)
             readable = [batch for batch in batches if "image" in batch]
-            bar.update(sum(len(batch["failed"]) for batch in batches))
-            if not readable:
-                continue
-            losses, gradient_norm = optimizer_step(training, readable, config, device)
-            if training.average:
-                training.average.update(training.model)
+            in_step, images, dropped, failed, gone, stop, save = distributed.total(
+                len(batches),
+                sum(len(batch["image"]) for batch in readable),
+                sum(int(batch["dropped"].sum()) for batch in readable),
+                len(errors),
+                bool(errors) and not Path(config.data).is_dir(),
+                bool(interruption and interruption.signal),
+                bool(saver and saver.is_due()),
+            )
+            epoch.seconds = time.monotonic() - started
+            if saver and (stop or save or gone):
+                saver.save(training)  # before this step: nothing of its samples has been used
+            if gone:
+                raise UserError(f"{config.data}: the folder has gone; bring it back and go on with --resume")
+            if stop:
+                interruption.stop()
+            if not in_step:
+                break
+            if images:
+                progress = (epoch.batches * config.batch_size + 1) / len(loader.dataset)
+                for group in training.optimizer.param_groups:
+                    group["lr"] = learning_rate(config, training.epoch, min(progress, 1.0))
+                losses, gradient_norm = optimizer_step(training, readable, config, device, images)
+                if training.average:
+                    training.average.update(training.model)
 
-            # All of this stays on the device: no step waits for the one before.
-            finite = losses[0].isfinite()
-            totals = totals + torch.where(finite, losses, 0)
-            steps = steps + finite
-            skipped = skipped + ~gradient_norm.isfinite()
-            non_finite_streak = torch.where(finite, 0, non_finite_streak + 1)
-
-            images += sum(len(batch["image"]) for batch in readable)
-            dropped += sum(int(batch["dropped"].sum()) for batch in readable)
-            if time.monotonic() - reading > READING_INTERVAL:
-                reading = time.monotonic()
-                stop_unless_finite(non_finite_streak, training)
+                # All of this stays on the device: no step waits for the one before.
+                finite = losses[0].isfinite()
+                epoch.losses = epoch.losses + torch.where(finite, losses, 0)
+                epoch.steps = epoch.steps + finite
+                epoch.skipped = epoch.skipped + ~gradient_norm.isfinite()
+                epoch.non_finite_streak = torch.where(finite, 0, epoch.non_finite_streak + 1)
+            epoch.batches += in_step
+            epoch.images += images
+            epoch.dropped += dropped
+            epoch.failed += failed
+            if images and time.monotonic() - read_at > READING_INTERVAL:
+                speed = (epoch.images - images_before) / (time.monotonic() - read_at)
+                read_at, images_before = time.monotonic(), epoch.images
+                stop_unless_finite(epoch.non_finite_streak, training)
                 bar.set_postfix_str(
-                    f"loss {losses[0]:.3f}, lr {lr:.1e}, {images / (reading - started):.1f} img/s, "
-                    f"{peak_memory(device):.1f} GB, batch {training.plan.in_force}"
+                    f"loss {losses[0]:.3f}, lr {training.optimizer.param_groups[0]['lr']:.1e}, {speed:.1f} img/s, "
+                    f"{peak_memory(device):.1f} GB, batch {plan.in_force}"
                 )
-            bar.update(sum(len(batch["image"]) for batch in readable))
-    stop_unless_finite(non_finite_streak, training)
-    if not images:
+            bar.update(images + failed)
+    stop_unless_finite(epoch.non_finite_streak, training)
+    if not epoch.images:
         raise UserError(f"{config.data}: none of the training images can be read")
-    seconds = time.monotonic() - started
-    means = (totals / steps.clamp(min=1)).tolist()
-    return {
+    epoch.seconds = time.monotonic() - started
+    unreadable.update(*distributed.gather(unreadable))
+    means = (epoch.losses / epoch.steps.clamp(min=1)).tolist()
+    epoch.row = {
         "epoch": training.epoch + 1,
-        "lr": lr,
+        "lr": training.optimizer.param_groups[0]["lr"],
         **{f"{name}_loss": mean for name, mean in zip(Losses._fields, means, strict=True)},
-        "train_seconds": seconds,
-        "images_per_second": images / seconds,
+        "train_seconds": epoch.seconds,
+        "images_per_second": epoch.images / epoch.seconds,
         "peak_memory_gb": peak_memory(device),
-        "skipped_steps": int(skipped),
+        "skipped_steps": int(epoch.skipped),
         "unreadable_images": len(unreadable),
-        "dropped_polygons": dropped,
+        "dropped_polygons": epoch.dropped,
     }
+    return epoch.row
 
 
 def group_batches(loader: DataLoader, accumulate: int) -> Iterator[list[dict[str, Any]]]:
-    """Batches of the loader, `accumulate` at a time: the samples of one optimizer step. The last may have fewer."""
+    """Batches of the loader, `accumulate` at a time: the samples of one optimizer step. The last may have fewer.
+
+    Raises WorkerDied where a process that loads them has ended.
+    """
     group = []
-    for batch in loader:
+    loaded = iter(loader)
+    let_workers_die_quietly()
+    while True:
+        try:
+            batch = next(loaded, None)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise WorkerDied(str(error)) from None
+        if batch is None:
+            break
         group.append(batch)
         if len(group) == accumulate:
             yield group
@@ -304,36 +388,50 @@ def group_batches(loader: DataLoader, accumulate: int) -> Iterator[list[dict[str
 
 
 def optimizer_step(
-    training: Training, batches: list[dict[str, Any]], config: Config, device: torch.device
+    training: Training, batches: list[dict[str, Any]], config: Config, device: torch.device, images: int = 0
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step on all samples of `batches`, in micro-batches that fit into memory.
 
-    Out of memory anywhere in it, the very same samples run again under a smaller plan, from the state before the step.
-    Every sample has the weight 1 / (their number), however they are split.
+    Out of memory anywhere in it, on any rank, the very same samples run again under a smaller plan, from the state
+    before the step. Every sample has the weight 1 / (their number), however they are split: `images` over all ranks.
 
     Returns the mean Losses, (4,), and the norm of the gradient before clipping, both on the device.
     """
     model, optimizer = training.model, training.optimizer
     amp_dtype = pick_amp_dtype(config, device)
-    count = sum(len(batch["image"]) for batch in batches)
+    ours = sum(len(batch["image"]) for batch in batches)
+    images = images or ours
     buffers_before = [buffer.clone() for buffer in model.buffers()]
 
     def attempt() -> tuple[Tensor, Tensor]:
         optimizer.zero_grad(set_to_none=True)
         mean_losses = torch.zeros(len(Losses._fields), device=device)
-        for micro in micro_batches(batches, training.plan, device):
-            weight = len(micro["image"]) / count
-            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                maps = model(micro["image"])
-            losses = db_loss(maps, micro["prob_map"], micro["thresh_levels"], micro["mask"], config)
-            training.scaler.scale(losses.total * weight).backward()
-            mean_losses += torch.stack(losses).detach() * weight
-        training.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or math.inf)
-        training.scaler.step(optimizer)  # leaves the weights alone where a gradient is not finite
-        training.scaler.update()
-        for buffer, before in zip(model.buffers(), buffers_before, strict=True):
-            buffer.copy_(torch.where(norm.isfinite(), buffer, before))  # and so do the batch norm statistics
+        training.scaler.scale(mean_losses)  # its first call creates the scale, which a rank without samples needs too
+        micros = micro_batches(batches, training.plan, device)
+        if config.sync_batch_norm and distributed.ranks() > 1:
+            micros = as_many_on_each_rank(micros, batches, training.plan, device)
+        with all_or_none():
+            for micro in micros:
+                weight = len(micro["image"]) / images
+                with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+                    maps = model(micro["image"])
+                losses = db_loss(maps, micro["prob_map"], micro["thresh_levels"], micro["mask"], config)
+                training.scaler.scale(losses.total * weight).backward()
+                mean_losses += torch.stack(losses).detach() * weight
+            if distributed.ranks() > 1:
+                added_up = [mean_losses, *gradients(model), *weighted_statistics(model, ours / images)]
+                packed = torch.cat([tensor.reshape(-1) for tensor in added_up])
+        if distributed.ranks() > 1:
+            distributed.add_up(packed)
+            for tensor, numbers in zip(added_up, packed.split([t.numel() for t in added_up]), strict=True):
+                tensor.copy_(numbers.view(tensor.shape))
+        with agreed():
+            training.scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or math.inf)
+            training.scaler.step(optimizer)  # leaves the weights alone where a gradient is not finite
+            training.scaler.update()
+            for buffer, before in zip(model.buffers(), buffers_before, strict=True):
+                buffer.copy_(torch.where(norm.isfinite(), buffer, before))  # and so do the batch norm statistics
         return mean_losses, norm
 
     def reset() -> None:
@@ -349,32 +447,20 @@ def optimizer_step(
     return run_until_it_fits(attempt, training.plan, reset)
 
 
-def micro_batches(batches: list[dict[str, Any]], plan: BatchPlan, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """The tensors of `batches` on the device, in micro-batches and at the image size of the plan in force."""
-    for batch in batches:
-        for start in range(0, len(batch["image"]), plan.micro_batch):
-            micro = {
-                name: batch[name][start : start + plan.micro_batch].to(device, non_blocking=True)
-                for name in ("image", "prob_map", "thresh_levels", "mask")
-            }
-            loaded_at = int(batch["side"][0])
-            yield micro if loaded_at <= plan.image_size else resize_sample(micro, plan.image_size / loaded_at)
+def gradients(model: nn.Module) -> list[Tensor]:
+    """The gradients that the ranks add up: where a rank had no samples, zeros."""
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [parameter.grad for parameter in model.parameters()]
 
 
-def resize_sample(micro: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Images and target maps loaded before a fallback of the image size, at the new size."""
-    size = tuple(padded(round(side * scale)) for side in micro["image"].shape[1:3])
-
-    def resize(maps: Tensor, **how: Any) -> Tensor:
-        return F.interpolate(maps.float(), size=size, **how)
-
-    image = resize(micro["image"].permute(0, 3, 1, 2), mode="bilinear", antialias=True)
-    return {
-        "image": image.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1),
-        "prob_map": resize(micro["prob_map"][:, None], mode="nearest-exact")[:, 0],
-        "thresh_levels": resize(micro["thresh_levels"][:, None], mode="bilinear")[:, 0],
-        "mask": resize(micro["mask"][:, None], mode="nearest-exact")[:, 0],
-    }
+def weighted_statistics(model: nn.Module, weight: float) -> list[Tensor]:
+    """The batch norm statistics of this rank times its share of the samples: their sum over the ranks is the mean."""
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    statistics = [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]
+    torch._foreach_mul_(statistics, weight)
+    return statistics
 
 
 def stop_unless_finite(streak: Tensor, training: Training) -> None:
@@ -387,7 +473,7 @@ def stop_unless_finite(streak: Tensor, training: Training) -> None:
 
 
 def finish_epoch(training: Training, config: Config, run: Path, row: dict[str, Any], evaluation: Evaluation) -> None:
-    """Say, log and save what the epoch came to."""
+    """Say and log what the epoch came to, and keep the best network."""
     score = evaluation.compute()
     plan = training.plan
     row |= {
@@ -398,31 +484,27 @@ def finish_epoch(training: Training, config: Config, run: Path, row: dict[str, A
         "image_size": plan.image_size,
         "micro_batch": plan.micro_batch,
         "batch": plan.in_force,
+        "ranks": distributed.ranks(),
         "fallbacks": list(plan.fallbacks),
     }
     better = score.hmean > training.best_hmean
     if better:
         training.best_hmean, training.best_epoch = score.hmean, training.epoch
+    if not distributed.is_first():
+        return
     print(
         f"epoch {training.epoch}/{config.epochs}: loss {row['total_loss']:.3f}, precision {score.precision:.4f}, "
         f"recall {score.recall:.4f}, H-Mean {score.hmean:.4f}{' (best)' if better else ''}"
         + (f", {row['skipped_steps']} steps skipped" if row["skipped_steps"] else "")
     )
-    with (run / "log.jsonl").open("a") as log:
-        log.write(json.dumps(row) + "\n")
-    in_force = config.changed(image_size=plan.image_size)
+    advice = advise_on_collapse(score, evaluation.highest, config)
+    if advice:
+        print(advice)
+    append_row(run / "log.jsonl", row)
     if better:
+        in_force = config.changed(image_size=plan.image_size)
         save_checkpoint(run / "best.pt", in_force, training.scored_model, hmean=score.hmean, epoch=training.epoch)
-    save_checkpoint(run / "last.pt", config, training.model, **training.state())
     show_progress(run)
-
-
-def peak_memory(device: torch.device) -> float:
-    """Most memory that tensors took on the GPU, or the process on the host, in GB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, read without running code, refused in one line when they do not fit."""
 
+import io
 import os
 import re
 import warnings
@@ -31,11 +32,16 @@ tests/data/format-1.pt was written by format 1 and has to stay readable.
 """
 
 
-def save_checkpoint(path: Path, config: Config, model: nn.Module, **state: Any) -> None:
-    """Write the configuration, the weights and `state` (tensors and plain values) to `path`, atomically."""
-    content = {"format": FORMAT, "config": config.to_dict(), "model": model.state_dict(), **state}
-    with write_whole(path) as file:
-        torch.save(content, file)
+def save_checkpoint(path: Path, config: Config, model: nn.Module, keep: Path | None = None, **state: Any) -> None:
+    """Write the configuration, the weights and `state` (tensors and plain values) to `path`, atomically.
+
+    `keep` names a place for the checkpoint that was there. Raises UserError, with that one kept, where it cannot be
+    written.
+    """
+    content = io.BytesIO()  # torch.save into a file hides a full disk behind an error of its own
+    torch.save({"format": FORMAT, "config": config.to_dict(), "model": model.state_dict(), **state}, content)
+    with write_whole(path, keep=keep) as file:
+        file.write(content.getbuffer())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -179,7 +179,14 @@ class TrainConfig:
     """images that go through the network together (the micro-batch); out of memory halves it"""
 
     accumulate: Count = 1
-    """micro-batches whose gradients make one optimizer step; the effective batch is batch_size x accumulate"""
+    """micro-batches whose gradients make one optimizer step; the effective batch is batch_size x accumulate, times the
+    processes that torchrun starts"""
+
+    effective_batch: Annotated[int, Range(0)] = 0
+    """images of one optimizer step over all processes, in place of accumulate, which then follows from it; 0 is off"""
+
+    sync_batch_norm: bool = False
+    """batch norm over the micro-batches of all processes together, slower than over those of each alone"""
 
     optimizer: Literal["adam", "adamw"] = "adam"
     """adam, or adamw (decoupled weight decay)"""
@@ -216,6 +223,12 @@ class TrainConfig:
 
     seed: Annotated[int, Range(0, 2**31)] = 42
     """seed of the initial weights, the order of samples and the augmentation"""
+
+    deterministic: bool = False
+    """the same weights from the same seed and data each time on one machine, also where that is slower"""
+
+    save_minutes: Weight = 10.0
+    """minutes between two saves within an epoch; 0 saves only at its end"""
 
 
 @dataclass(frozen=True)
@@ -312,11 +325,6 @@ class Config(PostprocessConfig, DeviceConfig, TrainConfig, LossConfig, AugmentCo
         """Field names and plain values, group by group, ready for JSON."""
         values = {name: getattr(self, name) for name in _hints()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-    @property
-    def effective_batch(self) -> int:
-        """Samples of one optimizer step."""
-        return self.batch_size * self.accumulate
 
 
 @cache

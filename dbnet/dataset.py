@@ -336,6 +336,7 @@ class ArrayLoader:
 
 def make_loader(batches: Batches, workers: int, pin_memory: bool) -> DataLoader:
     """The batches of ArrayLoader, but of tensors, loaded in `workers` processes that live as long as the loader."""
+    import torch
     from torch.utils.data import DataLoader, default_collate
 
     # The workers are the parallelism; threads inside them would fight for the same cores. It must be said before they
@@ -348,6 +349,7 @@ def make_loader(batches: Batches, workers: int, pin_memory: bool) -> DataLoader:
         collate_fn=partial(_collate, stack=default_collate),
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
+        generator=torch.Generator(),  # else each pass draws from the one that the network's layers draw from
     )
 
 
@@ -355,7 +357,8 @@ def count_workers(config: DataConfig) -> int:
     """Loader processes of `--workers`, where -1 means one a core, at most 8."""
     if config.workers >= 0:
         return config.workers
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # torchrun's processes share the cores
 
 
 def _collate(samples: list[dict[str, Any]], stack: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> dict[str, Any]:

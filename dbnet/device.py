@@ -1,8 +1,13 @@
 """Which device the network runs on, and in which precision."""
 
 import os
+import random
+import resource
 import shutil
+import sys
+from typing import Any
 
+import numpy as np
 import torch
 
 from dbnet.config import Config
@@ -40,3 +45,45 @@ def compile_model(model: torch.nn.Module) -> None:
     if not shutil.which(os.environ.get("CXX", "g++")) and not shutil.which("clang++"):
         raise UserError("--compile: needs a C++ compiler (g++, or CXX in the environment); leave it out")
     model.compile(dynamic=True)
+
+
+def seed_all(config: Config) -> None:
+    """Seed every source of random numbers, and with config.deterministic let no algorithm depend on chance."""
+    random.seed(config.seed)
+    np.random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Where every source of random numbers of this process is, as tensors and plain values."""
+    version, numbers, gauss = random.getstate()
+    name, keys, *position = np.random.get_state()
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, keys.tolist(), *position],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Go back to what `random_state` gave."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *position = state["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), *position))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory that tensors took on the GPU, or the process on the host, in GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from dbnet.checkpoint import load_model
 from dbnet.config import Config
-from dbnet.device import pick_amp_dtype, pick_device
+from dbnet.device import pick_amp_dtype
+from dbnet.distributed import pick_device
 from dbnet.geometry import Letterbox, padded
 from dbnet.memory import BatchPlan
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -29,6 +29,9 @@ class Evaluation:
     chars_per_image: dict[str, np.ndarray] = field(default_factory=dict)
     """(bins, 2) characters and found ones by size of text; of images whose size is known"""
 
+    highest: float = 0.0
+    """greatest probability, 0..1, in all probability maps that were looked at"""
+
     unreadable: list[str] = field(default_factory=list)
     """a line for each image that could not be read; it counts as one without detections"""
 
@@ -50,6 +53,14 @@ class Evaluation:
             self.chars_per_image[name] = chars_by_size(annotation.polygons, size, match.gt_chars())
         if error:
             self.unreadable.append(error)
+
+    def merge(self, other: Self) -> None:
+        """Take in what another process has scored."""
+        self.per_image |= other.per_image
+        self.iou_per_image |= other.iou_per_image
+        self.highest = max(self.highest, other.highest)
+        self.chars_per_image |= other.chars_per_image
+        self.unreadable = sorted({*self.unreadable, *other.unreadable})
 
     def compute(self) -> DatasetScore:
         """Means over the images, and totals."""

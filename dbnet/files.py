@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,11 +11,12 @@ from dbnet.errors import UserError
 
 
 @contextmanager
-def write_whole(path: Path, mode: str = "wb") -> Iterator[IO]:
+def write_whole(path: Path, mode: str = "wb", keep: Path | None = None) -> Iterator[IO]:
     """Open a temporary file beside `path` that takes its place when the block ends well and goes when it does not.
 
-    Text is UTF-8 with the newlines as written. Raises UserError, with the file that was there kept, where it cannot be
-    written.
+    By then it is on the disk: a process that is killed or a machine that loses power leaves the file that was there, or
+    the new one. `keep` names a place beside it for the one that was there. Text is UTF-8 with the newlines as written.
+    Raises UserError, with the file that was there kept, where it cannot be written.
     """
     temporary = _beside(path)
     try:
@@ -23,11 +24,21 @@ def write_whole(path: Path, mode: str = "wb") -> Iterator[IO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if keep and path.exists():
+            _replace_by_link(path, keep)
         temporary.replace(path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); name another place or make room") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a file system that has become read-only keeps it
+            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed in `write_whole` have left in a folder that nobody else writes to."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -35,6 +46,26 @@ def write_json(path: Path, content: Any) -> None:
     with write_whole(path, "w") as file:
         json.dump(content, file, indent=2, ensure_ascii=False)
         file.write("\n")
+
+
+def _replace_by_link(path: Path, link: Path) -> None:
+    """Make `link` a second name of the file at `path`, which thus is there at any time."""
+    temporary = link.with_name(f".{link.name[:200]}.{os.getpid()}.tmp")
+    try:
+        os.link(path, temporary)
+        temporary.replace(link)
+    except OSError:  # a file system without hard links: for an instant only `link` is there
+        path.replace(link)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where the system lets a folder be opened."""
+    with suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def check_writable(path: Path) -> None:

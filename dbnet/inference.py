@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from tqdm import tqdm
 
+from dbnet import distributed
 from dbnet.config import Config
 from dbnet.dataset import ArrayLoader, Batches, ImageDataset, TextDataset, count_workers, make_loader
 from dbnet.errors import UserError
@@ -122,7 +123,8 @@ class Pipeline:
         self._extractors: Executor = ProcessPoolExecutor(self.workers) if self.workers else AtOnce()
 
     def detect(self, network: Network) -> Iterator[Detection]:
-        """Every image of the data set exactly once, in the order in which they are done.
+        """Every image of the data set exactly once, in the order in which they are done; of several processes that
+        torchrun has started, each has its share.
 
         When memory runs out the batch is halved for the rest of the images. Raises ImageError for an image that cannot
         be read where config.strict is set; else its Detection has an `error`.
@@ -156,19 +158,32 @@ class Pipeline:
     def evaluate(self, network: Network, title: str = "", report: Report | None = None) -> Evaluation:
         """CLEval of what `detect` finds in an annotated split, a TextDataset, with a progress bar; raises as it does.
 
-        Scores are in the order of the data set. A `report` takes in each image.
+        Every process that torchrun has started gets the scores of all of them. Scores are in the order of the data set.
+        A `report` takes in each image.
         """
         dataset: TextDataset = self.dataset
         evaluation = Evaluation()
         for detection in tqdm(
-            self.detect(network), title, len(dataset), unit="img", leave=False, dynamic_ncols=True, smoothing=0
+            self.detect(network),
+            title,
+            len(dataset),
+            unit="img",
+            leave=False,
+            dynamic_ncols=True,
+            smoothing=0,
+            disable=not distributed.is_first(),
         ):
-            name, annotation = dataset.paths[detection.index].name, dataset.annotations[detection.index]
+            path, annotation = dataset.paths[detection.index], dataset.annotations[detection.index]
             size = dataset.size(detection.index)
-            evaluation.update(name, annotation, detection.polygons, detection.error, size)
+            evaluation.update(path.name, annotation, detection.polygons, detection.error, size)
+            if detection.prob_map is not None:
+                evaluation.highest = max(evaluation.highest, int(detection.prob_map.max(initial=0)) / 255)
             if report:
-                path = dataset.paths[detection.index]
                 report.add(path, annotation, detection.polygons, detection.scores, detection.prob_map)
+        for others, pictures in distributed.gather((evaluation, report.pictures if report else {})):
+            evaluation.merge(others)
+            if report:
+                report.pictures |= pictures
         evaluation.per_image = {path.name: evaluation.per_image[path.name] for path in dataset.paths}
         return evaluation
 
@@ -176,7 +191,7 @@ class Pipeline:
         """The batches, with the images at these sizes too."""
         if self.loader is None or self.dataset.further_sizes != further_sizes:
             self.dataset.further_sizes = further_sizes
-            batches = Batches(self.dataset, self.config.batch_size)
+            batches = distributed.Share(Batches(self.dataset, self.config.batch_size))
             self.loader = make_loader(batches, self.workers, pin_memory=True) if self.on_gpu else ArrayLoader(batches)
         return self.loader
 

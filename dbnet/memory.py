@@ -12,10 +12,12 @@ import ctypes
 import dataclasses
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
+from dbnet import distributed
 from dbnet.errors import UserError
 
 Result = TypeVar("Result")
@@ -71,7 +73,7 @@ class BatchPlan:
                 f"out of memory: {tried}; lower --image-size, take a smaller --backbone, or use --device cpu"
             )
         self.fallbacks.append(f"{before} -> {self._describe()}")
-        print(f"\nout of memory: {self.fallbacks[-1]}", file=sys.stderr)
+        distributed.say(f"\nout of memory: {self.fallbacks[-1]}", file=sys.stderr)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for checkpoints and logs."""
@@ -104,6 +106,48 @@ def run_until_it_fits(work: Callable[[], Result], plan: BatchPlan, reset: Callab
         reset()
         free_memory()
         plan.shrink()
+
+
+class OutOfMemoryElsewhere(MemoryError):
+    """Another process of the run has run out of memory, and all of them fall back together."""
+
+
+def agree(fits: bool) -> None:
+    """Say whether the memory of this rank sufficed, and hear it from the others; OutOfMemoryElsewhere if one's did not.
+
+    All ranks make the same sequence of agreements, and one that runs out takes part in the next with its bad news,
+    wherever in the step the others are: so nobody waits for it in vain.
+    """
+    if distributed.ranks() > 1 and any(distributed.total(not fits)) and fits:
+        raise OutOfMemoryElsewhere("out of memory in another process")
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """A part of an optimizer step that may run out of memory: it succeeds on all ranks, or on none.
+
+    What follows must not run out: there, the ranks could no longer fall back together.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error) and not isinstance(error, OutOfMemoryElsewhere):
+            agree(False)
+        raise
+    agree(True)
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """What follows an agreement of several ranks: out of memory is the end of the run here, in one line."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if distributed.ranks() == 1 or not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory after the ranks had agreed on a step ({error}); lower --batch-size and go on with --resume"
+        ) from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

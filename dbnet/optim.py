@@ -20,6 +20,25 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     return optimizer(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
+@torch.no_grad()
+def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Create the optimizer's state now, all zero, by a step that changes no weight; the first real one would do it when
+    memory is at its fullest."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for state in optimizer.state.values():
+        for tensor in state.values():
+            tensor.zero_()
+
+
 def make_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
     """Scale the loss for fp16. In other types the scale is 1 and what is left is the scaler's other service: to skip,
     on the device and without asking the host, a step whose gradients are not finite."""

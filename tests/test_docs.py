@@ -29,7 +29,7 @@ MODULES = {"train.py": "train", "evaluate.py": "evaluate", "predict.py": "predic
 
 TWO_MACHINES = (
     "torchrun --nnodes 2 --nproc-per-node 1 --node-rank {} --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
-    "train.py --preset v1 --run two"
+    "-- train.py --preset v1 --run two"
 )
 NOT_RUN = {
     "make test": "is what runs this test",
@@ -40,16 +40,14 @@ NOT_RUN = {
 }
 """Commands that no test runs, and why."""
 
-SLOW = {"torchrun --nproc-per-node 2 train.py --preset v1 --effective-batch 16"}
+SLOW = {"torchrun --nproc-per-node 2 -- train.py --preset v1 --effective-batch 16"}
 """Commands that only `make test-long` runs."""
 
 # What the pages say of features that are not on this branch yet: commands, a Python block by its first line, flags,
 # modules of the README's last table, and files that are linked. To be emptied, set by set, when they are merged.
-PENDING = {
-    "torchrun --nproc-per-node 2 train.py --preset v1 --effective-batch 16",
-}
-PENDING_FLAGS = {"--effective-batch", "--sync-batch-norm", "--deterministic", "--save-minutes"}
-PENDING_MODULES = {"training", "micro_batch", "distributed", "batch_norm", "interruption", "log", "partial"}
+PENDING: set[str] = set()
+PENDING_FLAGS: set[str] = set()
+PENDING_MODULES: set[str] = set()
 PENDING_FILES: set[str] = set()
 
 FOREIGN_FLAGS = {  # of programs that are not this one

@@ -1,0 +1,304 @@
+"""Several processes train, evaluate and predict as one."""
+
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import pickle
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launch import ROOT, SECONDS, Launched, context, copies, run
+from test_memory import CPU, fail_above, make_training, step_batches
+
+import train
+from dbnet import distributed
+from dbnet.batch_norm import synchronize_batch_norms
+from dbnet.checkpoint import load_checkpoint, save_checkpoint
+from dbnet.dataset import Batches, TextDataset, make_loader
+from dbnet.errors import UserError
+from dbnet.model import DBNet
+
+TINY = ["--preset", "lite", "--weights", "none", "--image-size", "64", "--workers", "0"]
+
+
+def environments(count):
+    """What torchrun sets, for each of `count` processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "GLOO_SOCKET_IFNAME": "lo"}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def run_together(count, name, *arguments, cwd, status=0):
+    """Run a script in `count` processes, and return what each printed."""
+    launched = [Launched(name, *arguments, cwd=cwd, **environment) for environment in environments(count)]
+    texts = []
+    for each in launched:
+        assert each.wait() == status, "\n".join(each.text() for each in launched)
+        texts.append(each.text())
+    return texts
+
+
+def work(function, environment, results, arguments):
+    """Run `function(rank, ...)` as one of several processes."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    distributed.join()
+    results.put((distributed.rank(), pickle.dumps(function(distributed.rank(), *arguments))))
+    results.close()
+    results.join_thread()
+    distributed.leave()
+
+
+def together(count, function, *arguments):
+    """What `function(rank, ...)` gives in each of `count` processes."""
+    results = context().Queue()
+    processes = [
+        context().Process(target=work, args=(function, environment, results, arguments))
+        for environment in environments(count)
+    ]
+    for process in processes:
+        process.start()
+    found, end = {}, time.monotonic() + SECONDS
+    try:
+        while len(found) < count:
+            with contextlib.suppress(queue.Empty):
+                rank, value = results.get(timeout=0.1)
+                found[rank] = pickle.loads(value)
+            assert time.monotonic() < end and not any(process.exitcode for process in processes)
+    finally:
+        for process in processes:
+            process.join(10)
+            process.kill()
+    return [found[rank] for rank in range(count)]
+
+
+def digest(model):
+    """Of all weights and running statistics."""
+    content = [tensor.numpy().tobytes() for name, tensor in model.state_dict().items() if "num_batches" not in name]
+    return hashlib.sha256(b"".join(content)).hexdigest()
+
+
+def one_step(rank, config, sizes):
+    """An optimizer step in which rank r has sizes[r] of the samples, and the weights after it."""
+    training = make_training(config)
+    for layer in training.model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.eval()
+    whole = step_batches(config)[0]
+    start = sum(sizes[:rank])
+    batches = [{name: values[start : start + sizes[rank]] for name, values in whole.items() if name != "failed"}]
+    losses, norm = train.optimizer_step(training, batches if sizes[rank] else [], config, CPU, sum(sizes))
+    return losses.tolist(), float(norm), some_gradients(training.model), digest(training.model)
+
+
+def some_gradients(model):
+    """Of the first, the last and a middle layer."""
+    parameters = list(model.parameters())
+    return [parameters[i].grad.numpy() for i in (0, len(parameters) // 2, -2)]
+
+
+@pytest.mark.parametrize("sizes", [(3, 1), (2, 0, 2)])
+def test_every_sample_weighs_the_same_however_the_ranks_share_them(small, sizes):
+    """Batch norm in eval mode, micro-batches of one image: then the mean over samples does not depend on the split."""
+    config = small.changed(clip_grad_norm=0.0, batch_size=4, image_size=64)
+
+    def alone():
+        training = make_training(config)
+        training.plan.halvings = 2
+        for layer in training.model.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.eval()
+        losses, _ = train.optimizer_step(training, step_batches(config)[:1], config, CPU)
+        return losses, some_gradients(training.model)
+
+    losses, gradients = alone()
+    results = together(len(sizes), one_image_at_a_time, config, sizes)
+    assert len({result[-1] for result in results}) == 1
+    torch.testing.assert_close(torch.tensor(results[0][0]), losses, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(results[0][2], gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def one_image_at_a_time(rank, config, sizes):
+    """`one_step` in micro-batches of one image."""
+    original = train.micro_batches
+
+    def single(batches, plan, device):
+        plan.halvings = 2
+        return original(batches, plan, device)
+
+    train.micro_batches = single
+    return one_step(rank, config, sizes)
+
+
+def run_short_of_memory(rank, config, limit=4):
+    """An epoch whose rank 1 alone cannot hold more than `limit` images, half-way through the network."""
+    training, passes = make_training(config), []
+    if config.sync_batch_norm:
+        synchronize_batch_norms(training.model)
+    fail_above(training.model, 99, passes)
+    if rank == 1:
+        fail_above(training.model.backbone.stages[2], limit)
+    dataset = TextDataset(config, "train", train=True)
+    share = distributed.Share(Batches(dataset, config.batch_size, config.seed, config.accumulate * 2))
+    row = train.train_epoch(training, make_loader(share, 0, False), config, CPU, set())
+    return training.plan.in_force, training.plan.fallbacks, row["total_loss"], digest(training.model), passes
+
+
+def test_out_of_memory_on_one_rank_makes_all_fall_back_together(rendered, small, tmp_path):
+    data = copies(rendered, tmp_path / "data", train=39, val=1)
+    config = small.changed(batch_size=8, accumulate=2, image_size=64, data=str(data))
+    first, second = together(2, run_short_of_memory, config)
+    assert first[0] == second[0] == "4 x 4"
+    assert first[1] == second[1] == ["8 x 2 at 64 px -> 4 x 4 at 64 px"]
+    assert first[2:4] == second[2:4]  # the losses in the log, and all weights and statistics
+    failed, *passes = [images for images, *_ in second[4]]
+    assert failed > 4 and max(passes) == 4 and sum(passes) in (15, 16)  # two batches of the five, one of which has 7
+    assert sum(images for images, *_ in first[4]) - sum(passes) >= 23  # the other three, and what it did in vain
+
+
+def test_out_of_memory_within_synchronized_layers_leaves_nobody_waiting(small):
+    config = small.changed(batch_size=3, accumulate=1, image_size=64, sync_batch_norm=True)
+    first, second = together(2, run_short_of_memory, config, 2)
+    assert first[0] == second[0] == "1 x 3" and first[2:4] == second[2:4]
+
+
+def normalize(rank, parts, synchronize):
+    """Output, gradient and running statistics of a batch norm on this rank's part of a batch."""
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+    if synchronize:
+        synchronize_batch_norms(layer)
+    part = torch.tensor(parts[rank], requires_grad=True)
+    output = layer(part)
+    (output**3).sum().backward()
+    return output.tolist(), part.grad.tolist(), layer[0].running_var.tolist(), layer[0].running_mean.tolist()
+
+
+def test_synchronized_batch_norm_is_that_of_the_whole_batch():
+    torch.manual_seed(1)
+    whole = 3 + 2 * torch.randn(5, 3, 4, 4)
+    parts = [whole[:4].tolist(), whole[4:].tolist()]
+    results = together(2, normalize, parts, True)
+    expected = normalize(0, [whole.tolist()], False)
+    for column in (0, 1):
+        ours = torch.cat([torch.tensor(result[column]) for result in results])
+        torch.testing.assert_close(ours, torch.tensor(expected[column]), rtol=1e-4, atol=1e-4)
+    for result in results:
+        torch.testing.assert_close(torch.tensor(result[2:]), torch.tensor(expected[2:]))
+
+
+def test_the_effective_batch_is_held_whatever_the_ranks(small, monkeypatch):
+    config = small.changed(batch_size=2, effective_batch=12)
+    assert train.accumulation(config) == 6
+    monkeypatch.setattr(distributed, "_ranks", 3)
+    assert train.accumulation(config) == 2
+    assert train.accumulation(config.changed(effective_batch=0, accumulate=5)) == 5
+    with pytest.raises(UserError, match="--effective-batch 10: is no multiple of batch 2 x 3 processes"):
+        train.accumulation(config.changed(effective_batch=10))
+
+
+def test_shares_are_the_whole_without_repetition(small, monkeypatch):
+    batches = Batches(TextDataset(small, "train", train=True), 1, small.seed)
+    monkeypatch.setattr(distributed, "_ranks", 4)
+    for start in (0, 3):
+        seen = []
+        for rank in range(4):
+            monkeypatch.setattr(distributed, "_rank", rank)
+            share = distributed.Share(batches)
+            share.start = start
+            assert len(list(share)) == len(share)
+            seen += [draw for batch in share for draw in batch]
+        assert sorted(seen) == sorted(draw for batch in list(batches)[start:] for draw in batch)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(rendered, tmp_path_factory):
+    """A network that finds something: the initial weights, biased towards text."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    config = train.Config.from_preset("lite", weights="none", data=str(rendered), image_size=64, workers=0)
+    config = config.changed(batch_size=1, thresh=0.5, box_thresh=0.0)
+    save_checkpoint(folder / "a.pt", config, DBNet(config))
+    return folder / "a.pt"
+
+
+def test_two_processes_evaluate_to_the_last_digit_like_one(checkpoint, tmp_path):
+    words = [checkpoint, "--split", "train"]
+    run("evaluate.py", *words, "--json", tmp_path / "one.json", cwd=tmp_path)
+    first, second = run_together(2, "evaluate.py", *words, "--json", tmp_path / "two.json", cwd=tmp_path)
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+    assert json.loads((tmp_path / "one.json").read_text())["detections"] > 0
+    assert "H-Mean" in first and "H-Mean" not in second
+
+
+def test_prediction_by_two_processes_is_that_of_one_and_goes_on_when_cut_short(checkpoint, rendered, tmp_path):
+    words = ["--images", rendered / "images" / "train"]
+    run("predict.py", checkpoint, *words, "--out", tmp_path / "one.csv", cwd=tmp_path)
+    run_together(2, "predict.py", checkpoint, *words, "--out", tmp_path / "two.csv", cwd=tmp_path)
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+    assert not list(tmp_path.glob("*.partial"))
+
+    images = Path(shutil.copytree(rendered / "images" / "train", tmp_path / "images"))
+    for number, path in enumerate(sorted(images.iterdir())):
+        if number % 3 == 2:
+            path.write_bytes(b"broken")
+    words = ["--images", images, "--out", tmp_path / "three.csv"]
+    texts = run_together(2, "predict.py", checkpoint, *words, "--strict", cwd=tmp_path, status=2)
+    assert any("error: " in text for text in texts) and not (tmp_path / "three.csv").exists()
+    partial = next(tmp_path.glob("three.csv.rank*.partial"))
+    with partial.open("a") as file:
+        file.write('{"name": "cut sho')
+    run("predict.py", checkpoint, *words, "--resume", "--thresh", "0.4", cwd=tmp_path, status=2)
+    shutil.copytree(rendered / "images" / "train", images, dirs_exist_ok=True)
+    said = run("predict.py", checkpoint, *words, "--resume", "--strict", cwd=tmp_path)
+    done = int(said.split(" are done")[0].split()[-1])
+    assert 0 < done < 6 and f"on {6 - done} images" in said
+    assert (tmp_path / "three.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
+    assert len(list(csv.reader((tmp_path / "three.csv").open()))) == 7
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def torchrun(count, *arguments, cwd, restarts=0):
+    """torchrun with a script of the project, as a user starts it; before `--`, --run would be one of its own flags."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command += [f"--max-restarts={restarts}", "--monitor-interval=0.1", "--", ROOT / arguments[0], *arguments[1:]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with (Path(cwd) / "output.txt").open("w") as output:
+        return subprocess.Popen(list(map(str, command)), cwd=cwd, env=environment, stdout=output, stderr=output)
+
+
+def test_a_killed_rank_of_three_goes_on_from_the_last_save_and_reaches_the_same_epoch(receipts, tmp_path):
+    few = copies(receipts, tmp_path / "data", train=7, val=2)
+    flags = ["--data", few, "--run", "a", "--epochs", "3", "--batch-size", "1", "--save-minutes", "0.00001"]
+    process = torchrun(3, "train.py", *TINY, *flags, cwd=tmp_path, restarts=1)
+    log, output = tmp_path / "runs/a/log.jsonl", tmp_path / "output.txt"
+    try:
+        end = time.monotonic() + SECONDS
+        while not (log.exists() and log.read_text()):
+            assert process.poll() is None and time.monotonic() < end, output.read_text()
+            time.sleep(0.01)
+        pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ranks = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in pids}
+        [victim] = [int(pid) for pid, variables in ranks.items() if b"RANK=2" in variables]
+        os.kill(victim, signal.SIGKILL)
+        assert process.wait(SECONDS) == 0, output.read_text()
+    finally:
+        process.terminate()
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3] and all(row["ranks"] == 3 for row in rows)
+    assert output.read_text().count("runs/a: 7 training") == 2  # it was started, and started again
+    assert load_checkpoint(tmp_path / "runs/a/last.pt")["epoch"] == 3

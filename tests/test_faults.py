@@ -1,0 +1,253 @@
+"""What nights bring: after each fault the run goes on, or has stopped with one clear line and is resumed."""
+
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launch import ROOT, SECONDS, Launched, copies, run
+from test_distributed import environments
+from test_resume import assert_same_run, rows, save_some
+
+import train
+from dbnet.checkpoint import load_checkpoint
+from dbnet.config import Config
+from dbnet.errors import UserError
+from dbnet.training import load_last
+
+FLAGS = [
+    *("--preset", "lite", "--weights", "none", "--image-size", "64", "--batch-size", "1", "--ema", "0.9"),
+    *("--noise-p", "0.5", "--deterministic", "--save-minutes", "0.005", "--run", "a"),
+]
+
+
+def stopped_with_one_line(launched, *words):
+    """Assert exit status 2 and one line of error that holds `words`, and no traceback."""
+    assert launched.wait() == 2, launched.text()
+    text = launched.text()
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in text, text
+    for word in words:
+        assert word in errors[0], errors
+    assert "--resume" in text
+
+
+def until_saved(launched):
+    """Wait for the first save of the run."""
+    end = time.monotonic() + SECONDS
+    while not (launched.folder / "runs/a/last.pt").exists():
+        assert launched.process.is_alive() and time.monotonic() < end, launched.text()
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("kills", "epochs"), [pytest.param(2, 2, id="2"), pytest.param(20, 6, marks=pytest.mark.long, id="20")]
+)
+def test_killed_at_random_moments_a_run_ends_with_the_weights_of_one_left_in_peace(rendered, tmp_path, kills, epochs):
+    seed = random.randrange(1000)
+    print(f"seed {seed}")
+    moments = random.Random(seed)
+    words = [*FLAGS, "--data", rendered, "--epochs", epochs, "--workers", "1"]
+    (tmp_path / "peace").mkdir()
+    run("train.py", *words, cwd=tmp_path / "peace")
+
+    folder = tmp_path / "runs" / "a"
+    launched = Launched("train.py", *words, cwd=tmp_path)
+    until_saved(launched)
+    for _ in range(kills):
+        launched.until("runs/a: 6 training")
+        time.sleep(moments.uniform(0, 1.5))
+        launched.kill()
+        save = load_last(folder)  # whole, whatever was going on
+        assert save["epoch"] <= epochs
+        if (folder / "best.pt").exists():
+            assert load_checkpoint(folder / "best.pt")["epoch"] <= save["epoch"] + 1
+        launched = Launched("train.py", "--resume", cwd=tmp_path)
+    assert launched.wait() == 0, launched.text()
+    assert_same_run(folder, tmp_path / "peace/runs/a")
+    assert {path.name for path in folder.iterdir()} == {
+        *("best.pt", "last.pt", "last.prev.pt", "config.json", "log.jsonl")
+    }
+
+
+def test_killed_data_workers_are_replaced_and_nothing_is_lost(rendered, tmp_path):
+    words = [*FLAGS, "--data", rendered, "--epochs", "2", "--workers", "2"]
+    (tmp_path / "peace").mkdir()
+    run("train.py", *words, cwd=tmp_path / "peace")
+    launched = Launched("train.py", *words, cwd=tmp_path)
+    until_saved(launched)
+    for pid in launched.workers():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert launched.wait() == 0, launched.text()
+    assert "going on with new ones" in launched.text() and "Traceback" not in launched.text()
+    assert_same_run(tmp_path / "runs/a", tmp_path / "peace/runs/a")
+
+
+def test_when_one_rank_is_killed_the_others_stop_and_the_run_is_resumed(rendered, tmp_path):
+    words = [*FLAGS, "--data", rendered, "--epochs", "200", "--workers", "0"]
+    first, second = (Launched("train.py", *words, cwd=tmp_path, **each) for each in environments(2))
+    until_saved(first)
+    second.kill()
+    stopped_with_one_line(first, "another process of the run has ended")
+    save = load_last(tmp_path / "runs/a")
+    run("train.py", "--resume", "--epochs", save["epoch"] + 1, cwd=tmp_path)
+    assert [row["epoch"] for row in rows(tmp_path / "runs/a")] == list(range(1, save["epoch"] + 2))
+
+
+@contextlib.contextmanager
+def file_system(folder, size):
+    """A small file system in memory, mounted at `folder`. Gives the command that mounts it with other options."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        yield lambda options: subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_stops_the_run_in_one_line_and_with_room_it_goes_on(rendered, tmp_path):
+    words = [*FLAGS, "--data", rendered, "--epochs", "2", "--workers", "0"]
+    with file_system(tmp_path / "runs", "120m") as remount:  # one save of 60 MB fits, and not another beside it
+        launched = Launched("train.py", *words, cwd=tmp_path)
+        stopped_with_one_line(launched, "last.pt", "No space left on device", "make room")
+        folder = tmp_path / "runs/a"
+        load_last(folder)
+        assert not list(folder.glob(".*.tmp"))
+        remount("size=600m")
+        run("train.py", "--resume", cwd=tmp_path)
+        assert [row["epoch"] for row in rows(folder)] == [1, 2]
+        load_checkpoint(folder / "best.pt")
+
+
+def test_an_output_folder_that_becomes_read_only_stops_the_run_in_one_line(rendered, tmp_path):
+    words = [*FLAGS, "--data", rendered, "--epochs", "200", "--workers", "0"]
+    with file_system(tmp_path / "runs", "600m") as remount:
+        launched = Launched("train.py", *words, cwd=tmp_path)
+        until_saved(launched)
+        for _ in range(200):  # busy while a file is being written
+            with contextlib.suppress(subprocess.CalledProcessError):
+                remount("ro")
+                break
+        stopped_with_one_line(launched, "runs/a", "Read-only file system")
+        save = load_last(tmp_path / "runs/a")
+        stopped_with_one_line(Launched("train.py", "--resume", cwd=tmp_path), "runs/a", "cannot be written")
+        remount("rw")
+        run("train.py", "--resume", "--epochs", save["epoch"] + 1, cwd=tmp_path)
+
+
+def test_a_quota_reached_while_saving_keeps_the_last_save(small, tmp_path):
+    save_some(tmp_path, small, [1, 2])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"last\.pt: cannot be written \(File too large\)"):
+            save_some(tmp_path, small, [3])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert load_last(tmp_path)["epoch"] == 2 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_data_folder_that_disappears_stops_the_run_in_one_line_and_costs_nothing(rendered, tmp_path):
+    data = copies(rendered, tmp_path / "data", train=6, val=2)
+    words = [*FLAGS, "--data", data, "--epochs", "200", "--workers", "0"]
+    launched = Launched("train.py", *words, cwd=tmp_path)
+    until_saved(launched)
+    data.rename(tmp_path / "away")
+    stopped_with_one_line(launched, "data", "has gone")
+    (tmp_path / "away").rename(data)
+    save = load_last(tmp_path / "runs/a")
+    run("train.py", "--resume", "--epochs", save["epoch"] + 1, cwd=tmp_path)
+    assert rows(tmp_path / "runs/a")[-1]["unreadable_images"] == 0
+
+
+def test_files_that_change_in_mid_epoch_are_read_anew_or_left_out(rendered, tmp_path):
+    data = copies(rendered, tmp_path / "data", train=6, val=2)
+    launched = Launched(
+        "train.py", *FLAGS, "--data", data, "--epochs", "4", "--workers", "1", "--pad", "tight", cwd=tmp_path
+    )
+    until_saved(launched)
+    first, second, third, *_ = sorted((data / "images" / "train").iterdir())
+    first.write_bytes(b"no image any more")
+    shutil.copy(ROOT / "docs" / "detections.jpg", second)  # of another shape
+    third.unlink()
+    assert launched.wait() == 0, launched.text()
+    assert "Traceback" not in launched.text()
+    left_out = [line for line in launched.text().splitlines() if line.startswith("left out: ")]
+    assert len(left_out) == 2 and any(first.name in line for line in left_out)
+    assert rows(tmp_path / "runs/a")[-1]["unreadable_images"] == 2
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(rendered, tmp_path, monkeypatch):
+    """The clock that can be set, in this process: an hour back at each look at it."""
+    hours = iter(range(10**6))
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 3600 * next(hours))
+    config = Config.from_preset("lite", weights="none", image_size=64, data=str(rendered), workers=0, epochs=2)
+    saved = []
+    write = train.LastSave.write
+    monkeypatch.setattr(train.LastSave, "write", lambda self, training: (saved.append(1), write(self, training)))
+    train.train(config.changed(batch_size=1, save_minutes=1e-5), tmp_path / "a")
+    log = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
+    assert all(0 < row["train_seconds"] < 600 and row["images_per_second"] > 0 for row in log)
+    assert len(saved) == 16  # of each epoch: before its six steps, after them, and after its validation
+
+
+@pytest.mark.long
+def test_a_system_clock_that_goes_backwards_changes_nothing(rendered, tmp_path):
+    """The system's own clock, seen through a library that turns it back an hour at each look."""
+    (tmp_path / "back.c").write_text(
+        "#define _GNU_SOURCE\n#include <time.h>\n#include <unistd.h>\n#include <sys/syscall.h>\n"
+        "int clock_gettime(clockid_t id, struct timespec *t) {\n"
+        "  static long looks; int r = syscall(SYS_clock_gettime, id, t);\n"
+        "  if (id == CLOCK_REALTIME) t->tv_sec -= 3600 * ++looks;\n  return r; }\n"
+    )
+    compiler = shutil.which("cc") or pytest.skip("no C compiler")
+    library = tmp_path / "back.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "back.c"], check=True)
+    environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
+    looks = subprocess.run(
+        [sys.executable, "-c", "import time; print(time.time() > time.time())"],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert looks.stdout == "True\n"
+    command = [sys.executable, ROOT / "train.py", *FLAGS, "--data", rendered, "--epochs", "2", "--workers", "1"]
+    subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, check=True, timeout=SECONDS)
+    log = [json.loads(line) for line in (tmp_path / "runs/a/log.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in log] == [1, 2] and all(0 < row["train_seconds"] < SECONDS for row in log)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "settled", "mebibytes"),
+    [pytest.param(10, 5, 24, id="10"), pytest.param(300, 60, 48, marks=pytest.mark.long, id="300")],
+)
+def test_memory_of_a_long_run_is_flat(rendered, tmp_path, epochs, settled, mebibytes):
+    words = ["--preset", "lite", "--weights", "none", "--image-size", "64", "--batch-size", "3", "--run", "a"]
+    process = Launched("train.py", *words, "--data", rendered, "--epochs", epochs, "--workers", "0", cwd=tmp_path)
+    process.process.join(SECONDS * (1 + epochs // 50))
+    assert process.wait() == 0, process.text()
+    log = [json.loads(line) for line in (tmp_path / "runs/a/log.jsonl").read_text().splitlines()]
+    assert len(log) == epochs
+    grown = (log[-1]["peak_memory_gb"] - log[settled - 1]["peak_memory_gb"]) * 1e9 / 2**20
+    print(f"{grown:.1f} MiB more after epoch {epochs} than after epoch {settled}")
+    assert grown < mebibytes
+
+
+def test_the_newest_of_several_runs_is_resumed_and_an_unsaved_one_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume"])
+    with pytest.raises(UserError, match=r"holds no last\.pt to resume"):
+        train.main()
+    Path("runs/a").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"holds no last\.pt to resume"):
+        train.main()
