@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument(
         "--tune-picture", type=Path, metavar="FILE.png", help="picture of the search (tuning.png beside the checkpoint)"
     )
-    parser.add_config_flags()
+    parser.add_config_flags(of_checkpoint=True)
     args, changes = parser.parse()
     if bool(args.checkpoints) == (args.submission is not None):
         raise UserError("name either a checkpoint or --submission FILE (see --help)")

@@ -25,7 +25,7 @@ def main() -> None:
     parser = ArgumentParser(__doc__)
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint to export")
     parser.add_argument("--onnx", type=Path, required=True, metavar="FILE.onnx", help="where to")
-    parser.add_config_flags()
+    parser.add_config_flags(of_checkpoint=True)
     args, changes = parser.parse()
     if args.onnx.suffix.lower() != ".onnx":
         raise UserError(f"--onnx {args.onnx}: name a file that ends in .onnx; predict.py knows it by that")

@@ -56,7 +56,7 @@ def main() -> None:
     )
     parser.add_argument("--overlays", type=Path, metavar="DIR", help="also write each image with its polygons here")
     parser.add_argument("--resume", action="store_true", help="go on with a prediction for --out that was cut short")
-    parser.add_config_flags()
+    parser.add_config_flags(of_checkpoint=True)
     args, changes = parser.parse()
 
     # Imported here, so that --help and a mistaken command line answer at once.

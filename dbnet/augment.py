@@ -11,7 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from dbnet.config import DataConfig
+from dbnet.config import Config
 
 _CLAHE_TILES = (8, 8)
 _ROTATIONS = {1: cv2.ROTATE_90_CLOCKWISE, 2: cv2.ROTATE_180, 3: cv2.ROTATE_90_COUNTERCLOCKWISE}
@@ -172,7 +172,7 @@ class Augmentation:
         return rotation @ perspective
 
 
-def draw(config: DataConfig, rng: np.random.Generator, side: int | None = None) -> Augmentation:
+def draw(config: Config, rng: np.random.Generator, side: int | None = None) -> Augmentation:
     """Draw the augmentations that `config` gives a probability or a range to. `rng` is the only source of chance.
 
     `side` is the longer side that images are to have before a random scaling, and the longest that the result has;

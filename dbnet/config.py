@@ -103,6 +103,11 @@ class DataConfig:
     thresh_max: Fraction = 0.7
     """value of the threshold map on outlines"""
 
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """How training images are changed, each time anew."""
+
     flip_p: Fraction = 0.5
     """probability of a horizontal flip"""
 
@@ -125,7 +130,7 @@ class DataConfig:
     """largest change of brightness, as a fraction of the full range"""
 
     contrast: Fraction = 0.2
-    """largest change of contrast, as a fraction"""
+    """largest change of contrast, as a fraction of what it is"""
 
     clahe_p: Fraction = 0.0
     """probability of contrast-limited adaptive histogram equalization on 8 x 8 tiles"""
@@ -261,20 +266,20 @@ class PostprocessConfig:
     """regions that are kept in an image at most, the best ones"""
 
     min_size: Weight = 3.0
-    """shortest side of a region before it is grown, in pixels of the map"""
+    """shortest side of a region before it is grown, in pixels of the map, which is as large as the resized image"""
 
     box_unclip_ratio: Annotated[float, Range(0, 10)] = 1.5
-    """how far rectangles are grown: by area x ratio / perimeter"""
+    """how far rectangles are grown: by area x ratio / perimeter, in pixels of the map"""
 
     polygon_unclip_ratio: Annotated[float, Range(0, 10)] = 2.0
-    """how far polygons are grown: by area x ratio / perimeter"""
+    """how far polygons are grown: by area x ratio / perimeter, in pixels of the map"""
 
 
-_GROUPS = (ModelConfig, DataConfig, LossConfig, TrainConfig, DeviceConfig, PostprocessConfig)
+_GROUPS = (ModelConfig, DataConfig, AugmentConfig, LossConfig, TrainConfig, DeviceConfig, PostprocessConfig)
 
 
 @dataclass(frozen=True)
-class Config(PostprocessConfig, DeviceConfig, TrainConfig, LossConfig, DataConfig, ModelConfig):
+class Config(PostprocessConfig, DeviceConfig, TrainConfig, LossConfig, AugmentConfig, DataConfig, ModelConfig):
     """All of a run's settings, checked and immutable; change one with `dataclasses.replace`.
 
     Raises UserError, naming the flag and the allowed values, when a value is of the wrong type or out of range.
@@ -442,21 +447,43 @@ class ArgumentParser(argparse.ArgumentParser):
         """Raise UserError in place of argparse's usage text and exit."""
         raise UserError(f"{message} (see --help)")
 
-    def add_config_flags(self) -> None:
-        """Add `--field-name VALUE` for every field of Config, a group of the help for each of its parts."""
+    def add_config_flags(self, of_checkpoint: bool = False) -> None:
+        """Add `--field-name VALUE` for every field of Config, a group of the help for each of its parts.
+
+        In scripts whose values come from a checkpoint, the help shows those that matter there; all are taken. Comes
+        after the script's own flags, which the usage line lists.
+        """
+        self.usage = self.format_usage().removeprefix("usage: ").rstrip().replace("%", "%%") + " [--FIELD VALUE ...]"
+        self.epilog = (
+            "A FIELD that is not named keeps the checkpoint's value. Those of training (train.py --help) are taken too."
+            if of_checkpoint
+            else "In parentheses: what preset v1 has; for another, --preset NAME --print-config."
+        )
+        without_training = (
+            self.add_argument_group("what is read, and where the network runs") if of_checkpoint else None
+        )
         for group in _GROUPS:
-            chapter = self.add_argument_group((group.__doc__ or "").strip().rstrip(".").lower())
+            title = (group.__doc__ or "").strip().rstrip(".")
+            if group is PostprocessConfig or not without_training:
+                chapter = self.add_argument_group(title[:1].lower() + title[1:])
+            else:
+                chapter = without_training
             documentation = _field_docstrings(group)
             for field in dataclasses.fields(group):
                 hint = _hints()[field.name]
                 kind: Any = _value_type(hint)
+                described = " ".join(documentation[field.name].split()).replace("%", "%%")
+                if not of_checkpoint:
+                    described += f" ({_as_typed(getattr(V1, field.name))})"
+                elif group is not PostprocessConfig and field.name not in _WITHOUT_TRAINING:
+                    described = argparse.SUPPRESS
                 chapter.add_argument(
                     f"--{field.name.replace('_', '-')}",
                     type={bool: _parse_bool, tuple: _parse_sizes}.get(kind, kind),
                     choices=get_args(hint) if get_origin(hint) is Literal else None,
                     metavar=_metavar(hint),
                     default=argparse.SUPPRESS,
-                    help=" ".join(documentation[field.name].split()).replace("%", "%%"),
+                    help=described,
                 )
 
     def parse(self, arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -475,6 +502,9 @@ class ArgumentParser(argparse.ArgumentParser):
         return namespace, changes
 
 
+_WITHOUT_TRAINING = {"data", "format", "image_size", "workers", "strict", "batch_size", "device", "amp", "compile"}
+"""Fields outside of PostprocessConfig that matter where a checkpoint is used."""
+
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -482,6 +512,13 @@ def _parse_bool(text: str) -> bool:
     if text.lower() not in _BOOLEANS:
         raise argparse.ArgumentTypeError(f"takes true or false, not {text!r}")
     return _BOOLEANS[text.lower()]
+
+
+def _as_typed(value: Any) -> str:
+    """A value as a flag takes it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _parse_sizes(text: str) -> tuple[int, ...]:

@@ -83,6 +83,18 @@ def test_every_field_is_a_flag_with_a_help_text():
     assert all(action.help for action in parser._actions)
 
 
+def test_the_help_fits_its_topic():
+    training, using = ArgumentParser("test"), ArgumentParser("test")
+    training.add_config_flags()
+    using.add_config_flags(of_checkpoint=True)
+    helped = " ".join(training.format_help().split())
+    assert "weight of the balanced cross entropy of the probability map (7)" in helped
+    assert "BCE(P)" in helped and "[--FIELD VALUE ...]" in helped and "[--epochs" not in helped
+    helped = using.format_help()
+    assert "--box-thresh" in helped and "--image-size" in helped and "--epochs" not in helped
+    assert using.parse(["--epochs", "3"])[1] == {"epochs": 3}  # taken all the same
+
+
 def test_a_boolean_flag_stands_alone_or_with_a_value():
     parser = ArgumentParser("test")
     parser.add_argument("checkpoint", nargs="?")
