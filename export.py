@@ -1,15 +1,16 @@
-"""Export a checkpoint to the ONNX format, for programs without PyTorch.
+"""Export a checkpoint: to the ONNX format, for programs without PyTorch, or at half its size, to hand it on.
 
     python export.py runs/NAME/best.pt --onnx best.onnx
     python predict.py best.onnx --images photos/            on ONNX Runtime
+    python export.py runs/NAME/best.pt --half small.pt      kernels in 16 bits, nothing that only training needs
 
-The file holds the network, for batches and images of any size, and its configuration, which flags change. Where
+A .onnx file holds the network, for batches and images of any size, and its configuration, which flags change. Where
 onnxruntime is installed the file is checked: it must find the same polygons as the checkpoint.
 """
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dbnet.config import ArgumentParser, Config
 from dbnet.errors import UserError, run_script
@@ -24,26 +25,41 @@ SHAPES = ((1, 64, 64, 3), (2, 96, 160, 3))  # of the random images that the prob
 def main() -> None:
     parser = ArgumentParser(__doc__)
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint to export")
-    parser.add_argument("--onnx", type=Path, required=True, metavar="FILE.onnx", help="where to")
+    parser.add_argument("--onnx", type=Path, metavar="FILE.onnx", help="write the network in the ONNX format")
+    parser.add_argument("--half", type=Path, metavar="FILE.pt", help="write the checkpoint at half its size")
     parser.add_config_flags(of_checkpoint=True)
     args, changes = parser.parse()
-    if args.onnx.suffix.lower() != ".onnx":
+    if not (args.onnx or args.half):
+        raise UserError("name what to write: --onnx FILE.onnx or --half FILE.pt (see --help)")
+    if args.onnx and args.onnx.suffix.lower() != ".onnx":
         raise UserError(f"--onnx {args.onnx}: name a file that ends in .onnx; predict.py knows it by that")
 
     # Imported here, so that --help and a mistaken command line answer at once.
-    from dbnet.checkpoint import load_model
+    from dbnet.checkpoint import write_half
     from dbnet.files import check_writable
+
+    for path in filter(None, (args.onnx, args.half)):
+        check_writable(path)
+    if args.half:
+        write_half(args.checkpoint, args.half, changes)
+        print(f"{args.half}: {args.half.stat().st_size / 1e6:.1f} MB")
+    if args.onnx:
+        export_onnx(args.checkpoint, args.onnx, changes)
+
+
+def export_onnx(checkpoint: Path, path: Path, changes: dict[str, Any]) -> None:
+    """Write the network of a checkpoint in the ONNX format and, where that is possible, check it."""
+    from dbnet.checkpoint import load_model
     from dbnet.onnx import write_onnx
 
-    check_writable(args.onnx)
-    model, config, _ = load_model(args.checkpoint, changes | {"compile": False})
+    model, config, _ = load_model(checkpoint, changes | {"compile": False})
     if config.tta:
         print("a .onnx file looks at an image once: test-time augmentation is left out")
         config = config.changed(tta=False)
-    write_onnx(args.onnx, model, config)
-    print(f"{args.onnx}: {config.backbone}, {config.image_size} px, {args.onnx.stat().st_size / 1e6:.1f} MB")
+    write_onnx(path, model, config)
+    print(f"{path}: {config.backbone}, {config.image_size} px, {path.stat().st_size / 1e6:.1f} MB")
     if find_spec("onnxruntime"):
-        check(args.onnx, model, config)
+        check(path, model, config)
     else:
         print("not checked against PyTorch; for that: pip install onnxruntime")
 

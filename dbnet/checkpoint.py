@@ -174,3 +174,20 @@ def change_checkpoint(path: Path, changes: dict[str, Any], **state: Any) -> None
     content["config"] = content["config"].changed(**changes).to_dict()
     with write_whole(path) as file:
         torch.save({**content, **state}, file)
+
+
+def write_half(source: Path, path: Path, changes: dict[str, Any]) -> None:
+    """Write the network and the configuration of a checkpoint, with `changes`, at half the size: kernels as 16-bit
+    floats, which loading widens again. What scales and shifts channels keeps its 32 bits, and what only training needs
+    is left out.
+
+    Raises UserError as `load_checkpoint` does, where a weight has no place in 16 bits, and where `path` cannot be
+    written.
+    """
+    content = load_checkpoint(source)
+    halved = {name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in content["model"].items()}
+    if not all(tensor.isfinite().all() for tensor in halved.values()):
+        raise UserError(f"{source}: a weight is too large for 16 bits; ship the checkpoint as it is")
+    config = content["config"].changed(**changes).to_dict()
+    with write_whole(path) as file:
+        torch.save({"format": content["format"], "config": config, "model": halved}, file)

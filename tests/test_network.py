@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbnet.checkpoint import load_checkpoint, load_model, load_weights, save_checkpoint, start_from
+from dbnet.checkpoint import load_checkpoint, load_model, load_weights, save_checkpoint, start_from, write_half
 from dbnet.config import PRESETS
 from dbnet.dataset import Batches, TextDataset, make_loader
 from dbnet.ensemble import Ensemble
@@ -226,3 +226,26 @@ def test_polygons_made_in_other_processes_are_the_same(small):
         for polygon, other in zip(found.polygons, theirs[index].polygons, strict=True):
             assert np.array_equal(polygon, other)
     assert here.evaluate(network).per_image.keys() == {path.name for path in dataset.paths}
+
+
+def test_a_checkpoint_of_half_the_size_computes_nearly_the_same(small, tmp_path):
+    torch.manual_seed(0)
+    model = DBNet(small)
+    save_checkpoint(tmp_path / "last.pt", small, model, optimizer={"state": torch.zeros(100_000)})
+    write_half(tmp_path / "last.pt", tmp_path / "half.pt", {"box_thresh": 0.4})
+    halved, config, content = load_model(tmp_path / "half.pt", {})
+    whole, _, _ = load_model(tmp_path / "last.pt", {})
+    assert config == small.changed(box_thresh=0.4)
+    assert content.keys() == {"format", "config", "model"}
+    assert content["model"]["pyramid.smooth.0.weight"].dtype == torch.float16
+    assert content["model"]["prob_branch.1.running_var"].dtype == torch.float32
+    assert (tmp_path / "half.pt").stat().st_size < 0.55 * (tmp_path / "last.pt").stat().st_size
+    images = torch.randint(0, 256, (1, 96, 64, 3), dtype=torch.uint8)
+    torch.testing.assert_close(halved(images), whole(images), atol=5e-3, rtol=0)
+
+    with torch.no_grad():
+        model.pyramid.smooth[0].weight[0] = 1e6
+    save_checkpoint(tmp_path / "huge.pt", small, model)
+    with pytest.raises(UserError, match="too large for 16 bits"):
+        write_half(tmp_path / "huge.pt", tmp_path / "no.pt", {})
+    assert not (tmp_path / "no.pt").exists()
