@@ -130,7 +130,7 @@ def fallback_cases(config: Config, device: torch.device) -> list[Case]:
     sizes = [config.image_size, *(size for size in SMALLER_SIZES if size < config.image_size)]
     batches = [config.batch_size >> halvings for halvings in range(config.batch_size.bit_length())]
     return [
-        Case(amp, size, batch, -(-config.effective_batch // batch))
+        Case(amp, size, batch, -(-(config.batch_size * config.accumulate) // batch))
         for amp in amps
         for size in sizes
         for batch in batches
@@ -218,7 +218,9 @@ def run_steps(config: Config, device: torch.device, start: Start, step: Step) ->
         peak = after["VmHWM"] - after["RssFile"] - before
     if not seconds:
         return Measured(peak, config.batch_size / first, 0, 1)
-    return Measured(peak, len(seconds) * config.effective_batch / sum(seconds), len(seconds), config.accumulate)
+    return Measured(
+        peak, len(seconds) * (config.batch_size * config.accumulate) / sum(seconds), len(seconds), config.accumulate
+    )
 
 
 def synthetic_batch(config: Config) -> dict[str, Any]:

@@ -40,7 +40,11 @@ NOT_RUN = {
 }
 """Commands that no test runs, and why."""
 
-SLOW = {"torchrun --nproc-per-node 2 -- train.py --preset v1 --effective-batch 16"}
+SLOW = {
+    "torchrun --nproc-per-node 2 -- train.py --preset v1 --effective-batch 16",
+    "python train.py --preset v1 --profile",
+    "python train.py --preset v1 --data data/mine --profile",
+}
 """Commands that only `make test-long` runs."""
 
 # What the pages say of features that are not on this branch yet: commands, a Python block by its first line, flags,
@@ -182,8 +186,9 @@ def test_the_commands_run_in_the_order_shown(page, place, rendered, monkeypatch)
 
 
 @pytest.mark.long
-def test_the_slow_commands_run_in_their_place(place, monkeypatch):
-    run_page("README.md", place, monkeypatch, NOT_RUN.keys() | PENDING)
+@pytest.mark.parametrize("page", [page for page in PAGES if SLOW & {known_as(item) for item in shown(page)}])
+def test_the_slow_commands_run_in_their_place(page, place, monkeypatch):
+    run_page(page, place, monkeypatch, NOT_RUN.keys() | PENDING)
 
 
 def test_what_is_not_run_is_shown_and_known():
