@@ -27,7 +27,7 @@ clean-demo:
 	rm -rf demo runs/demo
 
 test: lint
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
 test-long: $(VENV)/.installed
 	$(RUN) -m pytest -m "" --hypothesis-profile long tests/test_hostile.py

@@ -115,7 +115,7 @@ class AugmentConfig:
     """probability of a rotation by 90, 180 or 270 degrees"""
 
     rotate: Annotated[float, Range(0, 45)] = 0.0
-    """largest rotation besides, in degrees"""
+    """largest rotation by any angle, in degrees, to either side"""
 
     scale: Annotated[float, Range(1, 4)] = 1.0
     """largest factor of a random scaling, up (then a part is cut out, and words cut in two are masked) or down"""
