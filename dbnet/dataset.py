@@ -20,7 +20,7 @@ from dbnet.annotations import Annotation, read_split
 from dbnet.augment import Augmentation
 from dbnet.augment import draw as draw_augmentation
 from dbnet.cache import PixelCache
-from dbnet.config import Config, DataConfig
+from dbnet.config import STRIDE, Config, DataConfig
 from dbnet.distributed import Share
 from dbnet.geometry import Letterbox, clip_polygons, padded, split_polygons, visible_shares
 from dbnet.images import ImageError, read_image, read_size
@@ -151,7 +151,9 @@ class ImageDataset:
         if self.pad == "square":
             return side or self.config.image_size, side or self.config.image_size
         widths, heights = zip(*sizes, strict=True) if sizes else ((1,), (1,))
-        return padded(max(heights)), padded(max(widths))
+        height, width = padded(max(heights)), padded(max(widths))
+        # At the coarsest stride a single pixel would be left, of which a batch norm in training can make nothing.
+        return (2 * STRIDE, width) if height == width == STRIDE else (height, width)
 
 
 @dataclass(frozen=True)

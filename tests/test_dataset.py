@@ -11,7 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_memory import CPU, make_training
 
+import train
 from dbnet import augment
 from dbnet.annotations import Annotation, read_annotations, read_split
 from dbnet.dataset import Batches, TextDataset, Words, make_loader
@@ -209,6 +211,16 @@ def test_tight_batches_are_padded_to_32_and_hold_each_image_once(small):
         shapes = {dataset.__getitems__([draw])[0]["image"].shape for draw in batch}
         elongations = {dataset.elongation(draw) for draw in batch}
         assert len(shapes) == len(elongations)  # what the headers say is what comes
+
+
+def test_an_image_however_small_leaves_a_batch_norm_more_than_one_pixel(small):
+    config = small.changed(image_size=32, pad="tight", batch_size=1, scale=4.0)
+    batches = Batches(TextDataset(config, "train", train=True), 1, config.seed)
+    training = make_training(config)
+    for batch in make_loader(batches, 0, False):
+        assert batch["image"].shape[1:3].numel() >= 2 * 32 * 32
+        losses, _ = train.optimizer_step(training, [batch], config, CPU, 1)
+        assert losses.isfinite().all()
 
 
 def test_evaluation_pads_tightly_and_in_order_of_shape(rendered, small):
