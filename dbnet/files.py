@@ -51,7 +51,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def _replace_by_link(path: Path, link: Path) -> None:
     """Make `link` a second name of the file at `path`, which thus is there at any time."""
-    temporary = link.with_name(f".{link.name[:200]}.{os.getpid()}.tmp")
+    temporary = _beside(link)
     try:
         os.link(path, temporary)
         temporary.replace(link)
@@ -82,8 +82,13 @@ def check_writable(path: Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    """A hidden name of this process's own beside `path`, of at most the 255 bytes that file systems take."""
-    return path.with_name(f".{path.name.encode(errors='ignore')[:200].decode(errors='ignore')}.{os.getpid()}.tmp")
+    """A hidden name of this process's own beside `path`."""
+    return path.with_name(f".{cut_name(path)}.{os.getpid()}.tmp")
+
+
+def cut_name(path: Path) -> str:
+    """As much of a file's name as leaves room for an addition in the 255 bytes that file systems take."""
+    return path.name.encode(errors="ignore")[:200].decode(errors="ignore")
 
 
 def make_folder(folder: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from dbnet import distributed
 from dbnet.annotations import Annotation
 from dbnet.errors import UserError
+from dbnet.files import cut_name
 
 Found = tuple[Annotation, str | None]
 """What was found in an image, and a line where it could not be read"""
@@ -30,7 +31,7 @@ class Partial:
         Raises UserError where the file cannot be written, or was made with other settings.
         """
         self._out = out
-        self.path = out.with_name(f"{out.name}.rank{distributed.rank()}.partial")
+        self.path = out.with_name(f"{cut_name(out)}.rank{distributed.rank()}.partial")
         self._settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         earlier = self._files()
         found = [self._read(path) for path in earlier] if resume else []
@@ -70,7 +71,7 @@ class Partial:
 
     def _files(self) -> list[Path]:
         """Those of all processes on this machine."""
-        return sorted(self._out.parent.glob(f"{glob.escape(self._out.name)}.rank*.partial"))
+        return sorted(self._out.parent.glob(f"{glob.escape(cut_name(self._out))}.rank*.partial"))
 
     def _write(self, line: str) -> None:
         self._file.write(line + "\n")
