@@ -49,9 +49,9 @@ def main() -> None:
             start = time.perf_counter()
             evaluation = pipeline.evaluate(network)
             times[1].append(time.perf_counter() - start)
-        network, whole = (1e3 * min(each) / images for each in times)
+        alone, whole = (1e3 * min(each) / images for each in times)
         score = evaluation.compute().hmean
-        rows.append((pad, f"{network:.1f}", f"{whole:.1f}", f"{100 * (whole / network - 1):.0f}%", f"{score:.4f}"))
+        rows.append((pad, f"{alone:.1f}", f"{whole:.1f}", f"{100 * (whole / alone - 1):.0f}%", f"{score:.4f}"))
     header = ("padding", "network alone", "whole evaluation", "added", "H-Mean")
     print_table(f"{images} validation images, ms an image", header, rows)
 
