@@ -1,14 +1,12 @@
 """The Python API, and what an installed copy consists of."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -101,18 +99,6 @@ def test_threads_share_a_detector(checkpoint, files):
 def test_what_is_no_image_is_refused(checkpoint, image, words):
     with pytest.raises(UserError, match=words):
         Detector.load(checkpoint, device="cpu").detect(image)
-
-
-def test_the_examples_of_the_readme_run(checkpoint, files, tmp_path, monkeypatch, capsys):
-    (tmp_path / "runs/NAME").mkdir(parents=True)
-    shutil.copy(checkpoint, tmp_path / "runs/NAME/best.pt")
-    cv2.imwrite(str(tmp_path / "receipt.jpg"), cv2.imread(str(files[0])))
-    monkeypatch.chdir(tmp_path)
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert any("Detector.load(" in example for example in examples)
-    for example in examples:
-        exec(compile(example, "README.md", "exec"), {})
-    assert capsys.readouterr().out
 
 
 def test_an_installed_copy_has_its_commands_pages_and_weights(tmp_path, files):
