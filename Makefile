@@ -30,8 +30,8 @@ test: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
 test-long: $(VENV)/.installed
-	$(RUN) -m pytest -m "" --hypothesis-profile long tests/test_hostile.py
-	$(RUN) -m pytest -m long
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "" --hypothesis-profile long tests/test_hostile.py
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m long
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .

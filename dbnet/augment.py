@@ -95,7 +95,8 @@ class Augmentation:
         if self.scale != 1:
             points = points * (scaled / (width, height))
         if self.is_warp:
-            return cv2.perspectiveTransform(points[None].astype(np.float64), self._homography(*scaled))[0]
+            projected = np.column_stack([points, np.ones(len(points))]) @ self._homography(*scaled).T
+            return projected[:, :2] / projected[:, 2:]
         return points - self._cut(*scaled)
 
     def render(self, image: np.ndarray, canvas: np.ndarray) -> None:

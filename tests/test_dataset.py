@@ -88,6 +88,11 @@ def test_any_geometry_moves_polygons_with_the_pixels(augmentation):
     assert np.array_equal(canvas[:height, :width, 0][sure] > 127, expected[inside][sure] > 127)
 
 
+@pytest.mark.parametrize("how", [{}, {"scale": 2.0}, {"angle": 3.0}, {"corners": ((0.01, 0),) * 4}])
+def test_an_image_without_words_moves_none(how):
+    assert augment.Augmentation(**how).move(np.empty((0, 2)), 80, 50).shape == (0, 2)
+
+
 def test_words_that_a_cut_parts_are_masked_and_those_outside_are_gone(small):
     """Scaled by two and cut at the top left: of three words one is left whole, one is parted, one is outside."""
     dataset = TextDataset(small, "train", train=True)
