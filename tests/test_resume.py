@@ -75,11 +75,11 @@ def test_the_log_and_the_weights_do_not_depend_on_the_number_of_workers(rendered
 
 
 def test_a_second_ctrl_c_stops_at_once(rendered, tmp_path):
-    slow = ["--image-size", "1024", "--train-sizes", ",", "--accumulate", "1"]
+    slow = ["--image-size", "1024", "--train-sizes", ",", "--accumulate", "1", "--scale", "1", "--pad", "square"]
     launched = Launched("train.py", *FLAGS, *slow, "--data", rendered, "--run", "a", "--workers", "0", cwd=tmp_path)
     launched.until(r"\| 1/6 ")
     launched.send(signal.SIGINT)  # in the second step, which takes a second or more
-    time.sleep(0.2)
+    time.sleep(0.1)
     launched.send(signal.SIGINT)
     assert launched.wait() == 130
     assert launched.text().endswith("interrupted\n")
