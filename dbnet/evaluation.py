@@ -9,8 +9,9 @@ import numpy as np
 from dbnet.annotations import Annotation
 from dbnet.config import Config
 from dbnet.errors import printable
-from dbnet.iou import IoUScore, score_iou, total_iou
+from dbnet.iou import MIN_POINTS, IoUScore, score_iou, total_iou
 from dbnet.metric import CLEval, DatasetScore, ImageScore, match_image
+from dbnet.polygons import Polygons
 from dbnet.text_size import chars_by_size, size_rows
 
 WORST = 10  # images in the list of the worst
@@ -45,10 +46,10 @@ class Evaluation:
     ) -> None:
         """Score the detected (n, 2) polygons of the image `name`, in pixels of the original; `size` is that one's width
         and height, None if it is not known."""
-        polygons = list(polygons)
-        match = match_image(annotation.polygons, polygons, annotation.dont_care)
+        words, detections = (Polygons.read(each, MIN_POINTS) for each in (annotation.polygons, list(polygons)))
+        match = match_image(words, detections, annotation.dont_care)
         self.per_image[name] = match.score
-        self.iou_per_image[name] = score_iou(annotation.polygons, polygons, annotation.dont_care)
+        self.iou_per_image[name] = score_iou(words, detections, annotation.dont_care)
         if size:
             self.chars_per_image[name] = chars_by_size(annotation.polygons, size, match.gt_chars())
         if error:

@@ -2,8 +2,7 @@
 
 CLEval (arXiv 2006.06244) cuts every ground truth into pseudo-characters and asks which of their centres lie inside
 which detections. A detection may therefore cover several words, or a word several detections; each surplus piece
-costs one character. This is the variant of the competition; the README
-defines it in full.
+costs one character. This is the variant of the competition; docs/how-it-works.md defines it.
 
     score = score_image(gt_polygons, det_polygons)          # one image
     metric = CLEval()                                       # a data set
@@ -11,15 +10,13 @@ defines it in full.
         metric.update(gt_polygons, det_polygons)
     print(metric.compute().hmean)
 
-No code here loops over pairs of polygons: bounding boxes tell the detections near each ground truth, and everything
-after that is arithmetic on the list of those (ground truth, detection) pairs. Inside, x and y are the first axis and
-what there are many of is the last, since numpy is quickest along a long last axis: k quadrilaterals are (2, 4, k).
+No code here loops over pairs of polygons: it is arithmetic on arrays of pairs. The geometry is in
+`dbnet/polygons.py`.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -27,7 +24,7 @@ import shapely
 from numpy.typing import ArrayLike
 from scipy.spatial import ConvexHull, QhullError
 
-from dbnet.geometry import COORDINATE_LIMIT
+from dbnet.polygons import Polygons, common_areas, contains, cross, dot, edges_of, near_pairs, ranges
 
 MIN_POINTS = 4
 """Polygons with fewer points are skipped."""
@@ -41,11 +38,6 @@ MAX_CHARACTERS = 100
 MIN_AREA_PRECISION = np.float32(0.3)
 """Share of a detection's area that must lie inside what it matches. Area precisions are float32, as the competition
 keeps them, so that a share of exactly 3/10 is enough however the last bit of a double falls."""
-
-UNEVEN_WEIGHTS = np.array([0.2403, 0.2601, 0.2487, 0.2509])
-"""Of the corners of a quadrilateral, for a point inside it."""
-
-UNIT_SQUARE = np.array([[0, 1, 1, 0], [0, 0, 1, 1]])[:, :, None]
 
 FLOAT32_EPS = np.finfo(np.float32).eps
 
@@ -160,8 +152,8 @@ class CLEval:
 
     def update(
         self,
-        gt_polygons: Sequence[ArrayLike],
-        det_polygons: Sequence[ArrayLike],
+        gt_polygons: Sequence[ArrayLike] | Polygons,
+        det_polygons: Sequence[ArrayLike] | Polygons,
         dont_care: Sequence[bool] | None = None,
     ) -> ImageScore:
         """Score an image (see `score_image`), remember the score and return it. Call it for images without
@@ -179,19 +171,20 @@ class CLEval:
 
 
 def score_image(
-    gt_polygons: Sequence[ArrayLike],
-    det_polygons: Sequence[ArrayLike],
+    gt_polygons: Sequence[ArrayLike] | Polygons,
+    det_polygons: Sequence[ArrayLike] | Polygons,
     dont_care: Sequence[bool] | None = None,
 ) -> ImageScore:
-    """CLEval of one image, as the README defines it.
+    """CLEval of one image, as docs/how-it-works.md defines it.
 
     Args:
         gt_polygons: the words, each (n, 2) points (x, y) in pixels: along the top edge, then back along the bottom.
         det_polygons: the detections, likewise, in the order in which they claim characters.
         dont_care: for each ground truth, whether it shall neither be found nor missed; None for none.
 
-    Coordinates are truncated to integers. Any polygon is scored, be it crossing itself or without area; the time of one
-    that crosses itself grows with its crossings, so `dbnet.geometry.fault_of` refuses the worst where files are read.
+    Polygons that were read for another metric are not read again. Coordinates are truncated to integers. Any polygon is
+    scored, be it crossing itself or without area; the time of one that crosses itself grows with its crossings, so
+    `dbnet.geometry.fault_of` refuses the worst where files are read.
 
     Raises:
         ValueError: if a polygon is not (n, 2) or has a coordinate that is not finite or beyond all images, or
@@ -201,8 +194,8 @@ def score_image(
 
 
 def match_image(
-    gt_polygons: Sequence[ArrayLike],
-    det_polygons: Sequence[ArrayLike],
+    gt_polygons: Sequence[ArrayLike] | Polygons,
+    det_polygons: Sequence[ArrayLike] | Polygons,
     dont_care: Sequence[bool] | None = None,
 ) -> ImageMatch:
     """`score_image`, and what became of each polygon; arguments and errors are the same."""
@@ -211,8 +204,8 @@ def match_image(
 
 
 def score_selections(
-    gt_polygons: Sequence[ArrayLike],
-    det_polygons: Sequence[ArrayLike],
+    gt_polygons: Sequence[ArrayLike] | Polygons,
+    det_polygons: Sequence[ArrayLike] | Polygons,
     dont_care: Sequence[bool] | None,
     selections: Sequence[np.ndarray],
 ) -> list[ImageScore]:
@@ -221,25 +214,25 @@ def score_selections(
     Each selection is (len(det_polygons),) bool. The other arguments are as in `score_image`.
     """
     page = _measure(gt_polygons, det_polygons, dont_care)
-    chosen = [np.flatnonzero(selection[page.det_is_scored])[:MAX_DETECTIONS] for selection in selections]
+    chosen = [np.flatnonzero(selection[page.dets.is_given])[:MAX_DETECTIONS] for selection in selections]
     return [_match_selection(page, detections).score for detections in chosen]
 
 
 def _measure(
-    gt_polygons: Sequence[ArrayLike], det_polygons: Sequence[ArrayLike], dont_care: Sequence[bool] | None
+    gt_polygons: Sequence[ArrayLike] | Polygons,
+    det_polygons: Sequence[ArrayLike] | Polygons,
+    dont_care: Sequence[bool] | None,
 ) -> "_Page":
     """All that there is to say about polygons and pairs of them, whichever detections count in the end."""
-    if dont_care is None:
-        dont_care = [False] * len(gt_polygons)
-    elif len(dont_care) != len(gt_polygons):
-        raise ValueError(f"dont_care has {len(dont_care)} flags for {len(gt_polygons)} ground truths")
-    gts, gt_is_scored = _read_polygons(gt_polygons)
-    dets, det_is_scored = _read_polygons(det_polygons)
-    gt_valid = ~np.asarray(dont_care, bool)[gt_is_scored]
+    gts, dets = Polygons.read(gt_polygons, MIN_POINTS), Polygons.read(det_polygons, MIN_POINTS)
+    given = len(gts.is_given)
+    if dont_care is not None and len(dont_care) != given:
+        raise ValueError(f"dont_care has {len(dont_care)} flags for {given} ground truths")
+    gt_valid = ~np.asarray(dont_care if dont_care is not None else np.zeros(given), bool)[gts.is_given]
     lengths = _lengths(gts, np.arange(len(gts)), _word_length)
     centres = _character_centres(gts, lengths)
     pairs = _pair_up(gts, dets, gt_valid, lengths, centres)
-    return _Page(gts, dets, gt_is_scored, det_is_scored, gt_valid, lengths, pairs)
+    return _Page(gts, dets, gt_valid, lengths, pairs)
 
 
 def _match_selection(page: "_Page", chosen: np.ndarray) -> ImageMatch:
@@ -282,11 +275,11 @@ def _match_selection(page: "_Page", chosen: np.ndarray) -> ImageMatch:
         gran_recall=gran_recall,
         gran_precision=gran_precision,
     )
-    det_scored = np.zeros(len(page.det_is_scored), bool)
-    det_scored[np.flatnonzero(page.det_is_scored)[chosen]] = True
+    det_scored = np.zeros(len(page.dets.is_given), bool)
+    det_scored[np.flatnonzero(page.dets.is_given)[chosen]] = True
     place = np.cumsum(is_chosen) - 1
     return ImageMatch(
-        score, page.gt_is_scored, det_scored, gt_valid, det_valid[chosen], gt, place[det], lengths, is_claimed
+        score, page.gts.is_given, det_scored, gt_valid, det_valid[chosen], gt, place[det], lengths, is_claimed
     )
 
 
@@ -306,61 +299,6 @@ def _spread(outcomes: list[Outcome], is_scored: np.ndarray) -> list[Outcome]:
     """The outcomes of what is scored, in their places among all."""
     following = iter(outcomes)
     return [next(following) if scored else Outcome.UNSCORED for scored in is_scored]
-
-
-@dataclass(frozen=True)
-class _Polygons:
-    """The polygons of an image, as arrays over all of them."""
-
-    points: np.ndarray
-    """(2, total) float64 of integers, polygon after polygon."""
-    starts: np.ndarray
-    """(len,) where in `points` each polygon begins."""
-    counts: np.ndarray
-    """(len,) how many points each has."""
-    is_quad: np.ndarray
-    """(len,) which are strictly convex quadrilaterals: nearly all words are, and they need no general geometry."""
-    quads: np.ndarray
-    """(2, 4, len) those, turning from the x axis to the y axis; a unit square where `is_quad` is False."""
-    low: np.ndarray
-    """(2, len) least x and y of each."""
-    high: np.ndarray
-    """(2, len) greatest x and y of each."""
-
-    def __len__(self) -> int:
-        return len(self.counts)
-
-    @cached_property
-    def previous(self) -> np.ndarray:
-        """(2, total) before each point the one that comes before it on its polygon, the last before the first."""
-        before = np.arange(-1, self.points.shape[1] - 1)
-        before[self.starts] += self.counts
-        return self.points.take(before, axis=1)
-
-    @cached_property
-    def _rings(self) -> np.ndarray:
-        """(len,) shapely polygons, valid or not."""
-        polygon_of_point = np.repeat(np.arange(len(self)), self.counts)
-        return shapely.polygons(shapely.linearrings(self.points.T, indices=polygon_of_point))
-
-    @cached_property
-    def is_simple(self) -> np.ndarray:
-        """(len,) whether the outline neither crosses nor touches itself."""
-        is_simple = self.is_quad.copy()
-        is_simple[~self.is_quad] = shapely.is_valid(self._rings[~self.is_quad])
-        return is_simple
-
-    @cached_property
-    def shapes(self) -> np.ndarray:
-        """(len,) valid shapely geometries: `buffer(0)` mends what crosses itself and empties what has no area."""
-        shapes = self._rings.copy()
-        shapes[~self.is_simple] = shapely.buffer(shapes[~self.is_simple], 0)
-        return shapes
-
-    @cached_property
-    def areas(self) -> np.ndarray:
-        """(len,) areas of what is simple."""
-        return np.abs(np.add.reduceat(_cross(self.previous, self.points), self.starts)) / 2
 
 
 @dataclass(frozen=True)
@@ -393,76 +331,16 @@ class _Pairs:
 class _Page:
     """The polygons of an image, and what was measured on them."""
 
-    gts: _Polygons
+    gts: Polygons
     """ground truths that are scored"""
-    dets: _Polygons
+    dets: Polygons
     """detections that have points enough to be scored"""
-    gt_is_scored: np.ndarray
-    """for each ground truth given, whether it is one of `gts`"""
-    det_is_scored: np.ndarray
-    """for each detection given, whether it is one of `dets`"""
     gt_valid: np.ndarray
     """(len(gts),) which are not don't-care"""
     lengths: np.ndarray
     """(len(gts),) pseudo-characters of each"""
     pairs: _Pairs
     """ground truths and detections that may have to do with each other"""
-
-
-def _read_polygons(polygons: Sequence[ArrayLike]) -> tuple[_Polygons, np.ndarray]:
-    """Those with points enough to be scored, and (len(polygons),) which have."""
-    arrays = [np.asarray(polygon) for polygon in polygons]
-    counts = np.array([len(array) for array in arrays], np.intp)
-    is_scored = counts >= MIN_POINTS
-    scored = np.flatnonzero(is_scored)
-    arrays, counts = [arrays[index] for index in scored], counts[scored]
-    points = np.concatenate(arrays, dtype=np.float64) if arrays else np.empty((0, 2))
-    if points.ndim != 2 or points.shape[1] != 2:
-        raise ValueError("a polygon must be an (n, 2) array of points")
-    points = np.trunc(points.T, order="C")
-    if not (np.abs(points) <= COORDINATE_LIMIT).all():  # nan is not either
-        raise ValueError(f"a polygon has a coordinate that is not finite, or beyond {COORDINATE_LIMIT}")
-    starts = np.cumsum(counts) - counts
-    is_quad, quads = _find_quads(points, starts, counts)
-    low, high = np.minimum.reduceat(points, starts, axis=1), np.maximum.reduceat(points, starts, axis=1)
-    return _Polygons(points, starts, counts, is_quad, quads, low, high), is_scored
-
-
-def _find_quads(points: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`is_quad` and `quads` of `_Polygons`. Four turns the same way are a convex quadrilateral."""
-    quads = points.take(starts + np.arange(4)[:, None], axis=1)
-    edges = _edges(quads)
-    turns = _cross(edges, _next_corners(edges))
-    turns_back = (turns < 0).all(axis=0)
-    quads = np.where(turns_back, quads[:, ::-1], quads)
-    is_quad = (counts == 4) & (turns_back | (turns > 0).all(axis=0))
-    quads[:, :, ~is_quad] = UNIT_SQUARE
-    return is_quad, quads
-
-
-def _next_corners(polygons: np.ndarray) -> np.ndarray:
-    """(2, n, ...) corners -> (2, n, ...), after each the next, the first after the last."""
-    return np.concatenate([polygons[:, 1:], polygons[:, :1]], axis=1)
-
-
-def _edges(polygons: np.ndarray) -> np.ndarray:
-    """(2, n, ...) corners -> (2, n, ...) steps from each corner to the next."""
-    return _next_corners(polygons) - polygons
-
-
-def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Dot products of vectors; x and y are the first axis."""
-    return a[0] * b[0] + a[1] * b[1]
-
-
-def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """z of the cross products of vectors, positive where b lies from a as y lies from x; x and y are the first axis."""
-    return a[0] * b[1] - a[1] * b[0]
-
-
-def _ranges(counts: np.ndarray) -> np.ndarray:
-    """0 .. counts[0] - 1, 0 .. counts[1] - 1, ..., one after the other."""
-    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 # Lengths in characters, from aspect ratios. The arithmetic is the competition's, float32 and step by step: a box of
@@ -484,7 +362,7 @@ def _characters(elongation: np.ndarray) -> np.ndarray:
     return np.minimum(np.round(np.float32(0.5) + elongation), MAX_CHARACTERS).astype(np.intp)
 
 
-def _lengths(polygons: _Polygons, select: np.ndarray, length_of_ratio: Callable[..., np.ndarray]) -> np.ndarray:
+def _lengths(polygons: Polygons, select: np.ndarray, length_of_ratio: Callable[..., np.ndarray]) -> np.ndarray:
     """(k,) int lengths in characters of the polygons at the (k,) indices `select`.
 
     Of the edges of the convex hull the first with the least rectangle counts, so the order of Qhull matters where two
@@ -496,7 +374,7 @@ def _lengths(polygons: _Polygons, select: np.ndarray, length_of_ratio: Callable[
     areas, ratios = _enclosing_rectangles(quads)
     is_least = areas == areas.min(axis=0)
 
-    is_vertical, is_horizontal = _edges(quads) == 0
+    is_vertical, is_horizontal = edges_of(quads) == 0
     is_upright = (is_horizontal | is_vertical).all(axis=0)
     first_two_x = polygons.points[0, polygons.starts[select] + [[0], [1]]]
     begins_left = (first_two_x == quads[0].min(axis=0)).all(axis=0)
@@ -505,42 +383,52 @@ def _lengths(polygons: _Polygons, select: np.ndarray, length_of_ratio: Callable[
     candidates = length_of_ratio(ratios)
     lengths = candidates[is_least.argmax(axis=0), np.arange(len(select))]
     needs_hull = ~polygons.is_quad[select] | (is_least & (candidates != lengths)).any(axis=0)
-    for index in np.flatnonzero(needs_hull):
-        start, count = polygons.starts[select[index]], polygons.counts[select[index]]
-        lengths[index] = length_of_ratio(_aspect_ratio_by_hull(polygons.points[:, start : start + count]))
+    if needs_hull.any():
+        lengths[needs_hull] = length_of_ratio(_aspect_ratios_by_hull(polygons, select[needs_hull]))
     return lengths
 
 
-def _aspect_ratio_by_hull(points: np.ndarray) -> np.float32:
-    """Aspect ratio of any polygon, (2, n) points, in the order of Qhull; 0 where it has no hull."""
+def _aspect_ratios_by_hull(polygons: Polygons, select: np.ndarray) -> np.ndarray:
+    """(k,) float32 aspect ratios of the polygons at the (k,) indices `select`, in Qhull's order; 0 without a hull."""
+    ends = polygons.starts + polygons.counts
+    hulls = [_hull(polygons.points[:, polygons.starts[index] : ends[index]]) for index in select]
+    counts = np.array([hull.shape[1] for hull in hulls])
+    ratios = np.zeros(len(select), np.float32)
+    for count in np.unique(counts[counts > 0]):
+        same = np.flatnonzero(counts == count)
+        areas, ratios_of_edges = _enclosing_rectangles(np.stack([hulls[index] for index in same], axis=2))
+        ratios[same] = ratios_of_edges[areas.argmin(axis=0), np.arange(len(same))]
+    return ratios
+
+
+def _hull(points: np.ndarray) -> np.ndarray:
+    """The (2, m) corners of the convex hull of (2, n) points, as Qhull orders them; none where they lie on a line."""
     try:
-        hull = points[:, ConvexHull(points.T.astype(np.float32)).vertices]
+        return points[:, ConvexHull(points.T.astype(np.float32)).vertices]
     except QhullError:
-        return np.float32(0)
-    areas, ratios = _enclosing_rectangles(hull[:, :, None])
-    return ratios[areas.argmin(), 0]
+        return points[:, :0]
 
 
 def _enclosing_rectangles(hulls: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Along each edge of (2, n, k) convex polygons, the rectangle that encloses the polygon: (n, k) float32 areas and
     (n, k) float32 ratios of the extent across the edge to that along it."""
     hulls = hulls.astype(np.float32)
-    edges = _edges(hulls)
-    directions = (edges / np.sqrt(_dot(edges, edges)))[:, :, None]
+    edges = edges_of(hulls)
+    directions = (edges / np.sqrt(dot(edges, edges)))[:, :, None]
     corners = hulls[:, None]
-    along = np.ptp(_dot(directions, corners), axis=1)
-    across = np.ptp(_cross(directions, corners), axis=1)
+    along = np.ptp(dot(directions, corners), axis=1)
+    across = np.ptp(cross(directions, corners), axis=1)
     return along * across, np.minimum(across / (along + FLOAT32_EPS), np.float32(100))
 
 
-def _character_centres(gts: _Polygons, lengths: np.ndarray) -> np.ndarray:
+def _character_centres(gts: Polygons, lengths: np.ndarray) -> np.ndarray:
     """Pseudo-character centres of all ground truths, (2, lengths.sum()), word after word.
 
     With s = n // 2 - 1 sections of L steps an edge, the c-th of the L + 1 cuts between characters lies c s steps from
     the edge's start; a character's centre is the mean of the cuts before and after it, of the top and the bottom.
     """
     word = np.repeat(np.arange(len(gts)), lengths + 1)
-    cut = _ranges(lengths + 1)
+    cut = ranges(lengths + 1)
     length, count, start = lengths[word], gts.counts[word], gts.starts[word]
     section, step = np.divmod(cut * (count // 2 - 1), length)
     is_end = cut == length
@@ -556,14 +444,13 @@ def _character_centres(gts: _Polygons, lengths: np.ndarray) -> np.ndarray:
     return (middle[:, :-1] + middle[:, 1:])[:, ~is_end[:-1]] / 4
 
 
-def _pair_up(gts: _Polygons, dets: _Polygons, gt_valid: np.ndarray, lengths: np.ndarray, centres: np.ndarray) -> _Pairs:
+def _pair_up(gts: Polygons, dets: Polygons, gt_valid: np.ndarray, lengths: np.ndarray, centres: np.ndarray) -> _Pairs:
     """The pairs that can matter, among those whose bounding boxes meet."""
-    boxes_meet = (gts.low[:, :, None] <= dets.high[:, None]) & (dets.low[:, None] <= gts.high[:, :, None])
-    gt, det = np.nonzero(boxes_meet[0] & boxes_meet[1])
+    gt, det = near_pairs(gts, dets)
     first_centres = np.cumsum(lengths) - lengths
     pair = np.repeat(np.arange(len(gt)), lengths[gt])
-    centre = np.repeat(first_centres[gt], lengths[gt]) + _ranges(lengths[gt])
-    is_inside = _contains(dets, det[pair], centres.take(centre, axis=1))
+    centre = np.repeat(first_centres[gt], lengths[gt]) + ranges(lengths[gt])
+    is_inside = contains(dets, det[pair], centres.take(centre, axis=1))
     pair, centre = pair[is_inside], centre[is_inside]
 
     has_centre = np.zeros(len(gt), bool)
@@ -575,58 +462,17 @@ def _pair_up(gts: _Polygons, dets: _Polygons, gt_valid: np.ndarray, lengths: np.
     return _Pairs(gt, det, has_centre[is_kept], area_precision, pair_of_centre, centre)
 
 
-def _contains(polygons: _Polygons, select: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """(k,) whether the polygon at each of the (k,) indices `select` contains that column of the (2, k) `points`.
-
-    It does where a ray along x crosses its outline an odd number of times. So a point on a left or top edge is inside
-    and one on a right or bottom edge is not, as in the competition's scorer.
-    """
-    is_near = (polygons.low.take(select, axis=1) <= points) & (polygons.high.take(select, axis=1) >= points)
-    near = np.flatnonzero(is_near[0] & is_near[1])
-
-    column, edge = _points_of(polygons, select[near])
-    column = near[column]
-    y, begin_y, end_y = points[1, column], polygons.previous[1, edge], polygons.points[1, edge]
-    straddles = np.flatnonzero((end_y > y) != (begin_y > y))
-    column, edge, y, begin_y, end_y = (
-        column[straddles],
-        edge[straddles],
-        y[straddles],
-        begin_y[straddles],
-        end_y[straddles],
-    )
-    begin_x, end_x = polygons.previous[0, edge], polygons.points[0, edge]
-    crosses = points[0, column] < (begin_x - end_x) * (y - end_y) / (begin_y - end_y) + end_x
-    return np.bincount(column[crosses], minlength=len(select)) % 2 == 1
-
-
-def _points_of(polygons: _Polygons, select: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For all points of the polygons at the (k,) indices `select`: which of the k it is, and where in `points`."""
-    counts = polygons.counts[select]
-    return np.repeat(np.arange(len(select)), counts), np.repeat(polygons.starts[select], counts) + _ranges(counts)
-
-
 def _area_precisions(
-    gts: _Polygons, dets: _Polygons, gt_valid: np.ndarray, gt: np.ndarray, det: np.ndarray
+    gts: Polygons, dets: Polygons, gt_valid: np.ndarray, gt: np.ndarray, det: np.ndarray
 ) -> np.ndarray:
     """(k,) float32 area precisions of pairs of a ground truth `gt` and a detection `det`, (k,) indices."""
     common = np.empty(len(gt))
-    is_convex = gts.is_quad[gt] & gt_valid[gt]
-    by_quads = np.flatnonzero(is_convex & dets.is_quad[det])
-    by_outline = np.flatnonzero(is_convex & ~dets.is_quad[det])
-    if len(by_outline):
-        by_outline = by_outline[dets.is_simple[det[by_outline]]]
-    is_other = np.ones(len(gt), bool)
-    is_other[by_quads] = is_other[by_outline] = False
-    common[by_quads] = _common_area(gts.quads.take(gt[by_quads], axis=2), dets.quads.take(det[by_quads], axis=2))
-    if len(by_outline):
-        common[by_outline] = _common_area_with_outlines(gts.quads.take(gt[by_outline], axis=2), dets, det[by_outline])
+    is_valid = gt_valid[gt]
+    common[is_valid] = common_areas(gts, dets, gt[is_valid], det[is_valid])
+    if not is_valid.all():
+        dont_care = _cut_out_of_dont_care(gts.shapes, gt_valid)
+        common[~is_valid] = shapely.area(shapely.intersection(dont_care[gt[~is_valid]], dets.shapes[det[~is_valid]]))
     det_area = dets.areas[det]
-    if is_other.any():
-        gt_shapes = _cut_out_of_dont_care(gts.shapes, gt_valid)
-        det_shapes = dets.shapes[det[is_other]]
-        common[is_other] = shapely.area(shapely.intersection(gt_shapes[gt[is_other]], det_shapes))
-        det_area[is_other] = shapely.area(det_shapes)
     return np.divide(common, det_area, out=np.zeros(len(gt)), where=det_area > 0).astype(np.float32)
 
 
@@ -638,79 +484,6 @@ def _cut_out_of_dont_care(shapes: np.ndarray, is_valid: np.ndarray) -> np.ndarra
         holes = shapely.union_all(shapes[valid[hole[hole_of == index]]])
         cut[dont_care[index]] = shapely.difference(shapes[dont_care[index]], holes)
     return cut
-
-
-def _common_area(quads: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """(k,) areas common to convex polygons that turn the same way, (2, n, k) and (2, m, k), column by column.
-
-    The outline of what is common is the parts of each outline inside the other polygon; its area is, by Green's
-    theorem, half the sum of cross(begin, end) over those parts. A part that both outlines share counts once.
-    """
-    origin = others[:, :1]
-    quads, others = quads - origin, others - origin
-    of_quads = _area_under_clipped_edges(quads, others, keep_shared=True)
-    of_others = _area_under_clipped_edges(others, quads, keep_shared=False)
-    return np.maximum(of_quads + of_others, 0)
-
-
-def _area_under_clipped_edges(polygons: np.ndarray, clips: np.ndarray, keep_shared: bool) -> np.ndarray:
-    """(k,) sums of cross(begin, end) / 2 over the parts of the edges of (2, n, k) polygons inside (2, m, k) clips."""
-    steps = _edges(polygons)
-    enter, leave = _clip(polygons, steps, clips[:, :, None], _edges(clips)[:, :, None], keep_shared)
-    return ((leave - enter) * _cross(polygons, steps)).sum(axis=0) / 2
-
-
-def _clip(
-    begin: np.ndarray, step: np.ndarray, corners: np.ndarray, lines: np.ndarray, keep_shared: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """From and to which t in 0..1 the points begin + t step are inside a convex shape; both the same where none is.
-
-    Cyrus-Beck: each line of the shape cuts t off from below or above. `begin` and `step` are (2, ...). The shape's
-    `corners`, and the directions of its `lines` from there, which have the inside on the side on which y lies from x,
-    are (2, m, ...). An edge along a line is outside, except, with `keep_shared`, where both run the same way.
-    """
-    height = _cross(lines, begin[:, None] - corners)
-    climb = _cross(lines, step[:, None])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        crossing = -height / climb
-    enter = np.where(climb > 0, crossing, 0).max(axis=0, initial=0)
-    leave = np.where(climb < 0, crossing, 1).min(axis=0, initial=1)
-    is_outside = (climb == 0) & (height <= 0)
-    if keep_shared:
-        is_outside &= (height < 0) | (_dot(lines, step[:, None]) < 0)
-    return enter, np.where(is_outside.any(axis=0), enter, np.maximum(leave, enter))
-
-
-def _common_area_with_outlines(quads: np.ndarray, polygons: _Polygons, select: np.ndarray) -> np.ndarray:
-    """(k,) areas common to (2, 4, k) convex quadrilaterals and the simple polygons at the (k,) indices `select`.
-
-    Seen from a point inside the quadrilateral, each part of the polygon's outline that lies inside it takes the
-    place of the sector of the quadrilateral behind it. What is left of the quadrilateral, or of nothing where the
-    polygon does not surround that point, is the common area.
-    """
-    inside = np.tensordot(quads, UNEVEN_WEIGHTS, axes=(1, 0))  # so that no outline of integers runs through it
-    quads = quads - inside[:, None]
-    which, point = _points_of(polygons, select)
-    origin = inside.take(which, axis=1)
-    begin, end = polygons.previous.take(point, axis=1) - origin, polygons.points.take(point, axis=1) - origin
-    turn = _cross(begin, end)
-    winding = ((begin[1] <= 0) & (end[1] > 0) & (turn > 0)).astype(int) - ((begin[1] > 0) & (end[1] <= 0) & (turn < 0))
-    quad_area = _cross(quads, _next_corners(quads)).sum(axis=0) / 2
-    common = np.bincount(which, winding, minlength=len(select)) * quad_area
-
-    corners = quads.take(which, axis=2)
-    enter, leave = _clip(begin, end - begin, corners, _edges(corners))
-    is_seen = np.flatnonzero((enter < leave) & (turn != 0))
-    begin, step, turn = begin[:, is_seen], (end - begin)[:, is_seen], turn[is_seen]
-    enter, leave, corners = enter[is_seen], leave[is_seen], corners[:, :, is_seen]
-    first, last = begin + enter * step, begin + leave * step
-    wedge = np.stack([first, -last], axis=1) * np.sign(
-        turn
-    )  # the directions of its sides, from and to the point inside
-    start, stop = _clip(corners, _edges(corners), np.zeros((2, 2, 1, 1)), wedge[:, :, None])
-    sector = ((stop - start) * _cross(corners, _next_corners(corners))).sum(axis=0) / 2
-    gained = (leave - enter) * turn / 2 - np.sign(turn) * sector
-    return np.abs(common + np.bincount(which[is_seen], gained, minlength=len(select)))
 
 
 def _valid_detections(pairs: _Pairs, gt_valid: np.ndarray, num_dets: int) -> np.ndarray:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import shapely
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbnet import metric
 from dbnet.metric import MAX_DETECTIONS, CLEval, match_image, score_image, score_selections
+from dbnet.polygons import Polygons
+from tests.test_polygons import convex_quads
 
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases" / "cleval.json"
 
@@ -298,14 +299,6 @@ def test_moving_a_page_of_upright_boxes_changes_nothing(words, shift, x, y):
     assert score_image(moved_words, moved_detections) == score_image(words, detections)
 
 
-@st.composite
-def convex_quads(draw):
-    """(4, 2) convex quadrilaterals of small integers, which often share parts of their outlines."""
-    points = draw(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=4, max_size=12, unique=True))
-    outline = shapely.get_coordinates(shapely.convex_hull(shapely.multipoints(points)))
-    return outline[:4] if len(outline) > 4 else box(0, 0, 3, 3)
-
-
 upright_boxes = st.builds(box, *[st.integers(0, 400)] * 2, *[st.integers(1, 400)] * 2)
 
 
@@ -313,41 +306,10 @@ upright_boxes = st.builds(box, *[st.integers(0, 400)] * 2, *[st.integers(1, 400)
 @given(upright_boxes | convex_quads(), st.integers(0, 3), st.booleans())
 def test_quadrilaterals_have_the_length_that_their_edges_in_the_order_of_qhull_give(quad, first, is_reversed):
     quad = np.roll(quad, first, axis=0)[:: -1 if is_reversed else 1]
-    polygons, _ = metric._read_polygons([quad])
-    by_hull = metric._aspect_ratio_by_hull(polygons.points)
+    polygons = Polygons.read([quad], metric.MIN_POINTS)
+    by_hull = metric._aspect_ratios_by_hull(polygons, np.array([0]))
     for length_of_ratio in (metric._word_length, metric._false_positive_length):
         assert metric._lengths(polygons, np.array([0]), length_of_ratio) == length_of_ratio(by_hull)
-
-
-@settings(max_examples=300, deadline=None)
-@given(convex_quads(), convex_quads())
-def test_common_area_of_convex_quadrilaterals_is_their_intersections(first, second):
-    quads = [polygon if shapely.LinearRing(polygon).is_ccw else polygon[::-1] for polygon in (first, second)]
-    expected = shapely.Polygon(first).intersection(shapely.Polygon(second)).area
-    computed = metric._common_area(*(quad.T[:, :, None] for quad in quads))
-    assert computed[0] == pytest.approx(expected, abs=1e-9)
-
-
-@st.composite
-def simple_polygons(draw):
-    """Outlines of integers that do not cross themselves, mostly not convex, either way around."""
-    count = draw(st.integers(4, 14))
-    angles = np.sort(draw(st.lists(st.floats(0, 6.28), min_size=count, max_size=count, unique=True)))
-    radii = np.array(draw(st.lists(st.floats(2, 60), min_size=count, max_size=count)))
-    centre = draw(st.tuples(st.integers(-20, 60), st.integers(-20, 60)))
-    polygon = np.rint(np.stack([np.cos(angles), np.sin(angles)], axis=1) * radii[:, None] + centre)
-    assume(shapely.Polygon(polygon).is_valid and shapely.Polygon(polygon).area > 0)
-    return polygon[::-1] if draw(st.booleans()) else polygon
-
-
-@settings(max_examples=300, deadline=None)
-@given(convex_quads(), simple_polygons())
-def test_common_area_with_any_outline_is_the_intersection(quad, outline):
-    turned = quad if shapely.LinearRing(quad).is_ccw else quad[::-1]
-    polygons, _ = metric._read_polygons([outline])
-    computed = metric._common_area_with_outlines(turned.T[:, :, None], polygons, np.array([0]))
-    expected = shapely.Polygon(quad).intersection(shapely.Polygon(outline)).area
-    assert computed[0] == pytest.approx(expected, abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ several selections
