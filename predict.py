@@ -36,7 +36,8 @@ def main() -> None:
         nargs="*",
         type=Path,
         metavar="CKPT",
-        help="checkpoint, several whose probability maps are averaged, or a .onnx file (newest runs/*/best.pt)",
+        help="checkpoint, several whose probability maps are averaged, or a .onnx file (newest runs/*/best.pt, else "
+        "weights/lite.pt)",
     )
     parser.add_argument(
         "--images",
@@ -66,9 +67,9 @@ def main() -> None:
     from dbnet.annotations import Annotation, find_images_at, read_image_paths
     from dbnet.dataset import ImageDataset
     from dbnet.files import check_writable, make_folder
-    from dbnet.images import name_stem, read_image, read_size
+    from dbnet.images import read_image, read_size
     from dbnet.inference import Pipeline, load_network
-    from dbnet.overlay import draw_polygons, write_image
+    from dbnet.overlay import draw_polygons, overlay_names, write_image
     from dbnet.partial import Found, Partial
     from dbnet.submission import choose_format, write_detections
 
@@ -81,6 +82,7 @@ def main() -> None:
     check_writable(args.out)
     if args.overlays:
         make_folder(args.overlays)
+    names = overlay_names([path.name for path in paths])
     settings = {name: value for name, value in config.to_dict().items() if name not in SETTINGS_APART}
     settings["checkpoints"] = [[path.stat().st_size, path.stat().st_mtime_ns] for path in checkpoints]
     with Partial(args.out, settings, args.resume) as partial:
@@ -104,7 +106,7 @@ def main() -> None:
                 found.size = read_size(path)
             if not detection.error and args.overlays:
                 pixels, _ = read_image(path)
-                write_image(args.overlays / f"{name_stem(path.name)}.jpg", draw_polygons(pixels, detection.polygons))
+                write_image(args.overlays / names[path.name], draw_polygons(pixels, detection.polygons))
             partial.add(str(path), found, detection.error)
         done: dict[str, Found] = {}
         for share in distributed.gather(partial.done):

@@ -372,7 +372,8 @@ def _metavar(hint: Any) -> str | None:
     """What stands for the value in the help; None where its choices do."""
     if get_origin(hint) is Literal:
         return None
-    return "INT,INT,..." if hint == Sizes else _value_type(hint).__name__.upper()
+    names = {Sizes: "INT,INT,...", str: "NAME"}
+    return names.get(hint) or _value_type(hint).__name__.upper()
 
 
 BASELINE = Config()

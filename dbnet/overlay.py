@@ -1,5 +1,6 @@
 """Pictures to look at: polygons over images, and a sheet of training samples with their target maps."""
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 from dbnet.dataset import Draw, TextDataset
 from dbnet.errors import UserError
 from dbnet.geometry import Letterbox
+from dbnet.images import name_stem
 
 TEXT_COLOR = (0, 158, 115)  # bluish green and vermilion stay apart for the colour-blind (Okabe and Ito)
 DONT_CARE_COLOR = (213, 94, 0)
@@ -23,6 +25,12 @@ def draw_polygons(
     outlines = [np.round(polygon).astype(np.int32) for polygon in polygons]
     cv2.polylines(canvas, outlines, isClosed=True, color=color, thickness=thickness, lineType=cv2.LINE_AA)
     return canvas
+
+
+def overlay_names(names: list[str]) -> dict[str, str]:
+    """What the picture of each image is called: a.jpg of a.png; a.png.jpg where there is another image a."""
+    stems = Counter(map(name_stem, names))
+    return {name: f"{name_stem(name) if stems[name_stem(name)] == 1 else name}.jpg" for name in names}
 
 
 def sample_sheet(dataset: TextDataset, count: int = 4, side: int = 480) -> np.ndarray:

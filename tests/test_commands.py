@@ -214,6 +214,15 @@ def test_predict_takes_the_newest_run_and_writes_a_row_an_image(place, tmp_path)
     assert scored.returncode == 0, scored.stderr
 
 
+def test_images_of_one_name_but_for_their_suffix_get_an_overlay_each(place, tmp_path):
+    for name, image in zip(("a.jpg", "a.png"), (place / "data/datasets/images/test").iterdir(), strict=True):
+        shutil.copy(image, tmp_path / name)
+    flags = ["--images", tmp_path, "--out", tmp_path / "a.csv", "--overlays", tmp_path / "overlays"]
+    result = command("predict.py", "runs/first/best.pt", *flags, cwd=place)
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in (tmp_path / "overlays").iterdir()} == {"a.jpg.jpg", "a.png.jpg"}
+
+
 def test_a_submission_scores_what_its_checkpoint_scores(place, tmp_path):
     flags = ["--thresh", "0.4", "--box-thresh", "0"]
     out = tmp_path / "val.csv"

@@ -47,13 +47,6 @@ SLOW = {
 }
 """Commands that only `make test-long` runs."""
 
-# What the pages say of features that are not on this branch yet: commands, a Python block by its first line, flags,
-# modules of the README's last table, and files that are linked. To be emptied, set by set, when they are merged.
-PENDING: set[str] = set()
-PENDING_FLAGS: set[str] = set()
-PENDING_MODULES: set[str] = set()
-PENDING_FILES: set[str] = set()
-
 FOREIGN_FLAGS = {  # of programs that are not this one
     *("--nnodes", "--nproc-per-node", "--node-rank", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"),
     "--shm-size",
@@ -79,7 +72,7 @@ def shown(page):
 
 
 def known_as(item):
-    """What NOT_RUN, SLOW and PENDING call it: a command by itself, a Python block by its first line."""
+    """What NOT_RUN and SLOW call it: a command by itself, a Python block by its first line."""
     return item.splitlines()[0]
 
 
@@ -180,7 +173,7 @@ def run_page(page, place, monkeypatch, left_out):
 def test_the_commands_run_in_the_order_shown(page, place, rendered, monkeypatch):
     if page != "README.md":  # which shows how to come by a data set
         shutil.copytree(rendered, place / "data" / "datasets")
-    run_page(page, place, monkeypatch, NOT_RUN.keys() | SLOW | PENDING)
+    run_page(page, place, monkeypatch, NOT_RUN.keys() | SLOW)
     if page == "README.md":
         for name in ("submission.csv", "found.json", "scores.json", "report.html", "samples.png", "overlays"):
             assert (place / name).exists()
@@ -190,12 +183,12 @@ def test_the_commands_run_in_the_order_shown(page, place, rendered, monkeypatch)
 @pytest.mark.long
 @pytest.mark.parametrize("page", [page for page in PAGES if SLOW & {known_as(item) for item in shown(page)}])
 def test_the_slow_commands_run_in_their_place(page, place, monkeypatch):
-    run_page(page, place, monkeypatch, NOT_RUN.keys() | PENDING)
+    run_page(page, place, monkeypatch, NOT_RUN.keys())
 
 
 def test_what_is_not_run_is_shown_and_known():
     items = {known_as(item) for page in PAGES for item in shown(page)}
-    assert items >= NOT_RUN.keys() | SLOW | PENDING
+    assert items >= NOT_RUN.keys() | SLOW
     targets = re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE)
     shown_targets = {item.removeprefix("make ") for item in items if item.startswith("make ")}
     assert shown_targets <= set(targets)
@@ -238,8 +231,6 @@ def test_links_and_pictures_of_all_pages_are_there():
                 continue
             name, _, anchor = link.partition("#")
             target = page.parent / name if name else page
-            if target.resolve().relative_to(ROOT).as_posix() in PENDING_FILES:
-                continue
             assert target.is_file(), f"{page}: {link}"
             assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"{page}: {link}"
 
@@ -261,7 +252,7 @@ def test_flags_that_the_pages_name_exist(place, monkeypatch, capsys):
     known = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", capsys.readouterr().out))
     for page in (*PAGES, "README.ko.md"):
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text_of(page)))
-        assert named <= known | FOREIGN_FLAGS | PENDING_FLAGS, page
+        assert named <= known | FOREIGN_FLAGS, page
 
 
 def test_the_readmes_name_every_module_and_every_preset():
@@ -271,5 +262,5 @@ def test_the_readmes_name_every_module_and_every_preset():
         rows = re.findall(r"^\| (`.*`) \|", re.split(r"^## ", text, flags=re.MULTILINE)[-1], re.MULTILINE)
         named = re.findall(r"`(\w+)`", " ".join(rows))
         assert len(named) == len(set(named))
-        assert set(named) - PENDING_MODULES == modules - PENDING_MODULES
+        assert set(named) == modules
         assert all(f"`{preset}`" in text for preset in PRESETS)
