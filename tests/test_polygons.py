@@ -29,7 +29,15 @@ def simple_polygons(draw):
     return polygon[::-1] if draw(st.booleans()) else polygon
 
 
-any_polygons = convex_quads() | simple_polygons()
+@st.composite
+def upright_rectangles(draw):
+    """(4, 2) rectangles along the axes, from any corner, either way around."""
+    left, top, width, height = (draw(st.integers(*span)) for span in ((-20, 60), (-20, 60), (1, 60), (1, 60)))
+    corners = np.add([[0, 0], [width, 0], [width, height], [0, height]], (left, top))
+    return np.roll(corners, draw(st.integers(0, 3)), axis=0)[:: draw(st.sampled_from([1, -1]))]
+
+
+any_polygons = upright_rectangles() | convex_quads() | simple_polygons()
 
 
 @settings(max_examples=300, deadline=None)
@@ -81,3 +89,17 @@ def test_what_has_been_read_is_read_on_from_there():
     assert quads.is_given.tolist() == [True, False, False, True]
     assert quads.areas.tolist() == [81, 81]
     assert quads.is_quad.all()
+
+
+def test_upright_rectangles_are_told_from_other_quadrilaterals():
+    upright, turned, triangle = (
+        [[0, 0], [9, 0], [9, 5], [0, 5]],
+        [[5, 0], [9, 4], [4, 9], [0, 5]],
+        [[0, 0], [9, 0], [9, 5]],
+    )
+    assert Polygons.read([upright, turned, upright[::-1], triangle], 3).is_upright.tolist() == [
+        True,
+        False,
+        True,
+        False,
+    ]
