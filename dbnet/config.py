@@ -407,17 +407,17 @@ SLIM = V1.changed(
     accumulate=1,
     rotate90_p=0.0,
 )
-LITE = SLIM.changed(image_size=800, flip_p=0.0, scale=2.0, rotate=2.0, ema=0.998, warmup_epochs=0.3)
+LITE = SLIM.changed(image_size=800, flip_p=0.0, scale=2.0, rotate=2.0, perspective=0.03, ema=0.998)
 DEMO = SLIM.changed(data="demo/data", weights="none", image_size=448, epochs=7)
 BEST = V3.changed(
     backbone="timm:hrnet_w44",
     fusion="asf",
     lr=1.3e-3,
     epochs=30,
-    warmup_epochs=1.0,
     ema=0.999,
     scale=2.0,
     rotate=2.0,
+    perspective=0.03,
     brightness_contrast_p=0.4,
     brightness=0.33,
     contrast=0.28,
