@@ -38,10 +38,14 @@ def save_checkpoint(path: Path, config: Config, model: nn.Module, keep: Path | N
     `keep` names a place for the checkpoint that was there. Raises UserError, with that one kept, where it cannot be
     written.
     """
-    content = io.BytesIO()  # torch.save into a file hides a full disk behind an error of its own
-    torch.save({"format": FORMAT, "config": config.to_dict(), "model": model.state_dict(), **state}, content)
+    _write(path, {"format": FORMAT, "config": config.to_dict(), "model": model.state_dict(), **state}, keep)
+
+
+def _write(path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
+    serialized = io.BytesIO()  # torch.save into a file hides a full disk behind an error of its own
+    torch.save(content, serialized)
     with write_whole(path, keep=keep) as file:
-        file.write(content.getbuffer())
+        file.write(serialized.getbuffer())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -172,8 +176,7 @@ def change_checkpoint(path: Path, changes: dict[str, Any], **state: Any) -> None
     """
     content = load_checkpoint(path)
     content["config"] = content["config"].changed(**changes).to_dict()
-    with write_whole(path) as file:
-        torch.save({**content, **state}, file)
+    _write(path, {**content, **state})
 
 
 def write_half(source: Path, path: Path, changes: dict[str, Any]) -> None:
@@ -189,5 +192,4 @@ def write_half(source: Path, path: Path, changes: dict[str, Any]) -> None:
     if not all(tensor.isfinite().all() for tensor in halved.values()):
         raise UserError(f"{source}: a weight is too large for 16 bits; ship the checkpoint as it is")
     config = content["config"].changed(**changes).to_dict()
-    with write_whole(path) as file:
-        torch.save({"format": content["format"], "config": config, "model": halved}, file)
+    _write(path, {"format": content["format"], "config": config, "model": halved})

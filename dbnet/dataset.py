@@ -362,8 +362,13 @@ def count_workers(config: DataConfig) -> int:
     """Loader processes of `--workers`, where -1 means one a core, at most 8."""
     if config.workers >= 0:
         return config.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # torchrun's processes share the cores
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that torchrun has started on these cores
+    return max(1, min(8, count_cores() // sharing))
+
+
+def count_cores() -> int:
+    """Cores that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _collate(samples: list[dict[str, Any]], stack: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> dict[str, Any]:

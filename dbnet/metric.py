@@ -375,10 +375,9 @@ def _lengths(polygons: Polygons, select: np.ndarray, length_of_ratio: Callable[.
     is_least = areas == areas.min(axis=0)
 
     is_vertical, is_horizontal = edges_of(quads) == 0
-    is_upright = (is_horizontal | is_vertical).all(axis=0)
     first_two_x = polygons.points[0, polygons.starts[select] + [[0], [1]]]
     begins_left = (first_two_x == quads[0].min(axis=0)).all(axis=0)
-    is_least &= np.where(begins_left, is_vertical, is_horizontal) | ~is_upright
+    is_least &= np.where(begins_left, is_vertical, is_horizontal) | ~polygons.is_upright[select]
 
     candidates = length_of_ratio(ratios)
     lengths = candidates[is_least.argmax(axis=0), np.arange(len(select))]

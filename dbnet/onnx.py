@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dbnet.config import Config, ModelConfig
+from dbnet.dataset import count_cores
 from dbnet.errors import UserError
 from dbnet.files import write_whole
 from dbnet.memory import BatchPlan
@@ -47,7 +47,7 @@ class OnnxNetwork:
             raise UserError(f"{path}: no such file")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors
-        options.intra_op_num_threads = _count_cores()
+        options.intra_op_num_threads = count_cores()  # by itself it takes those of the machine
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # of classes that ONNX Runtime does not name
@@ -128,11 +128,6 @@ def _import(name: str) -> Any:
         return import_module(name)
     except ImportError:
         raise UserError(f"{name} is not installed: pip install {name}") from None
-
-
-def _count_cores() -> int:
-    """Cores that this process may use; ONNX Runtime by itself takes those of the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _one_line(error: Exception) -> str:
