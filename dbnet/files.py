@@ -57,6 +57,8 @@ def _replace_by_link(path: Path, link: Path) -> None:
         temporary.replace(link)
     except OSError:  # a file system without hard links: for an instant only `link` is there
         path.replace(link)
+    finally:  # where `link` is this file already, since a kill before the last step, renaming leaves both names
+        temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

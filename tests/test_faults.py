@@ -21,6 +21,7 @@ import train
 from dbnet.checkpoint import load_checkpoint
 from dbnet.config import Config
 from dbnet.errors import UserError
+from dbnet.files import remove_leftovers, write_whole
 from dbnet.training import load_last
 
 FLAGS = [
@@ -75,6 +76,43 @@ def test_killed_at_random_moments_a_run_ends_with_the_weights_of_one_left_in_pea
     assert_same_run(folder, tmp_path / "peace/runs/a")
     written = {path.name for path in folder.iterdir()} - {"events.out.tfevents.dbnet"}  # where TensorBoard is there
     assert written == {"best.pt", "last.pt", "last.prev.pt", "config.json", "log.jsonl", "curves.png"}
+
+
+WRITE_AND_DIE = """
+import os, sys
+from pathlib import Path
+from dbnet.files import write_whole
+
+folder, moment = Path(sys.argv[1]), int(sys.argv[2])
+
+def die(event, _):
+    global moment
+    moment -= event in ("open", "os.link", "os.rename", "os.remove")
+    if moment == 0:
+        os._exit(1)
+
+sys.addaudithook(die)
+with write_whole(folder / "last", keep=folder / "before") as file:
+    file.write(b"3")
+"""
+
+
+def test_killed_at_each_step_of_a_save_a_writer_leaves_whole_files_and_the_next_one_no_others(tmp_path):
+    for moment in range(1, 20):
+        folder = tmp_path / str(moment)
+        folder.mkdir()
+        (folder / "before").write_bytes(b"1")
+        (folder / "last").write_bytes(b"2")
+        code = subprocess.run([sys.executable, "-c", WRITE_AND_DIE, folder, str(moment)], cwd=ROOT).returncode
+        last, before = (folder / "last").read_bytes(), (folder / "before").read_bytes()
+        assert (last, before) in ((b"2", b"1"), (b"2", b"2"), (b"3", b"2"))
+        remove_leftovers(folder)
+        with write_whole(folder / "last", keep=folder / "before") as file:
+            file.write(b"4")
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"last": b"4", "before": last}
+        if code == 0:
+            break
+    assert code == 0 and moment > 5  # the last one was not killed any more
 
 
 def test_killed_data_workers_are_replaced_and_nothing_is_lost(rendered, tmp_path):
