@@ -79,7 +79,7 @@ class Comparison:
         better, worse = self.better(), self.worse()
         lines = [f"\n{'':<9}  {'there':>6}    here   change   ({self.path}; {len(self.after)} images in both)"]
         for name, there, here in zip(("precision", "recall", "H-Mean"), before, after, strict=True):
-            lines.append(f"{name:<9}  {there:6.4f}  {here:6.4f}  {here - there:+7.4f}")
+            lines.append(f"{name:<9}  {there:6.4f}  {here:6.4f}  {here - there:+z7.4f}")
         same = len(self.after) - len(better) - len(worse)
         lines.append(f"\n{len(better)} images better, {len(worse)} worse, {same} as before")
         for title, changes in (("most improved", better[:CHANGED]), ("most worsened", worse[:CHANGED])):
@@ -88,7 +88,7 @@ class Comparison:
                 lines.append(f"\n{title:<{width}}   there    here   H-Mean")
             for name, change in changes:
                 here = self.after[name].hmean
-                lines.append(f"{name:<{width}}  {here - change:6.4f}  {here:6.4f}  {change:+7.4f}")
+                lines.append(f"{name:<{width}}  {here - change:6.4f}  {here:6.4f}  {change:+z7.4f}")
         return "\n".join(lines)
 
     def _changes(self) -> list[tuple[str, float]]:

@@ -121,7 +121,7 @@ class Ensemble:
         on_host = torch.empty(prob_maps.shape, dtype=torch.uint8, pin_memory=True)
         on_host.copy_(prob_maps, non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(self.device))
 
         def prob_maps_on_host() -> np.ndarray:
             arrived.synchronize()

@@ -24,7 +24,15 @@ Result = TypeVar("Result")
 
 SMALLER_SIZES = (896, 800)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "failed to allocate")
+_MESSAGES = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "alloc_failed",
+    "failed to allocate",
+    "unable to find an engine",  # of cuDNN: what it tried had no room to work in
+    "unable to find a valid cudnn algorithm",
+)
 
 
 @dataclass

@@ -13,7 +13,6 @@ may have other fonts (`system_fonts`) or another Pillow, and then it differs; Pi
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -26,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dbnet.config import ArgumentParser
+from dbnet.dataset import count_cores
 from dbnet.errors import UserError, run_script
 from dbnet.receipt import (
     KOREAN,
@@ -325,14 +325,14 @@ def write_dataset(
     """Write a data set of receipts in the layout that `dbnet.annotations` reads, and return the number of its words.
 
     `folder` must be absent or empty. The jsons come last, so that an interrupted run is no data set. Image i of a
-    split depends on (seed, split, i) alone: not on `workers` (processes; default: one per CPU) nor on the counts.
+    split depends on (seed, split, i) alone: not on `workers` (processes; default: one a core) nor on the counts.
     Workers are spawned, so a script calls this under `if __name__ == "__main__"`. Raises UserError for a request that
     cannot be met.
     """
     folder, counts, fonts = Path(folder), {"train": train, "val": val, "test": test}, tuple(map(str, fonts))
     check_request(folder, counts, size, seed, fonts)
     jobs = [(split, index) for split in SPLITS for index in range(counts[split])]
-    workers = min(workers or os.cpu_count() or 1, len(jobs))
+    workers = min(workers or count_cores(), len(jobs))
     images: dict[str, dict[str, dict]] = {split: {} for split in SPLITS}
     render = partial(write_image, folder=folder, size=size, seed=seed, fonts=fonts, lines=lines)
     try:

@@ -148,11 +148,11 @@ class Tuning:
         for place, index in [("own", 0), *enumerate(self.ranking(BEST), start=1)]:
             precision, recall, hmean = self.means[index]
             cells = [f"{value:>{len(cell)}g}" for value, cell in zip(self.combinations[index], header, strict=True)]
-            cells += [f"{precision:9.4f}", f"{recall:6.4f}", f"{hmean:6.4f}", f"{hmean - own:+7.4f}"]
+            cells += [f"{precision:9.4f}", f"{recall:6.4f}", f"{hmean:6.4f}", f"{hmean - own:+z7.4f}"]
             lines.append("  ".join([f"{place:>6}", *cells]))
         lines.append(
             f"\ncross-validated, each half of the images with the values that are best on the other half:\n"
-            f"H-Mean {self.cross_validated:.4f}, {self.cross_validated - own:+.4f} to the checkpoint's own {own:.4f}\n"
+            f"H-Mean {self.cross_validated:.4f}, {self.cross_validated - own:+z.4f} to the checkpoint's own {own:.4f}\n"
         )
         return "\n".join(lines)
 

@@ -137,7 +137,7 @@ IMAGES = {
     "jpeg": encoded(picture(), "JPEG"),
     "jpeg progressive": encoded(picture(), "JPEG", progressive=True),
     "jpeg cmyk": encoded(picture().convert("CMYK"), "JPEG"),
-    "mpo": encoded(FRAMES[0], "MPO", save_all=True, append_images=FRAMES[1:]),
+    "mpo": encoded(FRAMES[0], "MPO", save_all=True, append_images=FRAMES[1:2]),
     "gif animated": encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]),
     "webp": encoded(picture(), "WEBP"),
     "webp animated": encoded(FRAMES[0], "WEBP", lossless=True, save_all=True, append_images=FRAMES[1:]),
@@ -181,7 +181,7 @@ def test_a_damaged_image_is_read_rightly_or_refused(place, kind, damage, side):
 def test_every_orientation_of_every_format_is_upright(tmp_path, kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"lossless": True} if kind == "WEBP" else {"save_all": True, "append_images": FRAMES[1:]}
+    options = {"lossless": True} if kind == "WEBP" else {"save_all": True, "append_images": FRAMES[1:2]}
     image = picture()
     if kind == "late":
         data = with_exif_at_the_end(encoded(image, "PNG"), exif.tobytes()[6:])
@@ -205,7 +205,7 @@ def test_of_several_pictures_the_first_is_read(place, kind):
 
 def test_the_jpegs_of_phones_are_decoded_at_reduced_size_and_arithmetic_ones_at_all(tmp_path):
     path = tmp_path / "a.jpg"
-    picture(1000, 700).save(path, "MPO", save_all=True, append_images=FRAMES)
+    picture(1000, 700).save(path, "MPO", save_all=True, append_images=FRAMES[:1])
     pixels, size = read_image(path, side=240)
     assert pixels.shape == (175, 250, 3) and size == (1000, 700)
     path.write_bytes(ARITHMETIC_JPEG)

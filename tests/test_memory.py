@@ -104,6 +104,8 @@ def test_inference_halves_its_batch_but_never_changes_the_image():
 
 def test_host_memory_errors_count_and_other_errors_do_not():
     assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert is_out_of_memory(RuntimeError("FIND was unable to find an engine to execute this computation"))
+    assert is_out_of_memory(RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"))
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes"):
