@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -354,6 +355,8 @@ def make_loader(batches: Batches | Share, workers: int, pin_memory: bool) -> Dat
         collate_fn=partial(_collate, stack=default_collate),
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
+        # Forked workers share the annotations and the cache. Elsewhere forking is not safe, or there is no such thing.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         generator=torch.Generator(),  # else each pass draws from the one that the network's layers draw from
     )
 

@@ -1,8 +1,12 @@
 """Annotations, letterbox, augmentation and samples."""
 
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import sys
+from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -183,6 +187,20 @@ def test_a_cached_image_is_the_decoded_one_until_its_file_changes(rendered, smal
     assert cached._cache.load(1, (0, 0, 0)) is None
     shutil.copy(data / "images" / "train" / cached.paths[2].name, cached.paths[1])
     assert np.array_equal(cached.load(1)[0], cached.load(2)[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+def test_workers_share_the_cache_whatever_the_default_way_to_start_them(rendered, small, tmp_path, monkeypatch):
+    """It is another one from Python 3.14 on."""
+    data = shutil.copytree(rendered, tmp_path / "data")
+    dataset = TextDataset(small.changed(data=str(data)), "train", train=True)
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", get_context("forkserver"))
+    list(make_loader(Batches(dataset, 2), 1, False))
+    for path in dataset.paths:  # from here on the pixels can only come from the cache
+        status = path.stat()
+        path.write_bytes(bytes(status.st_size))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert not [error for batch in make_loader(Batches(dataset, 2), 1, False) for error in batch["failed"]]
 
 
 def test_without_room_for_the_cache_images_are_decoded_each_time(small, monkeypatch, capsys):

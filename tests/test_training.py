@@ -13,6 +13,7 @@ from torch import nn
 import train
 from dbnet.config import PRESETS
 from dbnet.dataset import Batches, TextDataset, make_loader
+from dbnet.device import pick_amp_dtype
 from dbnet.errors import UserError
 from dbnet.evaluation import advise_on_collapse
 from dbnet.metric import CLEval
@@ -85,6 +86,15 @@ def test_a_few_steps_lower_the_loss_in_every_precision(small, amp):
         training.epoch = epoch
         losses.append(run_epoch(training, config)["total_loss"])
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(("in_hardware", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gpu_that_only_emulates_bfloat16_takes_float16(small, monkeypatch, in_hardware, dtype):
+    def is_supported(including_emulation=True):
+        return in_hardware or including_emulation
+
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", is_supported)
+    assert pick_amp_dtype(small.changed(amp="auto"), torch.device("cuda")) == dtype
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(small):
