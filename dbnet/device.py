@@ -21,8 +21,6 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # what names no device, pinned memory and events say, belongs to it too
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {name}: not available here; use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
@@ -35,8 +33,8 @@ def pick_amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     if config.amp == "auto":
         if device.type == "cpu":
             return None
-        # GPUs before Ampere emulate bfloat16, at a fraction of the speed that they have with float16.
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        # GPUs before Ampere only emulate bfloat16, at a fraction of the speed that they have with float16.
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.amp]
 
 

@@ -88,13 +88,10 @@ def test_a_few_steps_lower_the_loss_in_every_precision(small, amp):
     assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize(("in_hardware", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_a_gpu_that_only_emulates_bfloat16_takes_float16(small, monkeypatch, in_hardware, dtype):
-    def is_supported(including_emulation=True):
-        return in_hardware or including_emulation
-
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", is_supported)
-    assert pick_amp_dtype(small.changed(amp="auto"), torch.device("cuda")) == dtype
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+def test_a_gpu_that_only_emulates_bfloat16_takes_float16(small, monkeypatch, capability, dtype):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    assert pick_amp_dtype(small.changed(amp="auto"), torch.device("cuda:1")) == dtype
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(small):
