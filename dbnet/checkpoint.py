@@ -17,7 +17,7 @@ from dbnet.errors import UserError
 from dbnet.files import write_whole
 from dbnet.model import DBNet, fold_batch_norms
 
-FORMAT = 1
+FORMAT = 2
 """Of what `save_checkpoint` writes; a checkpoint of a higher one is refused. What becomes of old ones when
 
 - a field is added to the configuration: nothing to do. They get its default, which must therefore mean what the program
@@ -28,7 +28,8 @@ FORMAT = 1
   the weights depend on.
 - a layer is renamed: raise FORMAT, and rename the keys of `model` likewise.
 
-tests/data/format-1.pt was written by format 1 and has to stay readable.
+tests/data/format-1.pt was written by format 1 and has to stay readable. Format 2 has a batch norm more in the fusion
+asf: networks of format 1 with it are refused.
 """
 
 
@@ -75,6 +76,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: its configuration is not of this dbnet ({_reason(error)}); update dbnet if it is of a newer one"
         ) from None
+    if content["format"] == 1 and content["config"].fusion == "asf":
+        raise UserError(f"{path}: has the fusion asf of an older dbnet, which often failed to learn; train it anew")
     return content
 
 

@@ -76,13 +76,14 @@ class ScaleAttention(nn.Module):
     """Adaptive scale fusion of DBNet++ (arXiv 2202.10304, section 3.2).
 
     Each level of the joined pyramid, (N, width, H, W), is weighed at each place by a number in 0..1 that is read off
-    all of the levels.
+    all of the levels. The paper has no batch norm here. But nothing bounds the pyramid's features, and without it they
+    drove all weights to 0 in one training of two (benchmarks/RESULTS.md), from where no gradient leads back.
     """
 
     def __init__(self, width: int, levels: int) -> None:
         super().__init__()
         inner = width // levels
-        self.reduce = nn.Conv2d(width, inner, 3, padding=1)
+        self.reduce = nn.Sequential(nn.Conv2d(width, inner, 3, padding=1, bias=False), nn.BatchNorm2d(inner))
         self.spatial = nn.Sequential(
             nn.Conv2d(1, 1, 3, padding=1, bias=False),
             nn.ReLU(inplace=True),

@@ -131,6 +131,13 @@ def test_adaptive_scale_fusion_weighs_each_level_at_each_place():
     assert weights[:, :, 0].flatten(2).std(dim=2).min() > 0 and weights[:, :, 0].std(dim=1).min() > 0
 
 
+def test_however_large_the_features_are_no_weight_of_the_fusion_is_stuck():
+    torch.manual_seed(0)
+    joined = 1000 * torch.randn(2, 32, 24, 40)
+    weights = ScaleAttention(width=32, levels=4)(joined) / joined
+    assert weights.min() > 0.01 and weights.max() < 0.99
+
+
 def test_fusion_is_chosen_by_the_configuration():
     images = torch.randint(0, 256, (2, 64, 96, 3), dtype=torch.uint8)
     parameters = {}
@@ -138,7 +145,7 @@ def test_fusion_is_chosen_by_the_configuration():
         model = DBNet(PRESETS["lite"].changed(weights="none", fusion=fusion))
         assert model.eval()(images).shape == model.train()(images).prob_logits.shape == (2, 64, 96)
         parameters[fusion] = sum(parameter.numel() for parameter in model.parameters())
-    assert parameters["asf"] - parameters["concat"] == (96 * 9 + 1) * 24 + 9 + 1 + 24 * 4
+    assert parameters["asf"] - parameters["concat"] == 96 * 9 * 24 + 2 * 24 + 9 + 1 + 24 * 4
     assert Config.from_dict({}).fusion == "concat"  # as in checkpoints from before there was a choice
 
 

@@ -119,6 +119,11 @@ def other_content(path):
     torch.save({"state_dict": {}}, path)
 
 
+def old_fusion(path):
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "format": 1, "config": content["config"] | {"fusion": "asf"}}, path)
+
+
 def newer(path):
     torch.save({**torch.load(path, weights_only=True), "format": 99}, path)
 
@@ -128,6 +133,7 @@ def newer(path):
     [
         (pickle_bomb, "not a checkpoint"),
         (torch_bomb, "not a checkpoint"),
+        (old_fusion, "fusion asf of an older dbnet.*train it anew"),
         (other_content, "not a checkpoint of dbnet"),
         (newer, "newer dbnet"),
         (lambda path: path.write_bytes(path.read_bytes()[:5000]), "damaged"),
@@ -153,7 +159,7 @@ def test_another_architecture_is_named(checkpoint):
     ("changes", "words"),
     [
         ({}, r"344 of 344 tensors taken$"),
-        ({"fusion": "asf"}, r"344 of 349 tensors taken; left as they were: pyramid.attention$"),
+        ({"fusion": "asf"}, r"344 of 353 tensors taken; left as they were: pyramid.attention$"),
         (
             {"backbone": "resnet18"},
             r"32 of 156 tensors taken; left as they were: backbone, pyramid.lateral; not used: backbone$",
