@@ -57,16 +57,21 @@ def test_killed_at_random_moments_a_run_ends_with_the_weights_of_one_left_in_pea
     # By this schedule an epoch is the same however many follow.
     words = [*FLAGS, "--data", rendered, "--schedule", "step", "--workers", "1"]
     folder = tmp_path / "runs" / "a"
-    launched = Launched("train.py", *words, "--epochs", "999", cwd=tmp_path)
+    epochs = 999
+    launched = Launched("train.py", *words, "--epochs", epochs, cwd=tmp_path)
     until_saved(launched)
+    reached = 0  # epochs, by the saves
     for kill in range(kills):
         launched.until("runs/a: 6 training")
         time.sleep(moments.uniform(0, 1.5))
         launched.kill()
         save = load_last(folder)  # whole, whatever was going on
+        assert reached <= save["epoch"] < epochs
+        reached = save["epoch"]
         if (folder / "best.pt").exists():
             assert load_checkpoint(folder / "best.pt")["epoch"] <= save["epoch"] + 1
-        epochs = 999 if kill < kills - 1 else save["epoch"] + 1
+        if kill == kills - 1:
+            epochs = reached + 1
         launched = Launched("train.py", "--resume", "--epochs", epochs, cwd=tmp_path)
     assert launched.wait() == 0, launched.text()
     (tmp_path / "peace").mkdir()
