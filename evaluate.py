@@ -23,8 +23,7 @@ from dbnet.config import ArgumentParser, Config
 from dbnet.errors import UserError, run_script
 
 if TYPE_CHECKING:
-    from dbnet.comparison import Comparison
-    from dbnet.evaluation import Evaluation
+    from dbnet.evaluation import Comparison, Evaluation
     from dbnet.inference import Network, Pipeline
     from dbnet.report import Report
     from dbnet.tuning import Tuning
@@ -101,7 +100,7 @@ def check_tuning_flags(args: argparse.Namespace, changes: dict[str, Any]) -> Non
 def score(args: argparse.Namespace, changes: dict[str, Any]) -> None:
     """Score the checkpoint or the submission, and show and write what was asked for."""
     from dbnet import distributed
-    from dbnet.comparison import Comparison
+    from dbnet.evaluation import Comparison
     from dbnet.files import write_json
     from dbnet.report import Report
 
@@ -167,10 +166,11 @@ def evaluate_submission(
     args: argparse.Namespace, changes: dict[str, Any], report: "Report | None", comparison: "Comparison | None"
 ) -> "Evaluation":
     """Score the polygons of a submission file; images that it lacks count as without detections, and are said."""
-    from dbnet.annotations import read_labels
+    from dbnet.annotations import read_detections
+    from dbnet.errors import ImageError
     from dbnet.evaluation import Evaluation
-    from dbnet.images import ImageError, read_size
-    from dbnet.submission import read_detections
+    from dbnet.images import read_size
+    from dbnet.splits import read_labels
 
     config = Config().changed(**changes)
     split, annotations = read_labels(Path(config.data), args.split, config.format)
@@ -210,7 +210,7 @@ def tune_checkpoint(args: argparse.Namespace, changes: dict[str, Any]) -> None:
     from dbnet import distributed
     from dbnet.dataset import TextDataset, count_workers
     from dbnet.files import check_writable, write_json
-    from dbnet.overlay import write_image
+    from dbnet.pictures import write_image
     from dbnet.tuning import Page, draw_tuning, tune
 
     picture = args.tune_picture or args.checkpoints[0].with_name("tuning.png")

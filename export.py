@@ -50,7 +50,7 @@ def main() -> None:
 def export_onnx(checkpoint: Path, path: Path, changes: dict[str, Any]) -> None:
     """Write the network of a checkpoint in the ONNX format and, where that is possible, check it."""
     from dbnet.checkpoint import load_model
-    from dbnet.onnx import write_onnx
+    from dbnet.inference import write_onnx
 
     model, config, _ = load_model(checkpoint, changes | {"compile": False})
     if config.tta:
@@ -73,10 +73,9 @@ def check(path: Path, model: "DBNet", config: Config) -> None:
     import numpy as np
     import torch
 
-    from dbnet.detector import Detector
     from dbnet.ensemble import Ensemble
-    from dbnet.onnx import OnnxNetwork
-    from dbnet.synth import render_receipt
+    from dbnet.inference import Detector, OnnxNetwork
+    from dbnet.synth.scene import render_receipt
 
     exported = OnnxNetwork(path, {})
     rng = np.random.default_rng(0)

@@ -64,14 +64,14 @@ def main() -> None:
     from tqdm import tqdm
 
     from dbnet import distributed
-    from dbnet.annotations import Annotation, find_images_at, read_image_paths
+    from dbnet.annotations import Annotation, choose_format, write_detections
     from dbnet.dataset import ImageDataset
     from dbnet.files import check_writable, make_folder
     from dbnet.images import read_image, read_size
     from dbnet.inference import Pipeline, load_network
-    from dbnet.overlay import draw_polygons, overlay_names, write_image
     from dbnet.partial import Found, Partial
-    from dbnet.submission import choose_format, write_detections
+    from dbnet.pictures import draw_polygons, overlay_names, write_image
+    from dbnet.splits import find_images_at, read_image_paths
 
     distributed.join()
     checkpoints = args.checkpoints or [distributed.from_first(default_checkpoint)]

@@ -32,7 +32,6 @@ from dbnet import distributed
 from dbnet.batch_norm import synchronize_batch_norms
 from dbnet.checkpoint import load_checkpoint, load_weights, save_checkpoint, start_from
 from dbnet.config import PRESETS, ArgumentParser, Config, print_config, print_difference
-from dbnet.curves import show_progress
 from dbnet.dataset import Batches, TextDataset, count_workers, make_loader
 from dbnet.device import compile_model, peak_memory, pick_amp_dtype, seed_all
 from dbnet.ensemble import Ensemble
@@ -40,16 +39,28 @@ from dbnet.errors import UserError, run_script
 from dbnet.evaluation import Evaluation, advise_on_collapse
 from dbnet.files import make_folder, remove_leftovers, write_json
 from dbnet.inference import Pipeline
-from dbnet.interruption import Interrupted, Interruption, let_workers_die_quietly
-from dbnet.log import append_row, keep_rows
 from dbnet.loss import Losses, db_loss
-from dbnet.memory import BatchPlan, agreed, all_or_none, run_until_it_fits
-from dbnet.micro_batch import as_many_on_each_rank, micro_batches
+from dbnet.memory import BatchPlan, agreed, all_or_none, as_many_on_each_rank, micro_batches, run_until_it_fits
 from dbnet.model import DBNet
-from dbnet.optim import WeightAverage, allocate_state, learning_rate, make_optimizer, make_scaler
-from dbnet.overlay import sample_sheet, write_image
+from dbnet.pictures import sample_sheet, show_progress, write_image
 from dbnet.profile import print_profile
-from dbnet.training import LastSave, RunningEpoch, Training, load_last, save_before
+from dbnet.training import (
+    Interrupted,
+    Interruption,
+    LastSave,
+    RunningEpoch,
+    Training,
+    WeightAverage,
+    allocate_state,
+    append_row,
+    keep_rows,
+    learning_rate,
+    let_workers_die_quietly,
+    load_last,
+    make_optimizer,
+    make_scaler,
+    save_before,
+)
 
 RUNS = Path("runs")
 NON_FINITE_LIMIT = 5  # steps in a row whose loss is not finite; then training stops

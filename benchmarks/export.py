@@ -18,9 +18,8 @@ from dbnet.checkpoint import load_model
 from dbnet.config import Config
 from dbnet.dataset import ArrayLoader, Batches, ImageDataset, TextDataset
 from dbnet.ensemble import Ensemble
-from dbnet.inference import Network, Pipeline
+from dbnet.inference import Network, OnnxNetwork, Pipeline, write_onnx
 from dbnet.memory import BatchPlan
-from dbnet.onnx import OnnxNetwork, write_onnx
 from predict import default_checkpoint
 
 SIZES = ((448, 320), (640, 448), (1024, 704))  # height and width: receipts

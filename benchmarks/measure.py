@@ -34,7 +34,7 @@ def parse_arguments(description: str, *flags: tuple[str, dict]) -> argparse.Name
     if args.data is None:
         args.data = SHARED / "data" / "sroie"
         if not args.data.is_dir():
-            from dbnet.synth import write_dataset
+            from dbnet.synth.scene import write_dataset
 
             args.data = Path(tempfile.mkdtemp()) / "receipts"
             write_dataset(args.data, train=60, val=20, test=4, size=1024, seed=0)

@@ -8,7 +8,7 @@ __all__ = ["Detector"]
 def __getattr__(name: str) -> Any:
     """Import the detector, and torch with it, when it is first asked for."""
     if name == "Detector":
-        from dbnet.detector import Detector
+        from dbnet.inference import Detector
 
         return Detector
     raise AttributeError(f"module 'dbnet' has no attribute {name!r}")

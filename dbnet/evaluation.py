@@ -1,18 +1,238 @@
 """Scores of detections against a split: what train.py validates with and evaluate.py prints."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple, Self
 
+import cv2
 import numpy as np
+from numpy.typing import ArrayLike
 
 from dbnet.annotations import Annotation
 from dbnet.config import Config
-from dbnet.errors import printable
-from dbnet.iou import MIN_POINTS, IoUScore, score_iou, total_iou
+from dbnet.errors import UserError, printable
+from dbnet.geometry import Polygons, common_areas, near_pairs
 from dbnet.metric import CLEval, DatasetScore, ImageScore, match_image
-from dbnet.polygons import Polygons
-from dbnet.text_size import chars_by_size, size_rows
+
+MIN_POINTS = 3
+"""Polygons with fewer points have no area."""
+
+MIN_IOU = 0.5
+"""A match has more than this."""
+
+MAX_ON_DONT_CARE = 0.5
+"""A detection with more than this share of its area on one don't-care word does not count."""
+
+
+@dataclass(frozen=True)
+class IoUScore:
+    """Counts of words and detections of an image or a data set, and what follows from them."""
+
+    precision: float
+    """`matched / detections`, 0 where there are none"""
+    recall: float
+    """`matched / words`, 0 where there are none"""
+    hmean: float
+    """harmonic mean of precision and recall"""
+    matched: int
+    """pairs of a word and a detection"""
+    words: int
+    """ground truths that are not don't-care"""
+    detections: int
+    """detections that are not on a don't-care word"""
+
+
+def score_iou(
+    gt_polygons: Sequence[ArrayLike] | Polygons,
+    det_polygons: Sequence[ArrayLike] | Polygons,
+    dont_care: Sequence[bool] | None = None,
+) -> IoUScore:
+    """Match the (n, 2) detections of an image with its (n, 2) words.
+
+    Words are served in their order, each takes the first free detection that matches. Coordinates are truncated to
+    integers, and a polygon that crosses itself is mended, as for CLEval. One without area is counted, and matches
+    nothing. `dont_care` says for each word whether it shall neither be found nor missed, None for none.
+
+    Raises ValueError as `metric.score_image` does.
+    """
+    gts, dets = Polygons.read(gt_polygons, MIN_POINTS), Polygons.read(det_polygons, MIN_POINTS)
+    is_valid = ~np.asarray(dont_care if dont_care is not None else np.zeros(len(gts.is_given)), bool)
+    gt_counts, det_counts = is_valid[gts.is_given], np.ones(len(dets), bool)
+    gt, det = near_pairs(gts, dets)
+
+    on_dont_care = np.flatnonzero(~gt_counts[gt])
+    shares = common_areas(gts, dets, gt[on_dont_care], det[on_dont_care])
+    is_mostly = _exceeds(shares, MAX_ON_DONT_CARE * dets.areas[det[on_dont_care]])
+    det_counts[det[on_dont_care[is_mostly]]] = False
+
+    # Only pairs whose areas are alike can have an IoU above a half; few neighbours of a word are left to intersect.
+    smaller, larger = np.sort([gts.areas[gt], dets.areas[det]], axis=0)
+    is_candidate = gt_counts[gt] & det_counts[det] & (smaller > MIN_IOU * larger)
+    gt, det = gt[is_candidate], det[is_candidate]
+    common = common_areas(gts, dets, gt, det)
+    matches = _exceeds(common, MIN_IOU * (gts.areas[gt] + dets.areas[det] - common))
+    free_gt, free_det = np.ones(len(gts), bool), np.ones(len(dets), bool)
+    for i, j in zip(gt[matches].tolist(), det[matches].tolist(), strict=True):
+        if free_gt[i] and free_det[j]:
+            free_gt[i] = free_det[j] = False
+    detections = int(det_counts.sum() + (~dets.is_given).sum())
+    return _score(int((~free_gt).sum()), int(is_valid.sum()), detections)
+
+
+def total_iou(scores: Iterable[IoUScore]) -> IoUScore:
+    """The score of a data set: over the words and detections of all images, not a mean over images."""
+    scores = list(scores)
+    return _score(*(sum(getattr(score, name) for score in scores) for name in ("matched", "words", "detections")))
+
+
+def _score(matched: int, words: int, detections: int) -> IoUScore:
+    return IoUScore(
+        precision=matched / max(detections, 1),
+        recall=matched / max(words, 1),
+        hmean=2 * matched / max(words + detections, 1),
+        matched=matched,
+        words=words,
+        detections=detections,
+    )
+
+
+def _exceeds(areas: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """Which areas are above their limits by more than the rounding of their arithmetic."""
+    return areas > limits * (1 + 1e-9)
+
+
+SIZE_EDGES = (0, 0.005, 0.01, 0.015, 0.02, 0.025, 0.1, 0.5, 1)
+"""Between these lie the bins; a word on an edge is in the bin above it, and the last bin takes all that is larger."""
+
+
+def text_heights(polygons: Sequence[ArrayLike]) -> np.ndarray:
+    """(len,) heights in pixels of (n, 2) words: the shorter side of the rectangle of least area around each.
+
+    So the height does not depend on which way a word runs or how it is turned; of curved text it is that of the curve.
+    """
+    sides = [cv2.minAreaRect(np.asarray(polygon, np.float32).reshape(-1, 2))[1] for polygon in polygons]
+    return np.array(sides, np.float64).reshape(-1, 2).min(axis=1)
+
+
+def bin_of_size(heights: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(len,) which bin words of these heights in pixels are in, on an image of (width, height) pixels."""
+    return np.searchsorted(SIZE_EDGES[1:-1], heights / max(size), side="right")
+
+
+def chars_by_size(polygons: Sequence[ArrayLike], size: tuple[int, int], gt_chars: np.ndarray) -> np.ndarray:
+    """(bins, 2) int: characters of the words in each bin that were found, and all.
+
+    `gt_chars` are those of each word of an image of `size` (width, height) pixels, as `ImageMatch.gt_chars` gives them.
+    The columns sum to `chars_tp` and `chars_gt` of the image. The penalties for splits are no matter of size.
+    """
+    bins = bin_of_size(text_heights(polygons), size)
+    counts = [np.bincount(bins, chars, minlength=len(SIZE_EDGES) - 1) for chars in gt_chars.T]
+    return np.stack(counts, axis=1).astype(int)
+
+
+def size_rows(counts: Iterable[np.ndarray]) -> list[dict[str, float]]:
+    """The sum over images as plain values, a dict for each bin: its edges, characters, found ones and recall."""
+    totals = sum(counts, np.zeros((len(SIZE_EDGES) - 1, 2), int))
+    return [
+        {"from": low, "to": high, "chars_gt": chars, "chars_tp": found, "recall": found / max(chars, 1)}
+        for low, high, (found, chars) in zip(SIZE_EDGES, SIZE_EDGES[1:], totals.tolist(), strict=False)
+    ]
+
+
+CHANGED = 5  # images in the lists of the most improved and the most worsened
+_SAME = 5e-5  # of H-Mean: what its four digits do not show
+
+
+class Scores(NamedTuple):
+    """CLEval of an image, or means over images, 0..1."""
+
+    precision: float
+    recall: float
+    hmean: float
+
+
+@dataclass
+class Comparison:
+    """Scores of an earlier evaluation, and those of this one for the images that both have."""
+
+    path: Path
+    """file of the earlier scores"""
+
+    before: dict[str, Scores]
+    """all of them, by file name"""
+
+    after: dict[str, Scores] = field(default_factory=dict)
+    """those of this evaluation, in the order of the split, for the names in `before`"""
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The earlier scores, from a file that `evaluate.py --json` wrote. Raises UserError for anything else."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(path, {name: _read_scores(image) for name, image in content["per_image"].items()})
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise UserError(f"{path}: holds no scores by image; write them with evaluate.py CKPT --json FILE") from None
+
+    def check_shares(self, names: Iterable[str]) -> None:
+        """Raise UserError unless one of these images has earlier scores; for before the work that would be lost."""
+        if self.before.keys().isdisjoint(names):
+            raise UserError(f"{self.path}: has no image of this split; name scores of the same --data and --split")
+
+    def compare(self, scores: dict[str, ImageScore]) -> None:
+        """Take in the scores of this evaluation."""
+        self.after = {
+            name: Scores(score.precision, score.recall, score.hmean)
+            for name, score in scores.items()
+            if name in self.before
+        }
+
+    def means(self) -> tuple[Scores, Scores]:
+        """Before and after, over the images that both evaluations have."""
+        columns_before = zip(*(self.before[name] for name in self.after), strict=True)
+        columns_after = zip(*self.after.values(), strict=True)
+        return Scores(*map(fmean, columns_before)), Scores(*map(fmean, columns_after))
+
+    def better(self) -> list[tuple[str, float]]:
+        """Images whose H-Mean rose and by how much, the most improved first."""
+        return sorted((change for change in self._changes() if change[1] > _SAME), key=lambda change: -change[1])
+
+    def worse(self) -> list[tuple[str, float]]:
+        """Images whose H-Mean fell and by how much (below 0), the most worsened first."""
+        return sorted((change for change in self._changes() if change[1] < -_SAME), key=lambda change: change[1])
+
+    def table(self) -> str:
+        """The change of the means, and the images that changed most, as text."""
+        before, after = self.means()
+        better, worse = self.better(), self.worse()
+        lines = [f"\n{'':<9}  {'there':>6}    here   change   ({self.path}; {len(self.after)} images in both)"]
+        for name, there, here in zip(("precision", "recall", "H-Mean"), before, after, strict=True):
+            lines.append(f"{name:<9}  {there:6.4f}  {here:6.4f}  {here - there:+z7.4f}")
+        same = len(self.after) - len(better) - len(worse)
+        lines.append(f"\n{len(better)} images better, {len(worse)} worse, {same} as before")
+        for title, changes in (("most improved", better[:CHANGED]), ("most worsened", worse[:CHANGED])):
+            if changes:
+                width = max(len(title), *(len(name) for name, _ in changes))
+                lines.append(f"\n{title:<{width}}   there    here   H-Mean")
+            for name, change in changes:
+                here = self.after[name].hmean
+                lines.append(f"{name:<{width}}  {here - change:6.4f}  {here:6.4f}  {change:+z7.4f}")
+        return "\n".join(lines)
+
+    def _changes(self) -> list[tuple[str, float]]:
+        return [(name, scores.hmean - self.before[name].hmean) for name, scores in self.after.items()]
+
+
+def _read_scores(image: dict[str, Any]) -> Scores:
+    scores = Scores(image["precision"], image["recall"], image["hmean"])
+    if not all(isinstance(score, int | float) and 0 <= score <= 1 for score in scores):
+        raise ValueError
+    return scores
+
 
 WORST = 10  # images in the list of the worst
 

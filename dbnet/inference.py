@@ -2,27 +2,144 @@
 
 from __future__ import annotations
 
+import io
+import json
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
+import cv2
 import numpy as np
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from dbnet import distributed
-from dbnet.config import Config
-from dbnet.dataset import ArrayLoader, Batches, ImageDataset, TextDataset, count_workers, make_loader
-from dbnet.errors import UserError
+from dbnet.config import Config, ModelConfig
+from dbnet.dataset import ArrayLoader, Batches, ImageDataset, TextDataset, count_cores, count_workers, make_loader
+from dbnet.errors import ImageError, UserError
 from dbnet.evaluation import Evaluation
+from dbnet.files import write_whole
 from dbnet.geometry import Letterbox
-from dbnet.images import ImageError
+from dbnet.images import to_rgb
 from dbnet.memory import BatchPlan, run_until_it_fits
 from dbnet.postprocess import extract_polygons
 from dbnet.report import Report
+
+if TYPE_CHECKING:
+    from dbnet.model import DBNet
+
+OPSET = 17
+CONFIG_KEY = "dbnet_config"
+
+
+class OnnxNetwork:
+    """An exported network on the CPU, as `inference.Pipeline` runs it (an `inference.Network`)."""
+
+    device = "cpu"
+
+    def __init__(self, path: Path, changes: dict[str, Any]) -> None:
+        """Load `path`, with `changes` made to the configuration that it holds.
+
+        Raises UserError where the file is missing, damaged, or not one that `export.py` wrote, where `changes` ask for
+        what it cannot do, or ONNX Runtime is not installed.
+        """
+        onnxruntime = _import("onnxruntime")
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors
+        options.intra_op_num_threads = count_cores()  # by itself it takes those of the machine
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # of classes that ONNX Runtime does not name
+            raise UserError(f"{path}: not an ONNX file, or a damaged one ({_one_line(error)})") from None
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        try:
+            trained = Config.from_dict(json.loads(metadata[CONFIG_KEY]))
+        except (KeyError, ValueError, TypeError, AttributeError, UserError):
+            raise UserError(f"{path}: holds no configuration of this dbnet; export it with export.py") from None
+        self.config = trained.changed(**changes)
+        if self.config.tta:
+            raise UserError(f"{path}: --tta needs the checkpoint; a .onnx file looks at an image once")
+        if not self.config.device.startswith(("auto", "cpu")):
+            raise UserError(f"--device {self.config.device}: {path} runs on the CPU; use auto or cpu")
+        for field in fields(ModelConfig):
+            if getattr(trained, field.name) != getattr(self.config, field.name):
+                raise UserError(f"--{field.name.replace('_', '-')}: the network of {path} is what it is; leave it out")
+        self.sides = (self.config.image_size,)
+
+    def __str__(self) -> str:
+        return f"{self.config.backbone}, {self.config.image_size} px, ONNX Runtime"
+
+    def infer(
+        self, images: Sequence[np.ndarray], sizes: list[tuple[int, int]], plan: BatchPlan
+    ) -> Callable[[], np.ndarray]:
+        """As `inference.Network` says; the work is done when this returns."""
+        prob_maps = np.concatenate(
+            [
+                np.rint(255 * np.nan_to_num(self.probabilities(images[0][start : start + plan.micro_batch])))
+                for start in range(0, len(sizes), plan.micro_batch)
+            ]
+        ).astype(np.uint8)
+        return lambda: prob_maps
+
+    def probabilities(self, images: np.ndarray) -> np.ndarray:
+        """(N, height, width) float32 of (N, height, width, 3) uint8 images. Raises RuntimeError."""
+        try:
+            return self.session.run(None, {"images": images})[0]
+        except Exception as error:  # of classes of ONNX Runtime's own, which dbnet.memory does not know
+            raise RuntimeError(_one_line(error)) from error
+
+
+def write_onnx(path: Path, model: DBNet, config: Config) -> None:
+    """Write a network in eval mode, on the CPU, with its configuration; whole or not at all.
+
+    Raises UserError where the file cannot be written or the `onnx` package is not installed.
+    """
+    import torch
+
+    onnx = _import("onnx")
+    example = torch.zeros(2, 64, 96, 3, dtype=torch.uint8)
+    axes = {0: "batch", 1: "height", 2: "width"}
+    file: Any = io.BytesIO()  # the exporter takes it, though its signature names paths alone
+    with warnings.catch_warnings():
+        # The exporter by tracing is called deprecated, but the network is a plain graph, and its successor takes six
+        # times as long, one package more, and puts the weights into a file of their own.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model,
+            (example,),
+            file,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["prob_maps"],
+            dynamic_axes={"images": axes, "prob_maps": axes},
+        )
+    graph = onnx.load_model_from_string(file.getvalue())
+    onnx.helper.set_model_props(graph, {CONFIG_KEY: json.dumps(config.to_dict())})
+    onnx.checker.check_model(graph)
+    with write_whole(path) as output:
+        output.write(graph.SerializeToString())
+
+
+def _import(name: str) -> Any:
+    """A package of the `onnx` extra. Raises UserError where it is not installed."""
+    try:
+        return import_module(name)
+    except ImportError:
+        raise UserError(f"{name} is not installed: pip install {name}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
 
 if TYPE_CHECKING:
     import torch
@@ -91,8 +208,6 @@ def load_network(paths: Sequence[Path], changes: dict[str, Any]) -> Network:
         raise UserError(
             f"{paths[0]} {paths[1]}: a .onnx file runs alone; name its checkpoint to average it with others"
         )
-    from dbnet.onnx import OnnxNetwork
-
     return OnnxNetwork(paths[0], changes)
 
 
@@ -224,3 +339,109 @@ def read_off(prob_map: np.ndarray, size: tuple[int, int], config: Config) -> Fou
     width, height = size
     scale = 1 / Letterbox(width, height, config.image_size).scale
     return extract_polygons(prob_map, config, tuple(scale), (width, height))
+
+
+Picture = str | Path | np.ndarray | Image.Image
+
+
+class Text(NamedTuple):
+    """One detected piece of text."""
+
+    polygon: np.ndarray
+    """(n, 2) int array, x and y in pixels of the upright image"""
+
+    score: float
+    """mean probability inside the polygon's region, 0..1"""
+
+
+class Detector:
+    """A trained network with its configuration, ready for images.
+
+    An image is a file, a Pillow image of any mode, or an array of (height, width, 3) uint8 pixels. Files and Pillow
+    images are turned upright by their EXIF orientation. Arrays are taken to stand upright, and to be RGB: for those of
+    OpenCV, which are BGR, say `bgr=True`.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.config = network.config
+
+    @classmethod
+    def load(
+        cls, path: str | Path | Sequence[str | Path] | None = None, device: str | None = None, **changes: Any
+    ) -> Self:
+        """Load a checkpoint or an exported .onnx file; of several checkpoints, the probability maps are averaged.
+
+        Without a path, the weights that come with the program. `device` is auto, cpu, cuda or cuda:N (auto); fields of
+        the configuration are changed by keyword, e.g. `box_thresh=0.4, tta=True`.
+
+        Raises UserError where a file is no checkpoint, the device does not exist, or a field does not take the value.
+        """
+        if path is None:
+            path = shipped_weights()
+        paths = [path] if isinstance(path, str | Path) else path
+        return cls(load_network([Path(each) for each in paths], changes | {"device": device or "auto"}))
+
+    def detect(self, image: Picture, bgr: bool = False) -> list[Text]:
+        """Text in an image, best first.
+
+        Raises UserError for a file that cannot be read or an array of another kind.
+        """
+        return self.detect_batch([image], bgr)[0]
+
+    def detect_batch(self, images: Sequence[Picture], bgr: bool = False) -> list[list[Text]]:
+        """The text in each of the images, in their order; images of like shape go through the network together.
+
+        Raises as `detect` does.
+        """
+        found: list[list[Text]] = [[] for _ in images]
+        for detection in self._run(images, bgr):
+            found[detection.index] = [Text(*each) for each in zip(detection.polygons, detection.scores, strict=True)]
+        return found
+
+    def prob_map(self, image: Picture, bgr: bool = False) -> np.ndarray:
+        """(height, width) uint8, the probability of text x 255, of the image resized to image_size at its longer side.
+
+        Raises as `detect` does.
+        """
+        [detection] = self._run([image], bgr)
+        assert detection.prob_map is not None  # as an image that cannot be read raises
+        return detection.prob_map.copy()
+
+    def _run(self, images: Sequence[Picture], bgr: bool) -> Iterator[Detection]:
+        config = self.config.changed(workers=0, strict=True)  # processes would take longer to start than they save
+        return Pipeline(_Pictures(images, config, bgr), config, self.network.device).detect(self.network)
+
+
+class _Pictures(ImageDataset):
+    """Images that are in memory, or in files."""
+
+    def __init__(self, images: Sequence[Picture], config: Config, bgr: bool) -> None:
+        in_files = [image if isinstance(image, str | Path) else "" for image in images]
+        super().__init__(list(map(Path, in_files)), config)
+        self.pixels = {
+            place: _pixels(image, bgr) for place, image in enumerate(images) if not isinstance(image, str | Path)
+        }
+        self._sizes = {place: pixels.shape[1::-1] for place, pixels in self.pixels.items()}
+
+    def load(self, place: int) -> tuple[np.ndarray, Letterbox]:
+        if place not in self.pixels:
+            return super().load(place)
+        pixels = self.pixels[place]
+        letterbox = Letterbox(pixels.shape[1], pixels.shape[0], self.config.image_size)
+        return letterbox.resize(pixels), letterbox
+
+
+def _pixels(image: np.ndarray | Image.Image, bgr: bool) -> np.ndarray:
+    """(height, width, 3) uint8 RGB, upright."""
+    if isinstance(image, Image.Image):
+        try:
+            return to_rgb(ImageOps.exif_transpose(image))
+        except Exception as error:  # Pillow decodes only now, and says in many ways what it cannot
+            raise UserError(f"{image}: cannot be decoded ({' '.join(str(error).split())})") from None
+    if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        kind = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise UserError(f"takes a file, a Pillow image or (height, width, 3) uint8 RGB pixels, not {kind}")
+    if not image.size:
+        raise UserError(f"takes an image with pixels in it, not {image.shape}")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if bgr else image

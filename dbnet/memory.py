@@ -8,6 +8,8 @@ Training shrinks the micro-batch at a constant effective batch (8 x 2 -> 4 x 4 -
 size would be another result.
 """
 
+from __future__ import annotations
+
 import ctypes
 import dataclasses
 import gc
@@ -15,10 +17,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from itertools import chain, repeat
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from dbnet import distributed
+from dbnet.config import STRIDE
 from dbnet.errors import UserError
+from dbnet.geometry import padded
+
+if TYPE_CHECKING:  # most of this is used without PyTorch
+    import torch
+    from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -186,3 +195,49 @@ def keep_freed_memory() -> None:
         return
     set_option(_M_MMAP_MAX, 0)
     set_option(_M_TRIM_THRESHOLD, -1)
+
+
+def micro_batches(batches: list[dict[str, Any]], plan: BatchPlan, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """The tensors of `batches` on the device, in micro-batches and at the image size of the plan in force."""
+    for batch in batches:
+        for start in range(0, len(batch["image"]), plan.micro_batch):
+            micro = {
+                name: batch[name][start : start + plan.micro_batch].to(device, non_blocking=True)
+                for name in ("image", "prob_map", "thresh_levels", "mask")
+            }
+            loaded_at = int(batch["side"][0])
+            side = plan.image_size or loaded_at
+            yield micro if loaded_at <= side else resize_sample(micro, side / loaded_at)
+
+
+def as_many_on_each_rank(
+    micros: Iterator[dict[str, Tensor]], batches: list[dict[str, Any]], plan: BatchPlan, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """The micro-batches of `batches`, and empty ones where another rank has more: for a network whose layers wait for
+    those of the other ranks. All ranks call it, before any of them can run out of memory."""
+    import torch
+
+    count = sum(-(-len(batch["image"]) // plan.micro_batch) for batch in batches)
+    missing = max(distributed.gather(count)) - count
+    empty = {name: torch.zeros(0, STRIDE, STRIDE, device=device) for name in ("prob_map", "thresh_levels", "mask")}
+    image = torch.zeros(0, STRIDE, STRIDE, 3, dtype=torch.uint8, device=device)
+    return chain(micros, repeat({"image": image, **empty}, missing))
+
+
+def resize_sample(micro: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Images and target maps loaded before a fallback of the image size, at the new size."""
+    import torch
+    from torch.nn import functional as F
+
+    size = tuple(padded(round(side * scale)) for side in micro["image"].shape[1:3])
+
+    def resize(maps: Tensor, **how: Any) -> Tensor:
+        return F.interpolate(maps.float(), size=size, **how)
+
+    image = resize(micro["image"].permute(0, 3, 1, 2), mode="bilinear", antialias=True)
+    return {
+        "image": image.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1),
+        "prob_map": resize(micro["prob_map"][:, None], mode="nearest-exact")[:, 0],
+        "thresh_levels": resize(micro["thresh_levels"][:, None], mode="bilinear")[:, 0],
+        "mask": resize(micro["mask"][:, None], mode="nearest-exact")[:, 0],
+    }

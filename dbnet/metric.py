@@ -11,7 +11,7 @@ costs one character. This is the variant of the competition; docs/how-it-works.m
     print(metric.compute().hmean)
 
 No code here loops over pairs of polygons: it is arithmetic on arrays of pairs. The geometry is in
-`dbnet/polygons.py`.
+`dbnet/geometry.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ import shapely
 from numpy.typing import ArrayLike
 from scipy.spatial import ConvexHull, QhullError
 
-from dbnet.polygons import Polygons, common_areas, contains, cross, dot, edges_of, near_pairs, ranges
+from dbnet.geometry import Polygons, common_areas, contains, cross, dot, edges_of, near_pairs, ranges
 
 MIN_POINTS = 4
 """Polygons with fewer points are skipped."""

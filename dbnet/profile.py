@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dbnet.annotations import read_split
 from dbnet.config import Config
 from dbnet.device import pick_amp_dtype, pick_device
 from dbnet.memory import SMALLER_SIZES, BatchPlan, free_memory, is_out_of_memory, keep_freed_memory
+from dbnet.splits import read_split
 from dbnet.targets import draw_targets
 
 Start = Callable[[Config, torch.device, BatchPlan], Any]

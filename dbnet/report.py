@@ -21,13 +21,12 @@ import numpy as np
 from PIL import Image
 
 from dbnet.annotations import Annotation
-from dbnet.comparison import Comparison
-from dbnet.evaluation import Evaluation
+from dbnet.errors import ImageError
+from dbnet.evaluation import SIZE_EDGES, Comparison, Evaluation, bin_of_size, text_heights
 from dbnet.files import write_whole
 from dbnet.geometry import Letterbox
-from dbnet.images import ImageError, read_image
+from dbnet.images import read_image
 from dbnet.metric import Outcome, match_image
-from dbnet.text_size import SIZE_EDGES, bin_of_size, text_heights
 
 PICTURE_SIDE = 1024  # longer side in pixels
 PICTURE_BYTES = 75_000  # at most; 400 images in base64, with maps and polygons, then stay under 60 MB

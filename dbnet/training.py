@@ -1,23 +1,198 @@
 """What training changes and a save keeps: with it, an interrupted run goes on as if nothing had happened."""
 
+import copy
+import json
+import math
+import os
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from pathlib import Path
+from types import FrameType
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dbnet import distributed
 from dbnet.checkpoint import load_checkpoint, save_checkpoint
-from dbnet.config import Config
-from dbnet.device import random_state, restore_random_state
+from dbnet.config import Config, TrainConfig
+from dbnet.device import pick_amp_dtype, random_state, restore_random_state
 from dbnet.errors import UserError
-from dbnet.files import check_writable
+from dbnet.files import check_writable, write_whole
 from dbnet.loss import Losses
 from dbnet.memory import BatchPlan
 from dbnet.model import DBNet
-from dbnet.optim import WeightAverage
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add the row of an epoch. Raises UserError where it cannot be written."""
+    try:
+        with path.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            os.fsync(log.fileno())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room, or mend the folder") from None
+
+
+def keep_rows(path: Path, epochs: int) -> None:
+    """Leave the rows of the first `epochs` epochs, one for each: what a run wrote after its last save, it writes again,
+    and a line that was cut short goes."""
+    rows: dict[int, str] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            epoch = int(json.loads(line)["epoch"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        if epoch <= epochs:
+            rows[epoch] = line
+    with write_whole(path, "w") as log:
+        log.writelines(f"{line}\n" for line in rows.values())
+
+
+_ECHO_SECONDS = 1.0  # torchrun passes on the Ctrl-C that its processes get from the terminal as well
+
+
+class Interrupted(SystemExit):
+    """The end that a signal asked for, with its customary exit status: 130 for SIGINT, 143 for SIGTERM."""
+
+
+class Interruption:
+    """While its block runs, SIGINT (Ctrl-C) and SIGTERM only set `signal`; a second SIGINT stops at once.
+
+    Data workers that are forked meanwhile let both pass: they end with the process that they work for.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._at_once = False
+        self._noted = 0.0
+
+    def __enter__(self) -> Self:
+        self._process = os.getpid()
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def stop(self) -> None:
+        """End the process as the signal asked for."""
+        raise Interrupted(128 + self.signal)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Work that leaves nothing half done when it is cut short: a signal ends it without waiting for its end."""
+        self._at_once = True
+        try:
+            if self.signal:
+                self.stop()
+            yield
+        finally:
+            self._at_once = False
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return
+        echo = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._noted < _ECHO_SECONDS
+        if self.signal and number == signal.SIGINT and not echo:
+            raise KeyboardInterrupt
+        self.signal, self._noted = self.signal or number, time.monotonic()
+        if self._at_once:
+            self.stop()
+
+
+def let_workers_die_quietly() -> None:
+    """Undo what a DataLoader sets up when it starts: that the death of a worker raises an error in whatever the main
+    thread is doing. Without it the loader sees the death as well, where it waits for the next batch."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Fused, because a fused step allocates nothing once its state exists: it cannot run out of memory half-way."""
+    optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    return optimizer(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+@torch.no_grad()
+def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Create the optimizer's state now, all zero, by a step that changes no weight; the first real one would do it when
+    memory is at its fullest."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for state in optimizer.state.values():
+        for tensor in state.values():
+            tensor.zero_()
+
+
+def make_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
+    """Scale the loss for fp16. In other types the scale is 1 and what is left is the scaler's other service: to skip,
+    on the device and without asking the host, a step whose gradients are not finite."""
+    if pick_amp_dtype(config, device) == torch.float16:
+        return torch.amp.GradScaler(device.type)
+    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
+
+
+def learning_rate(config: TrainConfig, epoch: int, progress: float = 1.0) -> float:
+    """The learning rate of an epoch, counted from 0, when `progress` (0..1) of it is done.
+
+    The schedule goes by whole epochs; within the first config.warmup_epochs the rate rises to it in proportion.
+    """
+    if config.schedule == "step":
+        rate = config.lr * config.step_gamma ** (epoch // config.step_epochs)
+    else:
+        rate = config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
+    return rate * min(1.0, (epoch + progress) / config.warmup_epochs) if config.warmup_epochs else rate
+
+
+class WeightAverage:
+    """Exponential moving average of a network's weights and batch norm statistics, on the network's device.
+
+    In the first steps the decay is (1 + n) / (10 + n) at step n, so that the average leaves the initial weights soon.
+    """
+
+    def __init__(self, model: DBNet, decay: float) -> None:
+        self.decay, self.steps = decay, 0
+        self.model = copy.deepcopy(model).requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take the weights after an optimizer step into the average."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        pairs = list(zip(_tensors(self.model), _tensors(model), strict=True))
+        averages, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+        get_ema_multi_avg_fn(decay)(averages, current, None)
+        for average, counter in (pair for pair in pairs if not pair[0].is_floating_point()):
+            average.copy_(counter)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, for checkpoints."""
+        return {"steps": self.steps, "model": self.model.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What `state_dict` gave."""
+        self.steps = state["steps"]
+        self.model.load_state_dict(state["model"])
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    return chain(model.parameters(), model.buffers())
 
 
 @dataclass

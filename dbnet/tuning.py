@@ -25,8 +25,8 @@ from tqdm import tqdm
 from dbnet.annotations import Annotation
 from dbnet.config import Config
 from dbnet.errors import UserError
-from dbnet.heat_map import draw_heat_map
 from dbnet.metric import score_selections
+from dbnet.pictures import draw_heat_map
 from dbnet.postprocess import Region, find_regions, grow_regions, to_image_pixels
 
 BEST = 10  # combinations in the table of the best

@@ -23,9 +23,9 @@ from dbnet.files import make_folder
 from dbnet.geometry import Letterbox, padded
 from dbnet.images import read_image
 from dbnet.model import DBNet
-from dbnet.overlay import DONT_CARE_COLOR, draw_polygons
+from dbnet.pictures import DONT_CARE_COLOR, draw_polygons
 from dbnet.postprocess import extract_polygons, find_regions
-from dbnet.synth import Word, render_receipt
+from dbnet.synth.scene import Word, render_receipt
 from dbnet.targets import draw_targets, make_targets
 
 HEIGHT = 640  # of a picture, in pixels

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import settings
 
 from dbnet.config import Config
-from dbnet.synth import write_dataset
+from dbnet.synth.scene import write_dataset
 
 settings.register_profile("long", max_examples=1500)  # make test-long; the default is a hundred
 

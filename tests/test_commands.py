@@ -3,7 +3,6 @@
 import csv
 import importlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,31 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from support import command, refused
 
+from dbnet.annotations import read_submission, write_submission
 from dbnet.checkpoint import change_checkpoint, load_checkpoint
 from dbnet.errors import UserError, run_script
-from dbnet.submission import read_submission, write_submission
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--weights", "none", "--image-size", "64", "--batch-size", "2", "--epochs", "1", "--workers", "0"]
-
-
-def command(*words, cwd):
-    """Run a script of the project in the folder `cwd`."""
-    script, *arguments = map(str, words)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, ROOT / script, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
-    )
-
-
-def refused(result, *words):
-    """Assert exit status 2 and one line on stderr that holds `words`."""
-    assert result.returncode == 2, result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.strip() and "img" not in line]
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
-    for word in words:
-        assert word in lines[0]
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dbnet import curves
-from dbnet.curves import BEST_COLOR, BLUE, PANELS, SIZE, draw_curves, make_axis, plot_area, read_log, show_progress
+from dbnet import pictures as curves
+from dbnet.pictures import BEST_COLOR, BLUE, PANELS, SIZE, draw_curves, make_axis, plot_area, read_log, show_progress
 
 SCORE, MEMORY = 0, len(PANELS) - 1
 
@@ -155,7 +155,7 @@ def test_a_full_disk_costs_the_curves_and_not_the_run(tmp_path):
     """The limit of the size of a file fails a write as a full disk does; the next epoch has room again."""
     write_log(tmp_path, [make_row(epoch, 0.5) for epoch in range(1, 21)])
     program = (
-        "import resource, signal, sys; from pathlib import Path; from dbnet.curves import show_progress\n"
+        "import resource, signal, sys; from pathlib import Path; from dbnet.pictures import show_progress\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "for limit in (40, resource.RLIM_INFINITY):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"

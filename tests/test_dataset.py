@@ -15,14 +15,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_memory import CPU, make_training
+from support import CPU, make_training
 
 import train
 from dbnet import augment
-from dbnet.annotations import Annotation, read_annotations, read_split
+from dbnet.annotations import Annotation, read_annotations
 from dbnet.dataset import Batches, TextDataset, Words, make_loader
 from dbnet.errors import UserError
 from dbnet.geometry import Letterbox, areas, clip_polygons, split_polygons
+from dbnet.splits import read_split
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([32, 640, 1024]), st.integers(0, 2**32))

@@ -9,7 +9,6 @@ import pickle
 import queue
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,8 +17,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import ROOT, SECONDS, Launched, context, copies, run
-from test_memory import CPU, fail_above, make_training, step_batches
+from support import (
+    CPU,
+    ROOT,
+    SECONDS,
+    Launched,
+    context,
+    copies,
+    environments,
+    fail_above,
+    make_training,
+    run,
+    step_batches,
+)
 
 import train
 from dbnet import distributed
@@ -30,15 +40,6 @@ from dbnet.errors import UserError
 from dbnet.model import DBNet
 
 TINY = ["--preset", "lite", "--weights", "none", "--image-size", "64", "--workers", "0"]
-
-
-def environments(count):
-    """What torchrun sets, for each of `count` processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "GLOO_SOCKET_IFNAME": "lo"}
-    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def run_together(count, name, *arguments, cwd, status=0):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from support import CPU
 from torch import nn
 
 from dbnet.checkpoint import save_checkpoint
@@ -13,9 +14,7 @@ from dbnet.errors import UserError
 from dbnet.inference import Pipeline, load_network
 from dbnet.memory import BatchPlan
 from dbnet.model import DBNet
-from dbnet.overlay import write_image
-
-CPU = torch.device("cpu")
+from dbnet.pictures import write_image
 
 
 class Brightness(nn.Module):

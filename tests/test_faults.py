@@ -13,9 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launch import ROOT, SECONDS, Launched, copies, run
-from test_distributed import environments
-from test_resume import assert_same_run, rows, save_some
+from support import ROOT, SECONDS, Launched, assert_same_run, copies, environments, rows, run, save_some
 
 import train
 from dbnet.checkpoint import load_checkpoint

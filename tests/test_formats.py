@@ -10,20 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dbnet.annotations import read_image_paths, read_labels, read_labels_at, read_split
-from dbnet.dataset import TextDataset
-from dbnet.errors import UserError
-from dbnet.formats import (
+from dbnet.annotations import (
     TEXT_PARSERS,
     Annotation,
+    choose_format,
     parse_icdar,
     parse_labelme,
     parse_polygons,
     parse_totaltext,
+    read_detections,
     write_coco,
+    write_detections,
 )
+from dbnet.dataset import TextDataset
+from dbnet.errors import UserError
 from dbnet.images import name_stem
-from dbnet.submission import choose_format, read_detections, write_detections
+from dbnet.splits import read_image_paths, read_labels, read_labels_at, read_split
 
 SUFFIX = {"csv": ".csv", "competition": ".json", "coco": ".json", "icdar": ".zip"}
 QUAD = [[377, 117], [463, 117], [465, 130], [378, 130]]

@@ -32,17 +32,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from dbnet.annotations import read_annotations, read_split
+from dbnet.annotations import read_annotations, read_submission, write_submission
 from dbnet.checkpoint import load_checkpoint, load_model, save_checkpoint
 from dbnet.config import PRESETS, Config
-from dbnet.errors import UserError, printable
+from dbnet.errors import ImageError, UserError, printable
 from dbnet.files import write_whole
 from dbnet.geometry import MAX_TANGLED_POINTS, Letterbox, clip_polygons, fault_of
-from dbnet.images import ImageError, list_images, read_image, read_size
+from dbnet.images import list_images, read_image, read_size
 from dbnet.metric import score_image
 from dbnet.model import DBNet
 from dbnet.postprocess import extract_polygons
-from dbnet.submission import read_submission, write_submission
+from dbnet.splits import read_split
 from dbnet.targets import make_targets, polygon_mask
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from dbnet.images import ImageError, read_image
+from dbnet.errors import ImageError
+from dbnet.images import read_image
 
 WIDTH, HEIGHT = 60, 40
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapely.geometry import Polygon
 
-from dbnet.iou import IoUScore, score_iou, total_iou
+from dbnet.evaluation import IoUScore, score_iou, total_iou
 
 
 def box(x, y, width, height):

@@ -4,45 +4,12 @@ import copy
 
 import pytest
 import torch
+from support import CPU, fail_above, make_training, step_batches
 
 import train
 from dbnet.dataset import Batches, TextDataset, make_loader
 from dbnet.errors import UserError
 from dbnet.memory import BatchPlan, is_out_of_memory, run_until_it_fits
-from dbnet.model import DBNet
-from dbnet.optim import make_optimizer, make_scaler
-
-CPU = torch.device("cpu")
-
-
-def make_training(config, model=None):
-    torch.manual_seed(0)
-    model = model or DBNet(config)
-    return train.Training(
-        model.train(),
-        make_optimizer(model, config),
-        make_scaler(config, CPU),
-        BatchPlan(config.batch_size, config.accumulate, config.image_size),
-    )
-
-
-def fail_above(model, limit, record=None):
-    """Let the network run out of memory for micro-batches above `limit` images; note the others in `record`."""
-
-    def check(_module, inputs):
-        images = inputs[0]
-        if len(images) > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
-        if record is not None:
-            record.append(tuple(images.shape[:2]))
-
-    return model.register_forward_pre_hook(check)
-
-
-def step_batches(config):
-    dataset = TextDataset(config, "train", train=True)
-    batches = Batches(dataset, config.batch_size, config.seed)
-    return list(make_loader(batches, 0, False))[: config.accumulate]
 
 
 def test_a_tight_batch_keeps_its_shape_when_the_image_shrinks(small):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import convex_quads
 
 from dbnet import metric
+from dbnet.geometry import Polygons
 from dbnet.metric import MAX_DETECTIONS, CLEval, match_image, score_image, score_selections
-from dbnet.polygons import Polygons
-from tests.test_polygons import convex_quads
 
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases" / "cleval.json"
 

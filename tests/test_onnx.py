@@ -9,21 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import CPU
 
+from dbnet.annotations import read_submission
 from dbnet.checkpoint import load_model, save_checkpoint
 from dbnet.config import Config
 from dbnet.dataset import TextDataset
 from dbnet.ensemble import Ensemble
 from dbnet.errors import UserError
-from dbnet.inference import Pipeline, load_network, shipped_weights
+from dbnet.inference import OnnxNetwork, Pipeline, load_network, shipped_weights, write_onnx
 from dbnet.model import DBNet
-from dbnet.onnx import OnnxNetwork, write_onnx
-from dbnet.submission import read_submission
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 ROOT = Path(__file__).resolve().parents[1]
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")

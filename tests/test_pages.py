@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dbnet.annotations import find_images_at
 from dbnet.dataset import Batches, ImageDataset, make_loader
-from dbnet.errors import UserError
-from dbnet.images import ImageError, name_stem, read_image, read_size
-from dbnet.pages import DPI, list_pages
+from dbnet.errors import ImageError, UserError
+from dbnet.images import DPI, list_pages, name_stem, read_image, read_size
+from dbnet.splits import find_images_at
 
 WIDTH, HEIGHT = 300, 200
 

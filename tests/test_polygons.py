@@ -5,16 +5,9 @@ import pytest
 import shapely
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support import convex_quads
 
-from dbnet.polygons import Polygons, common_areas, contains, near_pairs
-
-
-@st.composite
-def convex_quads(draw):
-    """(4, 2) convex quadrilaterals of small integers, which often share parts of their outlines."""
-    points = draw(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=4, max_size=12, unique=True))
-    outline = shapely.get_coordinates(shapely.convex_hull(shapely.multipoints(points)))
-    return outline[:4] if len(outline) > 4 else np.array([[0, 0], [3, 0], [3, 3], [0, 3]])
+from dbnet.geometry import Polygons, common_areas, contains, near_pairs
 
 
 @st.composite

@@ -5,15 +5,13 @@ import time
 
 import pytest
 import torch
-from test_commands import command
+from support import CPU, command
 
 import train
 from dbnet import profile
 from dbnet.config import Config
 from dbnet.dataset import Batches, TextDataset, make_loader
 from dbnet.profile import Case, Measured, fallback_cases, measure_case, measure_cases, synthetic_batch
-
-CPU = torch.device("cpu")
 
 
 def test_the_command_measures_each_batch_of_the_fallback(rendered, tmp_path):

@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dbnet.annotations import Annotation, read_split
-from dbnet.comparison import Comparison, Scores
+from dbnet.annotations import Annotation
 from dbnet.errors import UserError
-from dbnet.evaluation import Evaluation
+from dbnet.evaluation import SIZE_EDGES, Comparison, Evaluation, Scores
 from dbnet.metric import ImageScore
 from dbnet.report import MAP_BYTES, PICTURE_BYTES, Report, encode_map, encode_picture
-from dbnet.synth import write_dataset
-from dbnet.text_size import SIZE_EDGES
+from dbnet.splits import read_split
+from dbnet.synth.scene import write_dataset
 
 HOSTILE = [
     "<img src=x onerror=window.hacked=1>.jpg",

@@ -8,16 +8,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from launch import Launched, copies, run
-from test_memory import CPU, fail_above, make_training
+from support import CPU, Launched, assert_same_run, copies, fail_above, make_training, rows, run, save_some
 
 import train
 from dbnet.checkpoint import load_checkpoint
 from dbnet.dataset import Batches, TextDataset, make_loader
 from dbnet.errors import UserError
-from dbnet.log import append_row, keep_rows
 from dbnet.memory import BatchPlan
-from dbnet.training import LastSave, RunningEpoch, load_last, save_before
+from dbnet.training import RunningEpoch, append_row, keep_rows, load_last, save_before
 
 FLAGS = [
     *("--preset", "lite", "--weights", "none", "--image-size", "96", "--train-sizes", "64,96"),
@@ -26,30 +24,12 @@ FLAGS = [
 ]
 
 
-def weights(run_folder):
-    content = load_checkpoint(run_folder / "last.pt")
-    return {**content["model"], **{f"average.{name}": t for name, t in content["average"]["model"].items()}}
-
-
-def rows(run_folder):
-    """The log without what depends on time and place."""
-    measured = {"train_seconds", "images_per_second", "peak_memory_gb"}
-    lines = map(json.loads, (run_folder / "log.jsonl").read_text().splitlines())
-    return [{name: value for name, value in row.items() if name not in measured} for row in lines]
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(rendered, tmp_path_factory):
     """The run that the others must not differ from."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     run("train.py", *FLAGS, "--data", rendered, "--run", "a", "--workers", "0", cwd=folder)
     return folder / "runs" / "a"
-
-
-def assert_same_run(ours, theirs):
-    assert rows(ours) == rows(theirs)
-    a, b = weights(ours), weights(theirs)
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -84,14 +64,6 @@ def test_a_second_ctrl_c_stops_at_once(rendered, tmp_path):
     assert launched.wait() == 130
     assert launched.text().endswith("interrupted\n")
     run("train.py", "--resume", "--image-size", "64", "--epochs", "1", cwd=tmp_path)
-
-
-def save_some(folder, config, epochs):
-    """Saves of a run, one for each number of epochs."""
-    training, saver = make_training(config), LastSave(folder, config)
-    for epoch in epochs:
-        training.epoch = epoch
-        saver.save(training)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "gone"])

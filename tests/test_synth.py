@@ -13,15 +13,8 @@ import pytest
 from PIL import Image, ImageFont
 
 from dbnet.errors import UserError
-from dbnet.receipt import LATIN, Typeface, has_glyph, print_page
-from dbnet.synth import (
-    SPLITS,
-    corners,
-    place,
-    render_receipt,
-    transform,
-    write_dataset,
-)
+from dbnet.synth.receipt import LATIN, Typeface, has_glyph, print_page
+from dbnet.synth.scene import SPLITS, corners, place, render_receipt, transform, write_dataset
 
 ROOT = Path(__file__).parent.parent
 
@@ -157,7 +150,7 @@ def test_an_interrupted_run_leaves_no_jsons(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dbnet.synth.render_receipt", interrupt)
+    monkeypatch.setattr("dbnet.synth.scene.render_receipt", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_dataset(tmp_path / "data", train=2, val=0, test=0, size=256, workers=1)
     assert not list((tmp_path / "data").rglob("*.json"))

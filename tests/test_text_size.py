@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbnet.annotations import Annotation
-from dbnet.evaluation import Evaluation
+from dbnet.evaluation import SIZE_EDGES, Evaluation, bin_of_size, chars_by_size, size_rows, text_heights
 from dbnet.metric import match_image, score_image
-from dbnet.text_size import SIZE_EDGES, bin_of_size, chars_by_size, size_rows, text_heights
 
 
 def box(x, y, width, height):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_memory import CPU, make_training, step_batches
+from support import CPU, make_training, step_batches
 from torch import nn
 
 import train
@@ -17,7 +17,7 @@ from dbnet.device import pick_amp_dtype
 from dbnet.errors import UserError
 from dbnet.evaluation import advise_on_collapse
 from dbnet.metric import CLEval
-from dbnet.optim import WeightAverage, learning_rate
+from dbnet.training import WeightAverage, learning_rate
 
 
 def run_epoch(training, config):

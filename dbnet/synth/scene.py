@@ -26,18 +26,8 @@ from tqdm import tqdm
 
 from dbnet.config import ArgumentParser
 from dbnet.dataset import count_cores
-from dbnet.errors import UserError, run_script
-from dbnet.receipt import (
-    KOREAN,
-    LATIN,
-    Page,
-    chance,
-    choose_typeface,
-    has_glyph,
-    load_font,
-    pick,
-    print_page,
-)
+from dbnet.errors import UserError
+from dbnet.synth.receipt import KOREAN, LATIN, Page, chance, choose_typeface, has_glyph, load_font, pick, print_page
 
 SPLITS = ("train", "val", "test")
 SCAN_SHARE = 1 / 3  # of the images are flat scans, the others photographs
@@ -370,7 +360,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = write_dataset(args.out, args.train, args.val, args.test, args.size, args.seed, args.font, lines=args.lines)
     counts = f"{args.train} train, {args.val} val, {args.test} test images"
     print(f"{args.out}: {counts} with {words} {'lines' if args.lines else 'words'}")
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -1,8 +1,4 @@
-"""Curves of a run, epoch by epoch: `curves.png` beside its log, and events where TensorBoard is installed.
-
-Both show the rows of `log.jsonl`, so a resumed run goes on with its curves. They are an extra: whatever goes wrong with
-them is one line on stderr, and training goes on.
-"""
+"""Pictures to look at: polygons over images, and a sheet of training samples with their target maps."""
 
 import errno
 import importlib.util
@@ -12,15 +8,152 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import cv2
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dbnet.dataset import Draw, TextDataset
 from dbnet.errors import UserError
 from dbnet.files import write_whole
+from dbnet.geometry import Letterbox
+from dbnet.images import name_stem
+
+TEXT_COLOR = (0, 158, 115)  # bluish green and vermilion stay apart for the colour-blind (Okabe and Ito)
+DONT_CARE_COLOR = (213, 94, 0)
+
+
+def draw_polygons(
+    image: np.ndarray, polygons: Iterable[np.ndarray], color: tuple[int, int, int] = TEXT_COLOR
+) -> np.ndarray:
+    """A copy of (height, width, 3) uint8 RGB pixels with the outlines of (n, 2) polygons on it, in an RGB color."""
+    canvas = image.copy()
+    thickness = max(1, round(max(image.shape[:2]) / 800))
+    outlines = [np.round(polygon).astype(np.int32) for polygon in polygons]
+    cv2.polylines(canvas, outlines, isClosed=True, color=color, thickness=thickness, lineType=cv2.LINE_AA)
+    return canvas
+
+
+def overlay_names(names: list[str]) -> dict[str, str]:
+    """What the picture of each image is called: a.jpg of a.png; a.png.jpg where there is another image a."""
+    stems = Counter(map(name_stem, names))
+    return {name: f"{name_stem(name) if stems[name_stem(name)] == 1 else name}.jpg" for name in names}
+
+
+def sample_sheet(dataset: TextDataset, count: int = 4, side: int = 480) -> np.ndarray:
+    """Augmented training samples, a row each: image with polygons, probability map, threshold map over the image.
+
+    Returns (count x side, 3 x side, 3) uint8 RGB. Raises ImageError for one that cannot be read.
+    """
+    rows = []
+    for index in range(min(count, len(dataset))):
+        _, letterbox = dataset.load(index)
+        text, illegible, _ = dataset.polygons(index, letterbox, dataset.augmentation(Draw(index)))
+        sample = dataset[index]
+        image = sample["image"]
+        panels = [
+            draw_polygons(draw_polygons(image, text), illegible, DONT_CARE_COLOR),
+            cv2.cvtColor(sample["prob_map"] * 255, cv2.COLOR_GRAY2RGB),
+            cv2.applyColorMap(sample["thresh_levels"], cv2.COLORMAP_VIRIDIS)[..., ::-1],
+        ]
+        size = Letterbox(image.shape[1], image.shape[0], side).resized
+        row = np.zeros((side, 3 * side, 3), np.uint8)
+        for left, panel in zip(range(0, 3 * side, side), panels, strict=True):
+            row[: size[1], left : left + size[0]] = cv2.resize(panel, size, interpolation=cv2.INTER_AREA)
+        rows.append(row)
+    return np.vstack(rows)
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write (height, width, 3) uint8 RGB pixels as .png or .jpg. Raises UserError where it cannot."""
+    suffix = path.suffix.lower()
+    if suffix not in (".png", ".jpg", ".jpeg"):
+        raise UserError(f"{path}: pictures are written as .png or .jpg; name such a file")
+    _, data = cv2.imencode(suffix, np.ascontiguousarray(image[..., ::-1]))
+    try:
+        path.write_bytes(data.tobytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another file") from None
+
+
+_CELL = (96, 44)  # width and height in pixels
+_LEFT, _TOP, _BOTTOM, _RIGHT = 150, 84, 132, 30  # room in pixels for labels, title and legend
+_FONT = cv2.FONT_HERSHEY_SIMPLEX
+_INK, _PAPER = (30, 30, 30), (255, 255, 255)
+
+
+def draw_heat_map(
+    values: np.ndarray,
+    rows: Sequence[float],
+    columns: Sequence[float],
+    axes: tuple[str, str],
+    title: str,
+    marks: dict[str, tuple[int, int]],
+) -> np.ndarray:
+    """Draw (rows, columns) values, the highest brightest; the first row is at the bottom, as on a graph's axis.
+
+    The lowest quarter is all of one colour: beside bad values the good ones could not be told apart.
+
+    Args:
+        values: (rows, columns) numbers between 0 and 1.
+        rows, columns: the number that each row and column stands for.
+        axes: what these numbers are, of rows and of columns.
+        title: a line above.
+        marks: cells, (row, column), to frame, by their legends; any after the first get a thinner frame.
+
+    Returns:
+        (height, width, 3) uint8 RGB.
+    """
+    width = max(_LEFT + len(columns) * _CELL[0] + _RIGHT, 60 + 11 * max(map(len, [title, *marks])))
+    canvas = np.full((_TOP + len(rows) * _CELL[1] + _BOTTOM, width, 3), _PAPER, np.uint8)
+    low, high = np.quantile(values, 0.25), values.max()
+    levels = np.clip((values - low) / max(high - low, 1e-9), 0, 1) * 255
+    colors = cv2.applyColorMap(np.rint(levels).astype(np.uint8), cv2.COLORMAP_VIRIDIS)[..., ::-1]
+
+    def corner(row: int, column: int) -> tuple[int, int]:
+        return _LEFT + column * _CELL[0], _TOP + (len(rows) - 1 - row) * _CELL[1]
+
+    for row, column in np.ndindex(values.shape):
+        x, y = corner(row, column)
+        color = tuple(colors[row, column].tolist())
+        cv2.rectangle(canvas, (x, y), (x + _CELL[0] - 2, y + _CELL[1] - 2), color, cv2.FILLED)
+        _write(canvas, f"{values[row, column]:.4f}", (x + _CELL[0] // 2, y + _CELL[1] // 2), _readable_on(color))
+    for row, value in enumerate(rows):
+        _write(canvas, f"{value:g}", (_LEFT - 30, corner(row, 0)[1] + _CELL[1] // 2))
+    for column, value in enumerate(columns):
+        _write(canvas, f"{value:g}", (corner(0, column)[0] + _CELL[0] // 2, corner(0, 0)[1] + _CELL[1] + 16))
+    _write(canvas, axes[0], (_LEFT // 2 - 10, _TOP - 20))
+    _write(canvas, axes[1], (_LEFT + len(columns) * _CELL[0] // 2, corner(0, 0)[1] + _CELL[1] + 42))
+    cv2.putText(canvas, title, (24, 36), _FONT, 0.6, _INK, 1, cv2.LINE_AA)
+
+    for number, (legend, (row, column)) in enumerate(marks.items()):
+        x, y = corner(row, column)
+        inset, thickness = (0, 4) if number == 0 else (6, 2)
+        color = (213, 94, 0)  # vermilion stays apart from viridis for the colour-blind
+        cv2.rectangle(
+            canvas, (x + inset, y + inset), (x + _CELL[0] - 2 - inset, y + _CELL[1] - 2 - inset), color, thickness
+        )
+        key = canvas.shape[0] - 50 + 26 * number
+        cv2.rectangle(canvas, (26, key - 7), (46, key + 7), color, thickness)
+        cv2.putText(canvas, legend, (60, key + 6), _FONT, 0.5, _INK, 1, cv2.LINE_AA)
+    return canvas
+
+
+def _write(canvas: np.ndarray, text: str, middle: tuple[int, int], color: tuple[int, int, int] = _INK) -> None:
+    """Put text with its middle at a point."""
+    (width, height), _ = cv2.getTextSize(text, _FONT, 0.5, 1)
+    cv2.putText(canvas, text, (middle[0] - width // 2, middle[1] + height // 2), _FONT, 0.5, color, 1, cv2.LINE_AA)
+
+
+def _readable_on(color: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Dark ink on a light color, white on a dark one."""
+    return _INK if np.dot(color, (0.299, 0.587, 0.114)) > 120 else _PAPER
+
 
 Row = dict[str, Any]
 Color = tuple[int, int, int]
