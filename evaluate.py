@@ -25,7 +25,6 @@ from dbnet.errors import UserError, run_script
 if TYPE_CHECKING:
     from dbnet.evaluation import Comparison, Evaluation
     from dbnet.inference import Network, Pipeline
-    from dbnet.report import Report
     from dbnet.tuning import Tuning
 
 REPORTED = ("data", "backbone", "image_size", "use_polygon", "thresh", "box_thresh", "polygon_unclip_ratio", "min_size")
@@ -102,14 +101,13 @@ def score(args: argparse.Namespace, changes: dict[str, Any]) -> None:
     from dbnet import distributed
     from dbnet.evaluation import Comparison
     from dbnet.files import write_json
-    from dbnet.report import Report
+    from dbnet.report import write_report
 
     comparison = Comparison.read(args.compare) if args.compare else None
-    report = Report() if args.report else None
-    evaluate = evaluate_submission if args.submission else evaluate_checkpoint
+    score_it = evaluate_submission if args.submission else evaluate_checkpoint
     if args.submission and not distributed.is_first():
         return
-    evaluation = evaluate(args, changes, report, comparison)
+    evaluation, settings = score_it(args, changes, comparison)
     if not distributed.is_first():
         return
     print(evaluation.table())
@@ -119,8 +117,9 @@ def score(args: argparse.Namespace, changes: dict[str, Any]) -> None:
     if args.json:
         write_json(args.json, evaluation.to_dict())
         print(f"all scores: {args.json}")
-    if report:
-        report.write(args.report, evaluation, comparison)
+    if args.report:
+        title = f"{args.submission or names(args.checkpoints)} on {args.split}"
+        write_report(args.report, evaluation, title, settings, comparison)
         print(f"report: {args.report} ({args.report.stat().st_size / 1e6:.1f} MB)")
 
 
@@ -143,33 +142,32 @@ def names(paths: list[Path]) -> str:
 
 
 def evaluate_checkpoint(
-    args: argparse.Namespace, changes: dict[str, Any], report: "Report | None", comparison: "Comparison | None"
-) -> "Evaluation":
-    """Run the network over the split and score what it finds."""
+    args: argparse.Namespace, changes: dict[str, Any], comparison: "Comparison | None"
+) -> "tuple[Evaluation, dict[str, Any]]":
+    """Run the network over the split and score what it finds; also the settings that the scores depend on."""
     from dbnet.distributed import say
-    from dbnet.evaluation import advise_on_collapse
+    from dbnet.evaluation import advise_on_collapse, evaluate
+    from dbnet.report import picture_of
 
     network, pipeline = open_network(args, changes)
     if comparison:
         comparison.check_shares(path.name for path in pipeline.dataset.paths)
-    if report:
-        report.title = f"{names(args.checkpoints)} on {args.split}"
-        report.settings = {field: getattr(pipeline.config, field) for field in REPORTED}
-    evaluation = pipeline.evaluate(network, report=report)
+    evaluation = evaluate(pipeline, network, picture=picture_of if args.report else None)
     advice = advise_on_collapse(evaluation.compute(), evaluation.highest, pipeline.config)
     if advice:
         say(advice)
-    return evaluation
+    return evaluation, {field: getattr(pipeline.config, field) for field in REPORTED}
 
 
 def evaluate_submission(
-    args: argparse.Namespace, changes: dict[str, Any], report: "Report | None", comparison: "Comparison | None"
-) -> "Evaluation":
+    args: argparse.Namespace, changes: dict[str, Any], comparison: "Comparison | None"
+) -> "tuple[Evaluation, dict[str, Any]]":
     """Score the polygons of a submission file; images that it lacks count as without detections, and are said."""
     from dbnet.annotations import read_detections
     from dbnet.errors import ImageError
     from dbnet.evaluation import Evaluation
     from dbnet.images import read_size
+    from dbnet.report import picture_of
     from dbnet.splits import read_labels
 
     config = Config().changed(**changes)
@@ -183,8 +181,6 @@ def evaluate_submission(
         )
     if comparison:
         comparison.check_shares(annotations)
-    if report:
-        report.title, report.settings = f"{args.submission} on {args.split}", {"data": config.data}
     print(f"{args.submission} on {split}")
     evaluation = Evaluation()
     for name, annotation in annotations.items():
@@ -195,12 +191,12 @@ def evaluate_submission(
             size = None
         polygons = submission[name].polygons if name in submission else []
         evaluation.update(name, annotation, polygons, size=size)
-        if report:
-            report.add(path, annotation, polygons)
+        if args.report:
+            evaluation.pictures[name] = picture_of(path, annotation, polygons)
     missing = [name for name in annotations if name not in submission]
     if missing:
         print(f"{len(missing)} images of the split have no row and count 0, {missing[0]} first")
-    return evaluation
+    return evaluation, {"data": config.data}
 
 
 def tune_checkpoint(args: argparse.Namespace, changes: dict[str, Any]) -> None:

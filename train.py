@@ -36,7 +36,7 @@ from dbnet.dataset import Batches, TextDataset, count_workers, make_loader
 from dbnet.device import compile_model, peak_memory, pick_amp_dtype, seed_all
 from dbnet.ensemble import Ensemble
 from dbnet.errors import UserError, run_script
-from dbnet.evaluation import Evaluation, advise_on_collapse
+from dbnet.evaluation import Evaluation, advise_on_collapse, evaluate
 from dbnet.files import make_folder, remove_leftovers, write_json
 from dbnet.inference import Pipeline
 from dbnet.loss import Losses, db_loss
@@ -212,7 +212,7 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
             scored = Ensemble.of(training.scored_model, in_force, device)
             try:
                 with interruption.at_once():
-                    evaluation = validation.evaluate(scored, "validation")
+                    evaluation = evaluate(validation, scored, "validation")
             except Interrupted:
                 saver.write(training)  # the trained epoch; its validation starts again
                 raise

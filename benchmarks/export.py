@@ -18,6 +18,7 @@ from dbnet.checkpoint import load_model
 from dbnet.config import Config
 from dbnet.dataset import ArrayLoader, Batches, ImageDataset, TextDataset
 from dbnet.ensemble import Ensemble
+from dbnet.evaluation import evaluate
 from dbnet.inference import Network, OnnxNetwork, Pipeline, write_onnx
 from dbnet.memory import BatchPlan
 from predict import default_checkpoint
@@ -66,7 +67,7 @@ def score(network: Network, config: Config, images: int) -> str:
         return "-"
     dataset = TextDataset(config, "val", train=False)
     del dataset.paths[images:]
-    return f"{Pipeline(dataset, config, 'cpu').evaluate(network).compute().hmean:.4f}"
+    return f"{evaluate(Pipeline(dataset, config, 'cpu'), network).compute().hmean:.4f}"
 
 
 def quantize(path: Path, quantized: Path, dataset: ImageDataset) -> None:

@@ -13,6 +13,7 @@ from measure import parse_arguments, print_table, print_versions
 
 from dbnet.dataset import ArrayLoader, Batches, TextDataset
 from dbnet.ensemble import Ensemble
+from dbnet.evaluation import evaluate
 from dbnet.inference import Pipeline
 from dbnet.memory import BatchPlan
 from dbnet.metric import score_image
@@ -48,7 +49,7 @@ def main() -> None:
         for _ in range(repeats):  # in turn, so that a slow moment of the machine touches both
             times[0].append(run_network(network, batches))
             start = time.perf_counter()
-            evaluation = pipeline.evaluate(network)
+            evaluation = evaluate(pipeline, network)
             times[1].append(time.perf_counter() - start)
         alone, whole = (1e3 * median(each) / images for each in times)
         score = evaluation.compute().hmean

@@ -1,7 +1,7 @@
 """Scores of detections against a split: what train.py validates with and evaluate.py prints."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -10,11 +10,15 @@ from typing import Any, NamedTuple, Self
 import cv2
 import numpy as np
 from numpy.typing import ArrayLike
+from tqdm import tqdm
 
+from dbnet import distributed
 from dbnet.annotations import Annotation
 from dbnet.config import Config
+from dbnet.dataset import TextDataset
 from dbnet.errors import UserError, printable
 from dbnet.geometry import Polygons, common_areas, near_pairs
+from dbnet.inference import Network, Pipeline
 from dbnet.metric import CLEval, DatasetScore, ImageScore, match_image
 
 MIN_POINTS = 3
@@ -256,6 +260,9 @@ class Evaluation:
     unreadable: list[str] = field(default_factory=list)
     """a line for each image that could not be read; it counts as one without detections"""
 
+    pictures: dict[str, Any] = field(default_factory=dict)
+    """what a report shows of each file"""
+
     def update(
         self,
         name: str,
@@ -264,8 +271,10 @@ class Evaluation:
         error: str | None = None,
         size: tuple[int, int] | None = None,
     ) -> None:
-        """Score the detected (n, 2) polygons of the image `name`, in pixels of the original; `size` is that one's width
-        and height, None if it is not known."""
+        """Score the detected (n, 2) polygons of the image `name`, in pixels of the original.
+
+        `size` is the width and height of the original, None where they are not known.
+        """
         words, detections = (Polygons.read(each, MIN_POINTS) for each in (annotation.polygons, list(polygons)))
         match = match_image(words, detections, annotation.dont_care)
         self.per_image[name] = match.score
@@ -281,6 +290,7 @@ class Evaluation:
         self.iou_per_image |= other.iou_per_image
         self.highest = max(self.highest, other.highest)
         self.chars_per_image |= other.chars_per_image
+        self.pictures |= other.pictures
         self.unreadable = sorted({*self.unreadable, *other.unreadable})
 
     def compute(self) -> DatasetScore:
@@ -346,6 +356,46 @@ class Evaluation:
         if without_size:
             lines.append(f"{without_size} images whose files are not there to tell their size are left out of these")
         return lines
+
+
+def evaluate(
+    pipeline: Pipeline,
+    network: Network,
+    title: str = "",
+    picture: Callable[..., Any] | None = None,
+) -> Evaluation:
+    """Run a network over an annotated split and score what it finds, with a progress bar.
+
+    Scores are in the order of the data set. Each process that torchrun has started gets the scores of all of them.
+    What `picture(path, annotation, polygons, scores, prob_map)` returns for each image is kept in `pictures`.
+
+    Raises as `Pipeline.detect` does.
+    """
+    dataset = pipeline.dataset
+    assert isinstance(dataset, TextDataset)
+    evaluation = Evaluation()
+    for detection in tqdm(
+        pipeline.detect(network),
+        title,
+        len(dataset),
+        unit="img",
+        leave=False,
+        dynamic_ncols=True,
+        smoothing=0,
+        disable=not distributed.is_first(),
+    ):
+        path, annotation = dataset.paths[detection.index], dataset.annotations[detection.index]
+        size = dataset.size(detection.index)
+        evaluation.update(path.name, annotation, detection.polygons, detection.error, size)
+        if detection.prob_map is not None:
+            evaluation.highest = max(evaluation.highest, int(detection.prob_map.max(initial=0)) / 255)
+        if picture:
+            found = detection.polygons, detection.scores, detection.prob_map
+            evaluation.pictures[path.name] = picture(path, annotation, *found)
+    for others in distributed.gather(evaluation):
+        evaluation.merge(others)
+    evaluation.per_image = {path.name: evaluation.per_image[path.name] for path in dataset.paths}
+    return evaluation
 
 
 def advise_on_collapse(score: DatasetScore, highest: float, config: Config) -> str | None:

@@ -17,19 +17,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from dbnet import distributed
 from dbnet.config import Config, ModelConfig
-from dbnet.dataset import ArrayLoader, Batches, ImageDataset, TextDataset, count_cores, count_workers, make_loader
+from dbnet.dataset import ArrayLoader, Batches, ImageDataset, count_cores, count_workers, make_loader
 from dbnet.errors import ImageError, UserError
-from dbnet.evaluation import Evaluation
 from dbnet.files import write_whole
 from dbnet.geometry import Letterbox
 from dbnet.images import to_rgb
 from dbnet.memory import BatchPlan, run_until_it_fits
 from dbnet.postprocess import extract_polygons
-from dbnet.report import Report
 
 if TYPE_CHECKING:
     from dbnet.model import DBNet
@@ -277,39 +274,6 @@ class Pipeline:
             batch = following.result() if following else None
         for index, prob_map, future in waiting:
             yield Detection(index, *future.result(), prob_map, None)
-
-    def evaluate(self, network: Network, title: str = "", report: Report | None = None) -> Evaluation:
-        """CLEval of what `detect` finds in an annotated split, a TextDataset, with a progress bar; raises as it does.
-
-        Every process that torchrun has started gets the scores of all of them. Scores are in the order of the data set.
-        A `report` takes in each image.
-        """
-        dataset = self.dataset
-        assert isinstance(dataset, TextDataset)
-        evaluation = Evaluation()
-        for detection in tqdm(
-            self.detect(network),
-            title,
-            len(dataset),
-            unit="img",
-            leave=False,
-            dynamic_ncols=True,
-            smoothing=0,
-            disable=not distributed.is_first(),
-        ):
-            path, annotation = dataset.paths[detection.index], dataset.annotations[detection.index]
-            size = dataset.size(detection.index)
-            evaluation.update(path.name, annotation, detection.polygons, detection.error, size)
-            if detection.prob_map is not None:
-                evaluation.highest = max(evaluation.highest, int(detection.prob_map.max(initial=0)) / 255)
-            if report:
-                report.add(path, annotation, detection.polygons, detection.scores, detection.prob_map)
-        for others, pictures in distributed.gather((evaluation, report.pictures if report else {})):
-            evaluation.merge(others)
-            if report:
-                report.pictures |= pictures
-        evaluation.per_image = {path.name: evaluation.per_image[path.name] for path in dataset.paths}
-        return evaluation
 
     def _load(self, further_sizes: tuple[int, ...]) -> Iterable[dict[str, Any]]:
         """The batches, with the images at these sizes too."""

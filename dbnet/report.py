@@ -1,8 +1,7 @@
 """A page that shows what was found and what was not: one HTML file that opens from disk, without a network.
 
-    report = Report("best.pt on val")
-    report.add(path, annotation, polygons, scores, prob_map)  # each image of a split, in any order
-    report.write(Path("report.html"), evaluation)
+    evaluation = evaluate(pipeline, network, picture=picture_of)
+    write_report(Path("report.html"), evaluation, "best.pt on val", settings)
 
 The page itself is report.html beside this module. Here its data is made: names, numbers and polygons as one JSON, and
 the pictures as base64, each in an element of its own, so that a browser decodes only those that it shows.
@@ -11,7 +10,7 @@ the pictures as base64, each in an element of its own, so that a browser decodes
 import base64
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
@@ -71,113 +70,107 @@ class Picture:
     """a row for each detection: index of its outcome, score or None, [x, y, x, y, ...]"""
 
 
-@dataclass
-class Report:
-    """The images of an evaluation, ready to be shown."""
-
-    title: str = ""
-    """what was scored"""
-
-    settings: dict[str, Any] = field(default_factory=dict)
-    """how it was scored, by name"""
-
-    pictures: dict[str, Picture] = field(default_factory=dict)
-    """by file name"""
-
-    def add(
-        self,
-        path: Path,
-        annotation: Annotation,
-        polygons: Sequence[np.ndarray],
-        scores: Sequence[float] | None = None,
-        prob_map: np.ndarray | None = None,
-    ) -> None:
-        """Take in an image file with its ground truth and what was found in it.
-
-        An image that cannot be read is shown as its polygons alone, with the reason.
-
-        Args:
-            polygons: (n, 2) detections in pixels of the upright original.
-            scores: 0..1 for each of them, None where they have none.
-            prob_map: (height, width) uint8, probability x 255, of the image without padding, at any size.
-        """
-        try:
-            pixels, (width, height) = read_image(path, PICTURE_SIDE)
-            jpeg, error = encode_picture(pixels), None
-        except ImageError as unreadable:
-            everything = [np.ones((1, 2)), *annotation.polygons, *polygons]
-            width, height = np.concatenate(everything).max(axis=0).clip(1, _FAR).astype(int).tolist()
-            jpeg, error = b"", str(unreadable)
-        match = match_image(annotation.polygons, polygons, annotation.dont_care)
-        sizes = bin_of_size(text_heights(annotation.polygons), (width, height))
-        words = zip(match.gt_outcomes(), match.gt_chars().tolist(), sizes.tolist(), annotation.polygons, strict=True)
-        confidences: Sequence[float | None] = scores or [None] * len(polygons)
-        found = zip(match.det_outcomes(), confidences, polygons, strict=True)
-        self.pictures[path.name] = Picture(
-            width,
-            height,
-            jpeg,
-            b"" if prob_map is None else encode_map(prob_map),
-            error,
-            [[_OUTCOMES.index(outcome), *chars, size, _flat(polygon)] for outcome, chars, size, polygon in words],
-            [
-                [_OUTCOMES.index(outcome), None if score is None else round(float(score), 3), _flat(polygon)]
-                for outcome, score, polygon in found
-            ],
-        )
-
-    def write(self, path: Path, evaluation: Evaluation, comparison: Comparison | None = None) -> None:
-        """Write the page, whole or not at all, with the scores of the images that were added and, where there are
-        others to compare with, their changes. Raises UserError where it cannot be written."""
-        data = {
-            "title": self.title,
-            "settings": {name: str(value) for name, value in self.settings.items()},
-            "outcomes": _OUTCOMES,
-            "totals": asdict(evaluation.compute()),
-            "sizes": self._recall_by_size(),
-            "comparison": _describe(comparison) if comparison else None,
-            "images": [
-                {
-                    "name": name,
-                    **asdict(score),
-                    "before": comparison.before.get(name) if comparison else None,
-                    **{key: value for key, value in vars(self.pictures[name]).items() if key not in _EMBEDDED},
-                }
-                for name, score in evaluation.per_image.items()
-            ],
-        }
-        before, after = Path(__file__).with_name("report.html").read_text(encoding="utf-8").split(_DATA_MARK)
-        with write_whole(path, "w") as file:
-            file.write(before)
-            file.write(f'<script type="application/json" id="data">{_json_in_html(data)}</script>\n')
-            for index, name in enumerate(evaluation.per_image):
-                _embed(file, f"jpeg-{index}", self.pictures[name].jpeg)
-                _embed(file, f"prob_map-{index}", self.pictures[name].prob_map)
-            file.write(after)
-
-    def _recall_by_size(self) -> list[dict[str, Any]]:
-        """For each size of text: its bounds, and the words, missed words, characters and found characters that count
-        in all images."""
-        scored = [word for picture in self.pictures.values() for word in picture.gt if word[0] not in _NOT_COUNTED]
-        rows = []
-        for size in range(len(SIZE_EDGES) - 1):
-            words = [word for word in scored if word[3] == size]
-            rows.append(
-                {
-                    "low": SIZE_EDGES[size],
-                    "high": SIZE_EDGES[size + 1],
-                    "words": len(words),
-                    "missed": sum(word[0] == _OUTCOMES.index(Outcome.MISSED) for word in words),
-                    "chars": sum(word[2] for word in words),
-                    "found": sum(word[1] for word in words),
-                }
-            )
-        return rows
-
-
 _OUTCOMES = list(Outcome)
 _NOT_COUNTED = (_OUTCOMES.index(Outcome.DONT_CARE), _OUTCOMES.index(Outcome.UNSCORED))
 _EMBEDDED = ("jpeg", "prob_map")
+
+
+def picture_of(
+    path: Path,
+    annotation: Annotation,
+    polygons: Sequence[np.ndarray],
+    scores: Sequence[float] | None = None,
+    prob_map: np.ndarray | None = None,
+) -> Picture:
+    """What the page shows of an image file with its ground truth and its detections.
+
+    An image that cannot be read is shown as its polygons alone, with the reason.
+
+    Args:
+        polygons: (n, 2) detections in pixels of the upright original.
+        scores: 0..1 for each of them, None where they have none.
+        prob_map: (height, width) uint8, probability x 255, of the image without padding, at any size.
+    """
+    try:
+        pixels, (width, height) = read_image(path, PICTURE_SIDE)
+        jpeg, error = encode_picture(pixels), None
+    except ImageError as unreadable:
+        everything = [np.ones((1, 2)), *annotation.polygons, *polygons]
+        width, height = np.concatenate(everything).max(axis=0).clip(1, _FAR).astype(int).tolist()
+        jpeg, error = b"", str(unreadable)
+    match = match_image(annotation.polygons, polygons, annotation.dont_care)
+    sizes = bin_of_size(text_heights(annotation.polygons), (width, height))
+    words = zip(match.gt_outcomes(), match.gt_chars().tolist(), sizes.tolist(), annotation.polygons, strict=True)
+    confidences: Sequence[float | None] = scores or [None] * len(polygons)
+    found = zip(match.det_outcomes(), confidences, polygons, strict=True)
+    return Picture(
+        width,
+        height,
+        jpeg,
+        b"" if prob_map is None else encode_map(prob_map),
+        error,
+        [[_OUTCOMES.index(outcome), *chars, size, _flat(polygon)] for outcome, chars, size, polygon in words],
+        [
+            [_OUTCOMES.index(outcome), None if score is None else round(float(score), 3), _flat(polygon)]
+            for outcome, score, polygon in found
+        ],
+    )
+
+
+def write_report(
+    path: Path, evaluation: Evaluation, title: str, settings: dict[str, Any], comparison: Comparison | None = None
+) -> None:
+    """Write the page of an evaluation whose `pictures` are made by `picture_of`, whole or not at all.
+
+    `title` says what was scored, `settings` how, by name. With a `comparison` the page shows the changes since the
+    earlier scores. Raises UserError where it cannot be written.
+    """
+    pictures = evaluation.pictures
+    data = {
+        "title": title,
+        "settings": {name: str(value) for name, value in settings.items()},
+        "outcomes": _OUTCOMES,
+        "totals": asdict(evaluation.compute()),
+        "sizes": _recall_by_size(list(pictures.values())),
+        "comparison": _describe(comparison) if comparison else None,
+        "images": [
+            {
+                "name": name,
+                **asdict(score),
+                "before": comparison.before.get(name) if comparison else None,
+                **{key: value for key, value in vars(pictures[name]).items() if key not in _EMBEDDED},
+            }
+            for name, score in evaluation.per_image.items()
+        ],
+    }
+    before, after = Path(__file__).with_name("report.html").read_text(encoding="utf-8").split(_DATA_MARK)
+    with write_whole(path, "w") as file:
+        file.write(before)
+        file.write(f'<script type="application/json" id="data">{_json_in_html(data)}</script>\n')
+        for index, name in enumerate(evaluation.per_image):
+            _embed(file, f"jpeg-{index}", pictures[name].jpeg)
+            _embed(file, f"prob_map-{index}", pictures[name].prob_map)
+        file.write(after)
+
+
+def _recall_by_size(pictures: list[Picture]) -> list[dict[str, Any]]:
+    """For each size of text: its bounds, and the words, missed words, characters and found characters that count in
+    all images."""
+    scored = [word for picture in pictures for word in picture.gt if word[0] not in _NOT_COUNTED]
+    rows = []
+    for size in range(len(SIZE_EDGES) - 1):
+        words = [word for word in scored if word[3] == size]
+        rows.append(
+            {
+                "low": SIZE_EDGES[size],
+                "high": SIZE_EDGES[size + 1],
+                "words": len(words),
+                "missed": sum(word[0] == _OUTCOMES.index(Outcome.MISSED) for word in words),
+                "chars": sum(word[2] for word in words),
+                "found": sum(word[1] for word in words),
+            }
+        )
+    return rows
 
 
 def encode_picture(pixels: np.ndarray) -> bytes:

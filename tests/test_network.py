@@ -15,6 +15,7 @@ from dbnet.config import PRESETS
 from dbnet.dataset import Batches, TextDataset, make_loader
 from dbnet.ensemble import Ensemble
 from dbnet.errors import UserError
+from dbnet.evaluation import evaluate
 from dbnet.inference import Pipeline
 from dbnet.loss import balanced_cross_entropy, db_loss, hardest
 from dbnet.model import DBNet, Maps
@@ -231,7 +232,7 @@ def test_polygons_made_in_other_processes_are_the_same(small):
         assert found.scores == theirs[index].scores
         for polygon, other in zip(found.polygons, theirs[index].polygons, strict=True):
             assert np.array_equal(polygon, other)
-    assert here.evaluate(network).per_image.keys() == {path.name for path in dataset.paths}
+    assert evaluate(here, network).per_image.keys() == {path.name for path in dataset.paths}
 
 
 def test_a_checkpoint_of_half_the_size_computes_nearly_the_same(small, tmp_path):

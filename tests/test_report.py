@@ -19,7 +19,7 @@ from dbnet.annotations import Annotation
 from dbnet.errors import UserError
 from dbnet.evaluation import SIZE_EDGES, Comparison, Evaluation, Scores
 from dbnet.metric import ImageScore
-from dbnet.report import MAP_BYTES, PICTURE_BYTES, Report, encode_map, encode_picture
+from dbnet.report import MAP_BYTES, PICTURE_BYTES, encode_map, encode_picture, picture_of, write_report
 from dbnet.splits import read_split
 from dbnet.synth.scene import write_dataset
 
@@ -57,17 +57,17 @@ class Page(HTMLParser):
 
 def report_of(folder, images, title="a checkpoint on val", comparison=None):
     """The page of images given as name -> (pixels or None, annotation, detections, scores, probability map)."""
-    report, evaluation = Report(title, {"thresh": 0.3}), Evaluation()
+    evaluation = Evaluation()
     for name, (pixels, annotation, polygons, *more) in images.items():
         path = folder / name
         if pixels is not None:
             Image.fromarray(pixels).save(path, "JPEG")
         evaluation.update(name, annotation, polygons)
-        report.add(path, annotation, polygons, *more)
+        evaluation.pictures[name] = picture_of(path, annotation, polygons, *more)
     if comparison:
         comparison.compare(evaluation.per_image)
     page = folder / "report.html"
-    report.write(page, evaluation, comparison)
+    write_report(page, evaluation, title, {"thresh": 0.3}, comparison)
     return page
 
 
@@ -407,7 +407,7 @@ def test_keys_and_permalinks_lead_from_image_to_image(opened, rendered_report):
 
 def test_a_page_of_400_images_is_under_60_megabytes_and_opens_in_two_seconds(browser, tmp_path):
     """Of the time of its thread, which other programs on the machine do not take part of."""
-    report, evaluation, annotation = Report(), Evaluation(), Annotation()
+    evaluation, annotation = Evaluation(), Annotation()
     noise = np.random.default_rng(0).integers(0, 256, (1500, 1000, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
     annotation.polygons = [box(30 + 300 * (i % 3), 10 + 40 * (i // 3), 250, 25) for i in range(105)]
@@ -415,14 +415,14 @@ def test_a_page_of_400_images_is_under_60_megabytes_and_opens_in_two_seconds(bro
     outlines = [np.repeat(polygon, 4, axis=0) for polygon in annotation.polygons[:70]]
     false = [np.add(outline, (0, 20)) for outline in outlines[:30]]
     prob_map = cv2.GaussianBlur(noise[..., 0], (0, 0), 3)
-    report.add(tmp_path / "noise.png", annotation, [*outlines, *false], [0.123] * 100, prob_map)
+    picture = picture_of(tmp_path / "noise.png", annotation, [*outlines, *false], [0.123] * 100, prob_map)
     evaluation.update("noise.png", annotation, [*outlines, *false])
-    [picture], [score] = report.pictures.values(), evaluation.per_image.values()
+    [score] = evaluation.per_image.values()
     assert len(picture.jpeg) > 0.7 * PICTURE_BYTES and len(picture.prob_map) > 0.5 * MAP_BYTES
     names = [f"{index:03d}.jpg" for index in range(400)]
-    report.pictures, evaluation.per_image = dict.fromkeys(names, picture), dict.fromkeys(names, score)
+    evaluation.pictures, evaluation.per_image = dict.fromkeys(names, picture), dict.fromkeys(names, score)
     page = tmp_path / "report.html"
-    report.write(page, evaluation)
+    write_report(page, evaluation, "", {})
     assert page.stat().st_size < 60_000_000
 
     from docs.make_screenshots import wait_for_pictures
