@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dbnet.errors import UserError
-from dbnet.files import write_whole
+from dbnet.files import check_regular, write_whole
 from dbnet.geometry import fault_of
 from dbnet.images import name_stem
 
@@ -106,6 +106,7 @@ def list_text_files(place: Path, suffix: str) -> list[TextFile]:
 
 
 def _read_file(path: Path) -> str:
+    check_regular(path)
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -119,6 +120,7 @@ _MAX_ZIPPED = 1 << 28  # bytes that a file in a zip may unfold to
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
+    check_regular(path)
     try:
         return zipfile.ZipFile(path)
     except OSError as error:
@@ -619,6 +621,7 @@ def read_submission(path: Path) -> dict[str, list[np.ndarray]]:
     Raises UserError, naming the file and the row, for anything else than a submission.
     """
     csv.field_size_limit(_MAX_FIELD)
+    check_regular(path)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.reader(file, strict=True))

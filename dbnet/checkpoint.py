@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dbnet.config import Config
 from dbnet.device import compile_model
 from dbnet.errors import UserError
-from dbnet.files import write_whole
+from dbnet.files import check_regular, write_whole
 from dbnet.model import DBNet, fold_batch_norms
 
 FORMAT = 2
@@ -55,6 +55,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises UserError where the file is missing, damaged, no checkpoint of this program, of a newer format, or a pickle
     of anything but tensors and plain values (such a file could run code; it is not executed).
     """
+    check_regular(path)
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint")
     try:

@@ -17,6 +17,7 @@ from dbnet.annotations import Annotation
 from dbnet.config import Config
 from dbnet.dataset import TextDataset
 from dbnet.errors import UserError, printable
+from dbnet.files import check_regular
 from dbnet.geometry import Polygons, common_areas, near_pairs
 from dbnet.inference import Network, Pipeline
 from dbnet.metric import CLEval, DatasetScore, ImageScore, match_image
@@ -174,6 +175,7 @@ class Comparison:
     @classmethod
     def read(cls, path: Path) -> Self:
         """The earlier scores, from a file that `evaluate.py --json` wrote. Raises UserError for anything else."""
+        check_regular(path)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             return cls(path, {name: _read_scores(image) for name, image in content["per_image"].items()})

@@ -2,12 +2,27 @@
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from dbnet.errors import UserError
+
+
+def check_regular(path: Path, error: type[UserError] = UserError) -> None:
+    """Raise `error` for a pipe, a device or a socket: reading it may never end.
+
+    Passes a path that does not exist or cannot be looked at: opening it gives the system's own reason.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        kind = "pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
+        raise error(f"{path}: is a {kind}, not a file; save its content to a file and name that")
 
 
 @contextmanager

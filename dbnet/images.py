@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from dbnet.errors import ImageError, UserError
+from dbnet.files import check_regular
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 MAX_PIXELS = 100_000_000  # after reduced decoding: 300 MB of RGB
@@ -112,6 +113,7 @@ def read_image(path: Path, side: int | None = None) -> tuple[np.ndarray, tuple[i
     """
     if in_pdf(path):
         return read_page(path, side, MAX_PIXELS)
+    check_regular(path, ImageError)
     try:
         with path.open("rb") as file:
             header = _read_header(path, file)
@@ -137,6 +139,7 @@ def read_size(path: Path) -> tuple[int, int]:
     """(width, height) in pixels of an image as a viewer shows it, from its header alone. Raises ImageError."""
     if in_pdf(path):
         return read_page_size(path, MAX_PIXELS)
+    check_regular(path, ImageError)
     try:
         with path.open("rb") as file:
             return _read_header(path, file).size
@@ -373,6 +376,7 @@ def _open(path: Path) -> "Iterator[PdfDocument]":
     except ImportError:
         raise UserError(f"{path}: reading PDF files needs pypdfium2: pip install pypdfium2") from None
     file = pdf_of(path)
+    check_regular(file, ImageError)
     with _one_at_a_time:
         try:
             with file.open("rb"):  # for the system's own reason where it cannot
