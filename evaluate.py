@@ -252,5 +252,10 @@ def save_tuning(args: argparse.Namespace, tuning: "Tuning", config: Config) -> N
     print(f"saved: {checkpoint} now has the best values; its old ones are kept in it, under `tunings`")
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Run `main`: the entry point of the command dbnet-evaluate."""
     run_script(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -102,5 +102,10 @@ def check(path: Path, model: "DBNet", config: Config) -> None:
     print(f"checked: probabilities within {difference:.0e} of PyTorch's, and the same {len(ours)} polygons")
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Run `main`: the entry point of the command dbnet-export."""
     run_script(main)
+
+
+if __name__ == "__main__":
+    cli()

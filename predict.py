@@ -138,5 +138,10 @@ def default_checkpoint() -> Path:
     return weights
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Run `main`: the entry point of the command dbnet-predict."""
     run_script(main)
+
+
+if __name__ == "__main__":
+    cli()

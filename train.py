@@ -35,7 +35,7 @@ from dbnet.config import PRESETS, ArgumentParser, Config, print_config, print_di
 from dbnet.dataset import Batches, TextDataset, count_workers, make_loader
 from dbnet.device import compile_model, peak_memory, pick_amp_dtype, seed_all
 from dbnet.ensemble import Ensemble
-from dbnet.errors import UserError, run_script
+from dbnet.errors import UserError, run_script, typed
 from dbnet.evaluation import Evaluation, advise_on_collapse, evaluate
 from dbnet.files import make_folder, remove_leftovers, write_json
 from dbnet.inference import Pipeline
@@ -103,10 +103,8 @@ def main() -> None:
             train(config, run, None if last else args.init, last)
         except (UserError, Interrupted, KeyboardInterrupt):
             if (run / "last.pt").exists():
-                ranks = distributed.ranks()
-                launcher = f"torchrun --nproc-per-node {ranks} --" if ranks > 1 else "python"
-                command = f"{launcher} train.py --run {run.name} --resume"
-                distributed.say(f"\ngo on from the last save with: {command}", flush=True)
+                resume = f"{typed('train', distributed.ranks())} --run {run.name} --resume"
+                distributed.say(f"\ngo on from the last save with: {resume}", flush=True)
             raise
         distributed.leave()
 
@@ -228,7 +226,7 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
         distributed.say(f"no better H-Mean in {config.patience} epochs: stopped early")
     distributed.say(
         f"best H-Mean {training.best_hmean:.4f} in epoch {training.best_epoch}. Next: "
-        f"python predict.py {run / 'best.pt'} --out submission.csv"
+        f"{typed('predict')} {run / 'best.pt'} --out submission.csv"
     )
 
 
@@ -520,5 +518,10 @@ def finish_epoch(training: Training, config: Config, run: Path, row: dict[str, A
     show_progress(run)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Run `main`: the entry point of the command dbnet-train."""
     run_script(main)
+
+
+if __name__ == "__main__":
+    cli()

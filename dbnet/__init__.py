@@ -2,6 +2,7 @@
 
 from typing import Any
 
+__version__ = "2.0"
 __all__ = ["Detector"]
 
 

@@ -1,9 +1,11 @@
-"""What a user can mend, told in one line: the error class and the wrapper of the scripts that prints it."""
+"""Errors that a user can fix, told in one line; how a script runs, and how the next one is typed."""
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -39,3 +41,20 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def typed(script: str, processes: int = 1) -> str:
+    """The words that start `script` ("train", "predict", ...), in the form in which the running script was started.
+
+    That is `python predict.py`, `dbnet-predict` or `python -m dbnet.scripts.predict`; with several processes, torchrun.
+    """
+    program = Path(sys.argv[0])
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    command = program.name.startswith("dbnet-")
+    if command or (module and module.name.startswith("dbnet.scripts.")):
+        option, name = "-m ", f"dbnet.scripts.{script}"
+    else:
+        option, name = "", shlex.quote(str(program.with_name(f"{script}.py")))
+    if processes > 1:
+        return f"torchrun --nproc-per-node {processes} {option}-- {name}"
+    return f"dbnet-{script}" if command else f"python {option}{name}"

@@ -46,7 +46,8 @@ def place(rendered, tmp_path_factory):
     shutil.copytree(rendered, folder / "data" / "datasets")
     trained = command("train.py", "--preset", "lite", "--run", "first", *TINY, cwd=folder)
     assert trained.returncode == 0, trained.stderr
-    assert trained.stdout.splitlines()[-1].endswith("python predict.py runs/first/best.pt --out submission.csv")
+    following = f"Next: python {ROOT / 'predict.py'} runs/first/best.pt --out submission.csv"
+    assert trained.stdout.splitlines()[-1].endswith(following)
     return folder
 
 

@@ -1,9 +1,5 @@
 """The Python API, and what an installed copy consists of."""
 
-import os
-import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -99,38 +95,3 @@ def test_threads_share_a_detector(checkpoint, files):
 def test_what_is_no_image_is_refused(checkpoint, image, words):
     with pytest.raises(UserError, match=words):
         Detector.load(checkpoint, device="cpu").detect(image)
-
-
-def test_an_installed_copy_has_its_commands_pages_and_weights(tmp_path, files):
-    pytest.importorskip("setuptools")
-    source, site = tmp_path / "source", tmp_path / "site"
-    shutil.copytree(ROOT / "dbnet", source / "dbnet", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in (
-        "train.py",
-        "evaluate.py",
-        "predict.py",
-        "export.py",
-        "pyproject.toml",
-        "requirements.txt",
-        "README.md",
-    ):
-        shutil.copy(ROOT / name, source)
-    (source / "dbnet" / "page.html").write_text("<p>")
-    (source / "weights").mkdir()
-    (source / "weights" / "lite.pt").write_bytes(b"no checkpoint")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", site]
-    subprocess.run([*install, source], check=True)
-    assert (site / "dbnet" / "page.html").exists()
-
-    def run(command, *arguments):
-        environment = {**os.environ, "PYTHONPATH": str(site)}
-        return subprocess.run(
-            [site / "bin" / command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-
-    for command in ("dbnet-train", "dbnet-evaluate", "dbnet-predict", "dbnet-export"):
-        answer = run(command, "--help")
-        assert answer.returncode == 0 and "--image-size" in answer.stdout, answer.stderr
-    refused = run("dbnet-predict", "--images", files[0])
-    assert refused.returncode == 2
-    assert refused.stderr.startswith(f"error: {site / 'dbnet' / 'weights' / 'lite.pt'}: not a checkpoint")

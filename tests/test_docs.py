@@ -40,7 +40,7 @@ TWO_MACHINES = (
 NOT_RUN = {
     "make test": "is what runs this test",
     "make bench": "is minutes of measurement, which wants a quiet machine",
-    "pip install .": "takes a package index; tests/test_detector.py looks at what such an installation consists of",
+    "pip install .": "takes a package index; tests/test_package.py looks at what such an installation consists of",
     TWO_MACHINES.format(0): "takes two machines; tests/test_distributed.py has several processes on one",
     TWO_MACHINES.format(1): "takes two machines",
 }
