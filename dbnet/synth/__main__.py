@@ -1,3 +1,5 @@
+"""The command `python -m dbnet.synth`."""
+
 from dbnet.errors import run_script
 from dbnet.synth.scene import main
 

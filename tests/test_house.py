@@ -1,0 +1,60 @@
+"""The house: how many files and lines, how long a function may be, and that imports run one way."""
+
+import ast
+from collections import Counter
+
+import pytest
+
+from benchmarks.size import ROOT, count_files, count_lines, functions, imports, sources
+
+ROOMS = (
+    *("errors", "files", "config"),
+    *("images", "geometry", "annotations", "splits", "augment", "targets", "dataset"),
+    *("backbone", "model", "loss"),
+    *("device", "memory", "checkpoint", "training", "profile"),
+    *("postprocess", "ensemble", "inference"),
+    *("metric", "evaluation", "pictures", "tuning", "report"),
+    *("synth", "dbnet"),
+    *("train", "evaluate", "predict", "export"),
+)
+"""Rooms from the ground up: each imports from the ones before it, and nothing else of ours."""
+
+
+@pytest.mark.xfail(strict=False, reason="rooms that are still to be merged: batch_norm, distributed, partial")
+def test_there_are_at_most_33_files():
+    assert count_files() <= 33
+
+
+@pytest.mark.xfail(strict=False, reason="cuts that are still to be made")
+def test_there_are_at_most_9000_lines_and_train_has_260():
+    assert sum(map(count_lines, sources())) <= 9000
+    assert count_lines(ROOT / "train.py") <= 260
+
+
+@pytest.mark.xfail(strict=False, reason="still too long: train.py: train, train_epoch; predict.py: main")
+def test_no_function_is_longer_than_60_lines_or_has_more_than_15_branches():
+    assert [function for function in functions() if function.lines > 60 or function.branches > 15] == []
+
+
+@pytest.mark.xfail(strict=False, reason="still upward: dataset -> memory; rooms that are still to be merged")
+def test_imports_run_one_way():
+    arrows = {(importer, imported) for importer, imported in imports() if importer != imported}
+    strangers = {name for arrow in arrows for name in arrow} - set(ROOMS)
+    upward = {arrow for arrow in arrows if not strangers & set(arrow) and ROOMS.index(arrow[0]) < ROOMS.index(arrow[1])}
+    assert (sorted(strangers), sorted(upward)) == ([], [])
+
+
+def test_no_script_is_imported_by_its_name_as_text():
+    scripts = {path.stem for path in ROOT.glob("*.py")}
+    for path in sources():
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).endswith(("import_module", "__import__")):
+                assert not {node.value for node in ast.walk(call) if isinstance(node, ast.Constant)} & scripts
+
+
+def test_every_module_is_used_and_says_what_it_is_for():
+    used = Counter(imported for importer, imported in imports() if importer != imported)
+    for path in sources():
+        text = path.read_text(encoding="utf-8")
+        assert ast.get_docstring(ast.parse(text)), path
+        assert path.parent.name != "dbnet" or used[path.stem] or path.stem == "__init__", path
