@@ -66,7 +66,7 @@ def main() -> None:
     from dbnet import distributed
     from dbnet.files import check_writable
 
-    distributed.join()
+    distributed.init()
     for path in filter(None, (args.json, args.report)):
         check_writable(path)
     if args.tune:
@@ -126,13 +126,13 @@ def score(args: argparse.Namespace, changes: dict[str, Any]) -> None:
 def open_network(args: argparse.Namespace, changes: dict[str, Any]) -> "tuple[Network, Pipeline]":
     """The network, and the pipeline that runs it over the split."""
     from dbnet.dataset import TextDataset
-    from dbnet.distributed import say
+    from dbnet.distributed import print0
     from dbnet.inference import Pipeline, load_network
 
     network = load_network(args.checkpoints, changes)
     config = network.config
     dataset = TextDataset(config, args.split, train=False)
-    say(f"{names(args.checkpoints)} ({network}) on {args.split} of {config.data}, {network.device}")
+    print0(f"{names(args.checkpoints)} ({network}) on {args.split} of {config.data}, {network.device}")
     return network, Pipeline(dataset, config, network.device)
 
 
@@ -145,7 +145,7 @@ def evaluate_checkpoint(
     args: argparse.Namespace, changes: dict[str, Any], comparison: "Comparison | None"
 ) -> "tuple[Evaluation, dict[str, Any]]":
     """Run the network over the split and score what it finds; also the settings that the scores depend on."""
-    from dbnet.distributed import say
+    from dbnet.distributed import print0
     from dbnet.evaluation import advise_on_collapse, evaluate
     from dbnet.report import picture_of
 
@@ -155,7 +155,7 @@ def evaluate_checkpoint(
     evaluation = evaluate(pipeline, network, picture=picture_of if args.report else None)
     advice = advise_on_collapse(evaluation.compute(), evaluation.highest, pipeline.config)
     if advice:
-        say(advice)
+        print0(advice)
     return evaluation, {field: getattr(pipeline.config, field) for field in REPORTED}
 
 
@@ -222,7 +222,7 @@ def tune_checkpoint(args: argparse.Namespace, changes: dict[str, Any]) -> None:
         pages.append(Page(name, found.prob_map, dataset.size(found.index), annotation))
         if found.error:
             print(f"counts 0: {found.error}")
-    pages = list(chain.from_iterable(distributed.gather(pages)))
+    pages = list(chain.from_iterable(distributed.all_gather(pages)))
     if not distributed.is_first():
         return
     tuning = tune(pages, config, workers=count_workers(config))

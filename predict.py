@@ -73,7 +73,7 @@ def main() -> None:
     from dbnet.pictures import draw_polygons, overlay_names, write_image
     from dbnet.splits import find_images_at, read_image_paths
 
-    distributed.join()
+    distributed.init()
     checkpoints = args.checkpoints or [distributed.from_first(default_checkpoint)]
     network = load_network(checkpoints, changes)
     config = network.config
@@ -87,14 +87,14 @@ def main() -> None:
     settings["checkpoints"] = [[path.stat().st_size, path.stat().st_mtime_ns] for path in checkpoints]
     with Partial(args.out, settings, args.resume) as partial:
         rest = [path for path in paths if str(path) not in partial.done]
-        distributed.say(
+        distributed.print0(
             f"{' '.join(map(str, checkpoints))} ({network}) on {len(rest)} images, {network.device}"
             + (f"; {len(paths) - len(rest)} are done" if args.resume else "")
         )
         pipeline = Pipeline(ImageDataset(rest, config), config, network.device)
         for detection in tqdm(
             pipeline.detect(network),
-            total=-(-len(rest) // distributed.ranks()),
+            total=-(-len(rest) // distributed.world_size()),
             unit="img",
             dynamic_ncols=True,
             smoothing=0,
@@ -109,7 +109,7 @@ def main() -> None:
                 write_image(args.overlays / names[path.name], draw_polygons(pixels, detection.polygons))
             partial.add(str(path), found, detection.error)
         done: dict[str, Found] = {}
-        for share in distributed.gather(partial.done):
+        for share in distributed.all_gather(partial.done):
             done |= share
         if not distributed.is_first():
             return

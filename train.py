@@ -80,14 +80,14 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="measure memory and speed on this device and exit")
     parser.add_config_flags()
     args, changes = parser.parse()
-    distributed.join()
+    distributed.init()
     run = last = None
     started_before = distributed.remembered()
     if args.resume or started_before:
         run, last = distributed.from_first(lambda: resume_run(args, started_before))
     config = last["config"].changed(**changes) if last else Config.from_preset(args.preset or "v1", **changes)
     if args.preset and args.resume and not started_before:
-        distributed.say(f"--preset {args.preset}: not looked at; the run keeps its settings but for single flags")
+        distributed.print0(f"--preset {args.preset}: not looked at; the run keeps its settings but for single flags")
     if args.diff:
         print_difference(config, args.diff, Config.from_preset(args.diff))
     elif args.print_config:
@@ -103,10 +103,10 @@ def main() -> None:
             train(config, run, None if last else args.init, last)
         except (UserError, Interrupted, KeyboardInterrupt):
             if (run / "last.pt").exists():
-                resume = f"{typed('train', distributed.ranks())} --run {run.name} --resume"
-                distributed.say(f"\ngo on from the last save with: {resume}", flush=True)
+                resume = f"{typed('train', distributed.world_size())} --run {run.name} --resume"
+                distributed.print0(f"\ngo on from the last save with: {resume}", flush=True)
             raise
-        distributed.leave()
+        distributed.destroy()
 
 
 def name_run(args: argparse.Namespace) -> Path:
@@ -175,10 +175,10 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
         write_json(run / "config.json", config.to_dict())
     saver = LastSave(run, config)
     done = f", {training.running.images} images of it done" if training.running else ""
-    distributed.say(
+    distributed.print0(
         f"{run}: {len(train_set)} training and {len(val_set)} validation images on {device}, {config.backbone}, "
         f"{training.plan.image_size} px, batch {training.plan.in_force}"
-        + (f" x {distributed.ranks()} processes" if distributed.ranks() > 1 else "")
+        + (f" x {distributed.world_size()} processes" if distributed.world_size() > 1 else "")
         + f", epochs {training.epoch + 1}{done} to {config.epochs}"
     )
     unreadable: set[str] = set()
@@ -190,11 +190,10 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
                 side = training.running.image_size if training.running else training.plan.image_size
                 if loader is None or train_set.config.image_size != side:
                     train_set.config = config.changed(image_size=side)
-                    batches = Batches(train_set, config.batch_size, config.seed, accumulate * distributed.ranks())
-                    share = distributed.Share(batches)
-                    loader = make_loader(share, count_workers(config), device.type == "cuda")
+                    batches = Batches(train_set, config.batch_size, config.seed, accumulate * distributed.world_size())
+                    loader = make_loader(batches, count_workers(config), device.type == "cuda")
                 batches.epoch = training.epoch
-                share.start = training.running.batches if training.running else 0
+                batches.start = training.running.batches if training.running else 0
                 try:
                     train_epoch(training, loader, train_set.config, device, unreadable, saver, interruption)
                 except WorkerDied as death:
@@ -221,10 +220,10 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
             if interruption.signal:
                 interruption.stop()
     for line in sorted(unreadable):
-        distributed.say(f"left out: {line}")
+        distributed.print0(f"left out: {line}")
     if is_stuck(training, config):
-        distributed.say(f"no better H-Mean in {config.patience} epochs: stopped early")
-    distributed.say(
+        distributed.print0(f"no better H-Mean in {config.patience} epochs: stopped early")
+    distributed.print0(
         f"best H-Mean {training.best_hmean:.4f} in epoch {training.best_epoch}. Next: "
         f"{typed('predict')} {run / 'best.pt'} --out submission.csv"
     )
@@ -248,11 +247,11 @@ def accumulation(config: Config) -> int:
     """Micro-batches of one optimizer step in each process. Raises UserError where they cannot make up the batch."""
     if not config.effective_batch:
         return config.accumulate
-    together = config.batch_size * distributed.ranks()
+    together = config.batch_size * distributed.world_size()
     if config.effective_batch % together:
         raise UserError(
             f"--effective-batch {config.effective_batch}: is no multiple of batch {config.batch_size} x "
-            f"{distributed.ranks()} processes; change --batch-size"
+            f"{distributed.world_size()} processes; change --batch-size"
         )
     return config.effective_batch // together
 
@@ -306,7 +305,7 @@ def train_epoch(
                 raise UserError(errors[0])
             unreadable.update(errors)
             readable = [batch for batch in batches if "image" in batch]
-            in_step, images, dropped, failed, gone, stop, save = distributed.total(
+            in_step, images, dropped, failed, gone, stop, save = distributed.sum_counts(
                 len(batches),
                 sum(len(batch["image"]) for batch in readable),
                 sum(int(batch["dropped"].sum()) for batch in readable),
@@ -355,7 +354,7 @@ def train_epoch(
     if not epoch.images:
         raise UserError(f"{config.data}: none of the training images can be read")
     epoch.seconds = time.monotonic() - started
-    unreadable.update(*distributed.gather(unreadable))
+    unreadable.update(*distributed.all_gather(unreadable))
     means = (epoch.losses / epoch.steps.clamp(min=1)).tolist()
     epoch.row = {
         "epoch": training.epoch + 1,
@@ -417,7 +416,7 @@ def optimizer_step(
         mean_losses = torch.zeros(len(Losses._fields), device=device)
         training.scaler.scale(mean_losses)  # its first call creates the scale, which a rank without samples needs too
         micros = micro_batches(batches, training.plan, device)
-        if config.sync_batch_norm and distributed.ranks() > 1:
+        if config.sync_batch_norm and distributed.world_size() > 1:
             micros = as_many_on_each_rank(micros, batches, training.plan, device)
         with all_or_none():
             for micro in micros:
@@ -427,11 +426,11 @@ def optimizer_step(
                 losses = db_loss(maps, micro["prob_map"], micro["thresh_levels"], micro["mask"], config)
                 training.scaler.scale(losses.total * weight).backward()
                 mean_losses += torch.stack(losses).detach() * weight
-            if distributed.ranks() > 1:
+            if distributed.world_size() > 1:
                 added_up = [mean_losses, *gradients(model), *weighted_statistics(model, ours / images)]
                 packed = torch.cat([tensor.reshape(-1) for tensor in added_up])
-        if distributed.ranks() > 1:
-            distributed.add_up(packed)
+        if distributed.world_size() > 1:
+            distributed.all_reduce(packed)
             for tensor, numbers in zip(added_up, packed.split([t.numel() for t in added_up]), strict=True):
                 tensor.copy_(numbers.view(tensor.shape))
         with agreed():
@@ -495,7 +494,7 @@ def finish_epoch(training: Training, config: Config, run: Path, row: dict[str, A
         "image_size": plan.image_size,
         "micro_batch": plan.micro_batch,
         "batch": plan.in_force,
-        "ranks": distributed.ranks(),
+        "ranks": distributed.world_size(),
         "fallbacks": list(plan.fallbacks),
     }
     better = score.hmean > training.best_hmean

@@ -23,7 +23,7 @@ class SynchronizedBatchNorm(nn.BatchNorm2d):
     num_batches_tracked: Tensor
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if not self.training or distributed.ranks() == 1:
+        if not self.training or distributed.world_size() == 1:
             return super().forward(inputs)
         values = inputs.float()
         sums = torch.cat([values.sum((0, 2, 3)), values.new_tensor([values.numel() / values.shape[1]])])
@@ -55,7 +55,7 @@ class _SumOverRanks(torch.autograd.Function):
 def _sum_over_ranks(numbers: Tensor) -> Tensor:
     summed = numbers.clone()
     agree(True)  # a rank that has run out of memory says so here, instead of letting the others wait
-    distributed.add_up(summed)
+    distributed.all_reduce(summed)
     return summed
 
 

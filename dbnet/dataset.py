@@ -12,17 +12,18 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import cv2
 import numpy as np
 
+from dbnet import distributed
 from dbnet.annotations import Annotation
 from dbnet.augment import Augmentation
 from dbnet.augment import draw as draw_augmentation
 from dbnet.config import STRIDE, Config, DataConfig
-from dbnet.distributed import Share
 from dbnet.errors import ImageError
 from dbnet.geometry import Letterbox, clip_polygons, padded, split_polygons, visible_shares
 from dbnet.images import read_image, read_size
@@ -351,19 +352,32 @@ class TextDataset(ImageDataset):
 class Batches:
     """Batches of Draws, each image once: in order, or with a seed, for training, shuffled anew for each epoch.
 
-    The order depends on the seed and the epoch alone. Set `epoch` before iterating. Where the data set pads tightly,
+    The order depends on the seed and the epoch alone. Of several processes, each has every world_size-th batch. `start`
+    batches of all of them are left out: those that an interrupted epoch has had. Where the data set pads tightly,
     images of like shape share a batch. For training with config.train_sizes, one of them is drawn for each `accumulate`
     batches, those of an optimizer step.
     """
 
-    def __init__(self, dataset: ImageDataset, batch_size: int, seed: int | None = None, accumulate: int = 1) -> None:
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        batch_size: int,
+        seed: int | None = None,
+        accumulate: int = 1,
+        epoch: int = 0,
+        start: int = 0,
+    ) -> None:
         self.dataset, self.batch_size, self.seed, self.accumulate = dataset, batch_size, seed, accumulate
-        self.epoch = 0
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        return -(-len(self.dataset) // self.batch_size)
+        batches = -(-len(self.dataset) // self.batch_size)
+        return len(range(self.start + distributed.rank(), batches, distributed.world_size()))
 
     def __iter__(self) -> Iterator[list[Draw]]:
+        return islice(self._of_all_processes(), self.start + distributed.rank(), None, distributed.world_size())
+
+    def _of_all_processes(self) -> Iterator[list[Draw]]:
         rng = None if self.seed is None else np.random.default_rng((self.seed, self.epoch))
         sizes = self.dataset.config.train_sizes if rng else ()
         side = None
@@ -394,7 +408,7 @@ class ArrayLoader:
     not be read; with no readable sample, `image` is missing.
     """
 
-    def __init__(self, batches: Batches | Share) -> None:
+    def __init__(self, batches: Batches) -> None:
         self.batches = batches
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -402,7 +416,7 @@ class ArrayLoader:
             yield _collate(self.batches.dataset.__getitems__(draws), _stack)
 
 
-def make_loader(batches: Batches | Share, workers: int, pin_memory: bool) -> DataLoader:
+def make_loader(batches: Batches, workers: int, pin_memory: bool) -> DataLoader:
     """The batches of ArrayLoader, but of tensors, loaded in `workers` processes that live as long as the loader."""
     import torch
     from torch.utils.data import DataLoader, default_collate

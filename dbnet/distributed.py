@@ -1,13 +1,13 @@
 """Several processes that work together: what torchrun starts, on one machine or on several. Alone, all of it is free.
 
-    distributed.join()                             # no-op in a process that runs by itself
-    device = distributed.pick_device("auto")       # each process has a GPU of its own
-    [images] = distributed.total(len(batch))       # over all ranks
-    rows = distributed.gather(rows)                # the rows of each rank, on every rank
+    distributed.init()                            # no-op in a process that runs by itself
+    device = distributed.pick_device("auto")      # each process has a GPU of its own
+    [images] = distributed.sum_counts(len(batch))  # over all ranks
+    rows = distributed.all_gather(rows)            # the rows of each rank, on every rank
 
 Training does not use DistributedDataParallel. Between its collective calls a rank may run out of memory, and all of
 them must fall back then; so the loop accumulates gradients locally, the ranks agree that everybody got there
-(`memory.all_or_none`), and only then gradients and losses are added up, in one call (`add_up`) an optimizer step.
+(`memory.all_or_none`), and only then gradients and losses are added up, in one call (`all_reduce`) an optimizer step.
 What the host decides (counts, saves, stops) goes through gloo and never waits for a GPU.
 """
 
@@ -17,7 +17,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dbnet.errors import UserError
@@ -29,14 +28,14 @@ if TYPE_CHECKING:  # PyTorch is needed by several processes only: who works alon
 Value = TypeVar("Value")
 
 _NAME = "dbnet/run"  # in torchrun's store
-_rank, _ranks = 0, 1
+_rank, _world_size = 0, 1
 _on_device: Any = None  # the group of collective calls on tensors of a GPU
 
 
-def join() -> None:
+def init() -> None:
     """Meet the other processes that torchrun has started; in a process that runs alone, do nothing."""
-    global _rank, _ranks
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _ranks > 1:
+    global _rank, _world_size
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _world_size > 1:
         return
     import torch.distributed as dist
 
@@ -49,17 +48,17 @@ def join() -> None:
             dist.init_process_group("gloo", store=attempt, rank=number, world_size=count)
         else:
             dist.init_process_group("gloo")
-    _rank, _ranks = dist.get_rank(), dist.get_world_size()
+    _rank, _world_size = dist.get_rank(), dist.get_world_size()
 
 
-def leave() -> None:
+def destroy() -> None:
     """Part from the others in good order, at the end of the work."""
-    global _rank, _ranks, _on_device
-    if _ranks > 1:
+    global _rank, _world_size, _on_device
+    if _world_size > 1:
         import torch.distributed as dist
 
         dist.destroy_process_group()
-        _rank, _ranks, _on_device = 0, 1, None
+        _rank, _world_size, _on_device = 0, 1, None
 
 
 def rank() -> int:
@@ -67,9 +66,9 @@ def rank() -> int:
     return _rank
 
 
-def ranks() -> int:
+def world_size() -> int:
     """How many processes work together."""
-    return _ranks
+    return _world_size
 
 
 def is_first() -> bool:
@@ -77,7 +76,7 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def say(*words: Any, **how: Any) -> None:
+def print0(*words: Any, **how: Any) -> None:
     """Print, in the first process only."""
     if is_first():
         print(*words, **how)
@@ -95,7 +94,7 @@ def pick_device(name: str) -> torch.device:
     from dbnet.device import pick_device as pick_one
 
     device = pick_one(name)
-    if ranks() == 1 or device.type == "cpu":
+    if world_size() == 1 or device.type == "cpu":
         return device
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device.index is not None:
@@ -109,9 +108,9 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", local)
 
 
-def total(*values: int) -> list[int]:
+def sum_counts(*values: int) -> list[int]:
     """The sum of each value over the ranks. All of them call it; none waits for its device."""
-    if ranks() == 1:
+    if world_size() == 1:
         return [int(value) for value in values]
     import torch
     import torch.distributed as dist
@@ -122,13 +121,13 @@ def total(*values: int) -> list[int]:
     return sums.tolist()
 
 
-def gather(value: Value) -> list[Value]:
+def all_gather(value: Value) -> list[Value]:
     """The value of each rank, in their order, on every rank."""
-    if ranks() == 1:
+    if world_size() == 1:
         return [value]
     import torch.distributed as dist
 
-    values: list[Any] = [None] * ranks()
+    values: list[Any] = [None] * world_size()
     with _while_others_live():
         dist.all_gather_object(values, value)
     return values
@@ -139,7 +138,7 @@ def from_first(compute: Callable[[], Value]) -> Value:
 
     Where that is a UserError, it is raised there and the other processes end without a word.
     """
-    if ranks() == 1:
+    if world_size() == 1:
         return compute()
     import torch.distributed as dist
 
@@ -185,25 +184,9 @@ def _agent_store() -> Any:
     return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
 
 
-class Share:
-    """The batches of this rank: every `ranks()`-th one of a sampler. Together the ranks have each batch once.
-
-    `start` batches, over all ranks, are left out: those that an interrupted epoch has had.
-    """
-
-    def __init__(self, batches: Any) -> None:
-        self.batches, self.dataset, self.start = batches, batches.dataset, 0
-
-    def __len__(self) -> int:
-        return len(range(self.start + rank(), len(self.batches), ranks()))
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        return islice(iter(self.batches), self.start + rank(), None, ranks())
-
-
-def add_up(numbers: Tensor) -> None:
+def all_reduce(numbers: Tensor) -> None:
     """Replace a tensor by its sum over the ranks."""
-    if ranks() == 1:
+    if world_size() == 1:
         return
     import torch.distributed as dist
 

@@ -394,7 +394,7 @@ def evaluate(
         if picture:
             found = detection.polygons, detection.scores, detection.prob_map
             evaluation.pictures[path.name] = picture(path, annotation, *found)
-    for others in distributed.gather(evaluation):
+    for others in distributed.all_gather(evaluation):
         evaluation.merge(others)
     evaluation.per_image = {path.name: evaluation.per_image[path.name] for path in dataset.paths}
     return evaluation

@@ -18,7 +18,6 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from dbnet import distributed
 from dbnet.config import Config, ModelConfig
 from dbnet.dataset import ArrayLoader, Batches, ImageDataset, count_cores, count_workers, make_loader
 from dbnet.errors import ImageError, UserError
@@ -279,7 +278,7 @@ class Pipeline:
         """The batches, with the images at these sizes too."""
         if self.loader is None or self.dataset.further_sizes != further_sizes:
             self.dataset.further_sizes = further_sizes
-            batches = distributed.Share(Batches(self.dataset, self.config.batch_size))
+            batches = Batches(self.dataset, self.config.batch_size)
             self.loader = make_loader(batches, self.workers, pin_memory=True) if self.on_gpu else ArrayLoader(batches)
         return self.loader
 

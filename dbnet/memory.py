@@ -90,7 +90,7 @@ class BatchPlan:
                 f"out of memory: {tried}; lower --image-size, take a smaller --backbone, or use --device cpu"
             )
         self.fallbacks.append(f"{before} -> {self._describe()}")
-        distributed.say(f"\nout of memory: {self.fallbacks[-1]}", file=sys.stderr)
+        distributed.print0(f"\nout of memory: {self.fallbacks[-1]}", file=sys.stderr)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for checkpoints and logs."""
@@ -135,7 +135,7 @@ def agree(fits: bool) -> None:
     All ranks make the same sequence of agreements, and one that runs out takes part in the next with its bad news,
     wherever in the step the others are: so nobody waits for it in vain.
     """
-    if distributed.ranks() > 1 and any(distributed.total(not fits)) and fits:
+    if distributed.world_size() > 1 and any(distributed.sum_counts(not fits)) and fits:
         raise OutOfMemoryElsewhere("out of memory in another process")
 
 
@@ -160,7 +160,7 @@ def agreed() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if distributed.ranks() == 1 or not is_out_of_memory(error):
+        if distributed.world_size() == 1 or not is_out_of_memory(error):
             raise
         raise UserError(
             f"out of memory after the ranks had agreed on a step ({error}); lower --batch-size and go on with --resume"
@@ -218,7 +218,7 @@ def as_many_on_each_rank(
     import torch
 
     count = sum(-(-len(batch["image"]) // plan.micro_batch) for batch in batches)
-    missing = max(distributed.gather(count)) - count
+    missing = max(distributed.all_gather(count)) - count
     empty = {name: torch.zeros(0, STRIDE, STRIDE, device=device) for name in ("prob_map", "thresh_levels", "mask")}
     image = torch.zeros(0, STRIDE, STRIDE, 3, dtype=torch.uint8, device=device)
     return chain(micros, repeat({"image": image, **empty}, missing))

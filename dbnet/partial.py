@@ -36,13 +36,13 @@ class Partial:
         earlier = self._files()
         found = [self._read(path) for path in earlier] if resume else []
         self.done: dict[str, Found] = {}
-        for ours in distributed.gather(found):  # and nobody writes before everybody has read
+        for ours in distributed.all_gather(found):  # and nobody writes before everybody has read
             for results in ours:
                 self.done |= results
         if not resume:
             for path in earlier:
                 path.unlink(missing_ok=True)
-            distributed.gather(None)
+            distributed.all_gather(None)
         try:
             self._file = self.path.open("a", encoding="utf-8")
             self._write("")  # ends a line that was cut short

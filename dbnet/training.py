@@ -270,7 +270,7 @@ class Training:
 
     def note_random_states(self) -> None:
         """Take down where the random numbers of all ranks are; every rank calls it."""
-        self.random_states = distributed.gather(random_state(self.device))
+        self.random_states = distributed.all_gather(random_state(self.device))
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values, for checkpoints."""
@@ -303,13 +303,13 @@ class Training:
         if (before.batch_size, before.image_size) == (config.batch_size, config.image_size):
             self.plan = BatchPlan.from_dict(state["plan"] | {"accumulate": self.plan.accumulate})
         self.epoch, self.best_hmean, self.best_epoch = state["epoch"], state["best_hmean"], state["best_epoch"]
-        if len(state.get("random", [])) == distributed.ranks():
+        if len(state.get("random", [])) == distributed.world_size():
             restore_random_state(state["random"][distributed.rank()], device)
         if state.get("running"):
             changed = [name for name in _ORDER if getattr(before, name) != getattr(config, name)]
             if changed:
                 flag = f"--{changed[0].replace('_', '-')}"
-                distributed.say(f"epoch {self.epoch + 1} begins again: its batches are others with the new {flag}")
+                distributed.print0(f"epoch {self.epoch + 1} begins again: its batches are others with the new {flag}")
             else:
                 self.running = RunningEpoch(**state["running"]).to(device)
 

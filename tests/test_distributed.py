@@ -28,8 +28,8 @@ from support import (
     fail_above,
     make_training,
     run,
-    step_batches,
 )
+from torch.utils.data import default_collate
 
 import train
 from dbnet import distributed
@@ -56,11 +56,11 @@ def work(function, environment, results, arguments):
     """Run `function(rank, ...)` as one of several processes."""
     os.environ.update(environment)
     torch.set_num_threads(1)
-    distributed.join()
+    distributed.init()
     results.put((distributed.rank(), pickle.dumps(function(distributed.rank(), *arguments))))
     results.close()
     results.join_thread()
-    distributed.leave()
+    distributed.destroy()
 
 
 def together(count, function, *arguments):
@@ -98,11 +98,17 @@ def one_step(rank, config, sizes):
     for layer in training.model.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.eval()
-    whole = step_batches(config)[0]
+    whole = first_batch(config)
     start = sum(sizes[:rank])
-    batches = [{name: values[start : start + sizes[rank]] for name, values in whole.items() if name != "failed"}]
+    batches = [{name: values[start : start + sizes[rank]] for name, values in whole.items()}]
     losses, norm = train.optimizer_step(training, batches if sizes[rank] else [], config, CPU, sum(sizes))
     return losses.tolist(), float(norm), some_gradients(training.model), digest(training.model)
+
+
+def first_batch(config):
+    """The same samples in every process."""
+    dataset = TextDataset(config, "train", train=True)
+    return default_collate([dataset[place] for place in range(config.batch_size)])
 
 
 def some_gradients(model):
@@ -122,7 +128,7 @@ def test_every_sample_weighs_the_same_however_the_ranks_share_them(small, sizes)
         for layer in training.model.modules():
             if isinstance(layer, torch.nn.BatchNorm2d):
                 layer.eval()
-        losses, _ = train.optimizer_step(training, step_batches(config)[:1], config, CPU)
+        losses, _ = train.optimizer_step(training, [first_batch(config)], config, CPU)
         return losses, some_gradients(training.model)
 
     losses, gradients = alone()
@@ -154,8 +160,8 @@ def run_short_of_memory(rank, config, limit=4):
     if rank == 1:
         fail_above(training.model.backbone.stages[2], limit)
     dataset = TextDataset(config, "train", train=True)
-    share = distributed.Share(Batches(dataset, config.batch_size, config.seed, config.accumulate * 2))
-    row = train.train_epoch(training, make_loader(share, 0, False), config, CPU, set())
+    batches = Batches(dataset, config.batch_size, config.seed, config.accumulate * 2)
+    row = train.train_epoch(training, make_loader(batches, 0, False), config, CPU, set())
     return training.plan.in_force, training.plan.fallbacks, row["total_loss"], digest(training.model), passes
 
 
@@ -205,7 +211,7 @@ def test_synchronized_batch_norm_is_that_of_the_whole_batch():
 def test_the_effective_batch_is_held_whatever_the_ranks(small, monkeypatch):
     config = small.changed(batch_size=2, effective_batch=12)
     assert train.accumulation(config) == 6
-    monkeypatch.setattr(distributed, "_ranks", 3)
+    monkeypatch.setattr(distributed, "_world_size", 3)
     assert train.accumulation(config) == 2
     assert train.accumulation(config.changed(effective_batch=0, accumulate=5)) == 5
     with pytest.raises(UserError, match="--effective-batch 10: is no multiple of batch 2 x 3 processes"):
@@ -213,17 +219,17 @@ def test_the_effective_batch_is_held_whatever_the_ranks(small, monkeypatch):
 
 
 def test_shares_are_the_whole_without_repetition(small, monkeypatch):
-    batches = Batches(TextDataset(small, "train", train=True), 1, small.seed)
-    monkeypatch.setattr(distributed, "_ranks", 4)
+    dataset = TextDataset(small, "train", train=True)
+    whole = list(Batches(dataset, 1, small.seed))
+    monkeypatch.setattr(distributed, "_world_size", 4)
     for start in (0, 3):
         seen = []
         for rank in range(4):
             monkeypatch.setattr(distributed, "_rank", rank)
-            share = distributed.Share(batches)
-            share.start = start
+            share = Batches(dataset, 1, small.seed, start=start)
             assert len(list(share)) == len(share)
             seen += [draw for batch in share for draw in batch]
-        assert sorted(seen) == sorted(draw for batch in list(batches)[start:] for draw in batch)
+        assert sorted(seen) == sorted(draw for batch in whole[start:] for draw in batch)
 
 
 @pytest.fixture(scope="module")
