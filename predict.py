@@ -17,14 +17,23 @@ pixels of the image as a viewer shows it. Other formats, by the suffix of --out 
     .zip    icdar         res_NAME.txt for each image, lines of x1,y1,...,xn,yn (ICDAR 2015 wants --use-polygon false)
             coco          COCO annotations with scores, whose list of annotations is COCO's results
 
-The file is written whole or not at all; until then, OUT.rankN.partial hold the results so far. A page of a PDF is an
+The file is written whole or not at all; until then, OUT.rankN.partial hold the results so far,
+and --resume makes anew what failed, or whose image, checkpoint or settings have changed. A page of a PDF is an
 image called FILE.pdf#page=NUMBER, in pixels at 200 dpi.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dbnet.config import ArgumentParser
 from dbnet.errors import run_script
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from dbnet.annotations import Annotation
 
 SETTINGS_APART = {"batch_size", "cache_gb", "compile", "data", "device", "workers"}  # results do not depend on these
 
@@ -60,17 +69,21 @@ def main() -> None:
     parser.add_config_flags(of_checkpoint=True)
     args, changes = parser.parse()
 
-    # Imported here, so that --help and a mistaken command line answer at once.
+    run(args, changes)
+
+
+def run(args: Namespace, changes: dict[str, Any]) -> None:
+    """Detect text in the images that `args` names; the first process writes the results of all."""
     from tqdm import tqdm
 
     from dbnet import distributed
     from dbnet.annotations import Annotation, choose_format, write_detections
     from dbnet.dataset import ImageDataset
-    from dbnet.files import check_writable, make_folder
-    from dbnet.images import read_image, read_size
+    from dbnet.errors import ImageError
+    from dbnet.files import Journal, check_writable, make_folder, stamp
+    from dbnet.images import pdf_of
     from dbnet.inference import Pipeline, load_network
-    from dbnet.partial import Found, Partial
-    from dbnet.pictures import draw_polygons, overlay_names, write_image
+    from dbnet.pictures import overlay_names, write_overlay
     from dbnet.splits import find_images_at, read_image_paths
 
     distributed.init()
@@ -80,54 +93,67 @@ def main() -> None:
     paths = find_images_at(args.images) if args.images else read_image_paths(Path(config.data), "test", config.format)
     form = choose_format(args.out, args.out_format, [path.name for path in paths])
     check_writable(args.out)
+    overlays: dict[Path, Path] = {}
     if args.overlays:
         make_folder(args.overlays)
-    names = overlay_names([path.name for path in paths])
+        names = overlay_names([path.name for path in paths])
+        overlays = {path: args.overlays / names[path.name] for path in paths}
+
     settings = {name: value for name, value in config.to_dict().items() if name not in SETTINGS_APART}
-    settings["checkpoints"] = [[path.stat().st_size, path.stat().st_mtime_ns] for path in checkpoints]
-    with Partial(args.out, settings, args.resume) as partial:
-        rest = [path for path in paths if str(path) not in partial.done]
-        distributed.print0(
-            f"{' '.join(map(str, checkpoints))} ({network}) on {len(rest)} images, {network.device}"
-            + (f"; {len(paths) - len(rest)} are done" if args.resume else "")
-        )
-        pipeline = Pipeline(ImageDataset(rest, config), config, network.device)
-        for detection in tqdm(
-            pipeline.detect(network),
-            total=-(-len(rest) // distributed.world_size()),
-            unit="img",
-            dynamic_ncols=True,
-            smoothing=0,
-            disable=not distributed.is_first(),
-        ):
-            path = rest[detection.index]
-            found = Annotation(detection.polygons, [False] * len(detection.polygons), detection.scores)
-            if not detection.error and form in ("competition", "coco"):
-                found.size = read_size(path)
-            if not detection.error and args.overlays:
-                pixels, _ = read_image(path)
-                write_image(args.overlays / names[path.name], draw_polygons(pixels, detection.polygons))
-            partial.add(str(path), found, detection.error)
-        done: dict[str, Found] = {}
-        for share in distributed.all_gather(partial.done):
-            done |= share
-        if not distributed.is_first():
-            return
-        rows = {path.name: done[str(path)][0] for path in paths}
+    journal = Journal(args.out, distributed.rank(), [settings, *map(stamp, checkpoints)], args.resume)
+    keys = {path: journal.key(path, pdf_of(path)) for path in paths}
+    found = {
+        path: Annotation.detected(*journal.done[keys[path]])
+        for path in paths
+        if keys[path] in journal.done and (path not in overlays or overlays[path].exists())
+    }
+    rest = [path for path in paths if path not in found]
+    distributed.all_gather(None)  # no process writes before each has read
+    distributed.print0(
+        f"{' '.join(map(str, checkpoints))} ({network}) on {len(rest)} images, {network.device}"
+        + (f"; {len(found)} are done" if args.resume else "")
+    )
+    unreadable: dict[Path, str] = {}
+    detections = Pipeline(ImageDataset(rest, config), config, network.device).detect(network)
+    share = -(-len(rest) // distributed.world_size())
+    for detection in tqdm(
+        detections, total=share, unit="img", dynamic_ncols=True, smoothing=0, disable=not distributed.is_first()
+    ):
+        path, error = rest[detection.index], detection.error
+        found[path] = Annotation.detected(detection.polygons, detection.scores, detection.size)
+        if path in overlays and not error:
+            try:
+                write_overlay(overlays[path], path, detection.polygons)
+            except ImageError as gone:  # since it was read for the network
+                error = str(gone)
+        if error:
+            unreadable[path] = error
+        else:
+            journal.add(keys[path], [[each.tolist() for each in detection.polygons], detection.scores, detection.size])
+    for theirs, failed in distributed.all_gather((found, unreadable)):
+        found |= theirs
+        unreadable |= failed
+    if distributed.is_first():
+        rows = {path.name: found[path] for path in paths}
         write_detections(args.out, form, rows)
-    unreadable = [error for path in paths if (error := done[str(path)][1])]
+        journal.remove()
+        print_summary(args, form, rows, [unreadable[path] for path in paths if path in unreadable])
+
+
+def print_summary(args: Namespace, form: str, rows: dict[str, Annotation], unreadable: list[str]) -> None:
+    """Say what was written where, and what could not be read."""
     for line in unreadable:
         print(f"no polygons: {line}")
     polygons = sum(len(annotation.polygons) for annotation in rows.values())
     print(f"{args.out}: {len(rows)} images, {polygons} polygons, {len(unreadable)} images could not be read")
     if form == "icdar" and any(len(polygon) != 4 for row in rows.values() for polygon in row.polygons):
-        print(f"{args.out}: has polygons of more than four points; where a form refuses them, add --use-polygon false")
+        print(f"{args.out}: has polygons of more than four points; where a form rejects them, add --use-polygon false")
     if args.overlays:
         print(f"{args.overlays}: the images with their polygons")
 
 
 def default_checkpoint() -> Path:
-    """The best checkpoint of the run that wrote one last; without a run, the weights that come with the program."""
+    """The newest best.pt of all runs; without a run, the weights that come with the program."""
     found = sorted(Path("runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
     if found:
         return found[-1]

@@ -11,14 +11,15 @@ import re
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from dbnet.errors import UserError
 from dbnet.files import check_regular, write_whole
@@ -42,8 +43,16 @@ class Annotation:
     size: tuple[int, int] | None = None
     """(width, height) of the image, for formats that want it written"""
 
+    @classmethod
+    def detected(
+        cls, polygons: Sequence[ArrayLike], scores: list[float] | None, size: Sequence[int] | None = None
+    ) -> Self:
+        """What a network has found in an image of `size`; `polygons` are (n, 2) integers."""
+        arrays = [np.asarray(polygon, np.int32) for polygon in polygons]
+        return cls(arrays, [False] * len(arrays), scores, (size[0], size[1]) if size else None)
+
     def add(self, polygon: np.ndarray, dont_care: bool) -> None:
-        """One word more."""
+        """Add a word."""
         self.polygons.append(polygon)
         self.dont_care.append(dont_care)
 

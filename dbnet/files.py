@@ -1,10 +1,12 @@
 """Files that appear whole or not at all, and folders that are known to be writable before the work begins."""
 
+import glob
 import json
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
@@ -115,3 +117,54 @@ def make_folder(folder: Path) -> None:
     except OSError as error:
         raise UserError(f"{folder}: cannot be created ({error.strerror}); name another folder") from None
     check_writable(folder / "probe")
+
+
+def stamp(path: Path) -> tuple[int, int] | None:
+    """Size in bytes and time of the last change in ns: what changes with a file's content. None without a file."""
+    with suppress(OSError):
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns
+    return None
+
+
+class Journal:
+    """Results so far of a long job, a line of JSON an item, in OUT.rankN.partial beside its output.
+
+    `done` holds those of an earlier job by their key, which stands for an item, the file that it was made from, and all
+    that its result depends on; so a result no longer counts where one of them has changed. A line that was cut short
+    does not count either.
+    """
+
+    def __init__(self, out: Path, rank: int, made_by: Any, resume: bool) -> None:
+        """`made_by`: plain values that results depend on; `resume`: whether earlier ones are read or dropped."""
+        self._out, self._made_by = out, made_by
+        self._path = out.with_name(f"{cut_name(out)}.rank{rank}.partial")
+        self.done: dict[str, Any] = {}
+        if not resume:
+            self._path.unlink(missing_ok=True)
+            return
+        for path in self._files():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError, TypeError):
+                    key, result = json.loads(line)
+                    self.done[key] = result
+
+    def key(self, item: Path, source: Path) -> str:
+        """The key of an item that is read from the file `source`, as both are now."""
+        return sha256(json.dumps([str(item), stamp(source), self._made_by]).encode()).hexdigest()
+
+    def add(self, key: str, result: Any) -> None:
+        """Keep a result of plain values; from here on it outlives the process."""
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(f"\n{json.dumps([key, result])}")  # the newline ends a line that was cut short
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written ({error.strerror}); make room, then --resume") from None
+
+    def remove(self) -> None:
+        """Remove the results of all processes, when the output is whole."""
+        for path in self._files():
+            path.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        return sorted(self._out.parent.glob(f"{glob.escape(cut_name(self._out))}.rank*.partial"))

@@ -142,9 +142,6 @@ if TYPE_CHECKING:
 
 _WAITING_IMAGES = 64  # on a GPU, more maps than this do not wait for their polygons; then the network does
 
-Found = tuple[list[np.ndarray], list[float]]
-"""Polygons in pixels of the original image, and their scores"""
-
 
 @dataclass(frozen=True)
 class Detection:
@@ -164,6 +161,23 @@ class Detection:
 
     error: str | None
     """one line, where the image could not be read"""
+
+    size: tuple[int, int] | None = None
+    """(width, height) in pixels of the upright original; None where it could not be read"""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A Detection whose polygons are being made."""
+
+    index: int
+    size: tuple[int, int]
+    prob_map: np.ndarray
+    future: Future[tuple[list[np.ndarray], list[float]]]
+
+    def result(self) -> Detection:
+        """Wait for it."""
+        return Detection(self.index, *self.future.result(), self.prob_map, None, self.size)
 
 
 class Network(Protocol):
@@ -216,8 +230,8 @@ def shipped_weights() -> Path:
     raise UserError("weights/lite.pt: is missing from this copy of dbnet; name a checkpoint, or train one")
 
 
-class AtOnce(Executor):
-    """Runs what is submitted before it returns: where another process or thread would gain nothing."""
+class InlineExecutor(Executor):
+    """Runs a call when it is submitted, in the calling thread: where another process would gain nothing."""
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -239,7 +253,7 @@ class Pipeline:
         self.workers = count_workers(config) if self.on_gpu else 0
         self.loader: Iterable[dict[str, Any]] | None = None
         self._reader = ThreadPoolExecutor(max_workers=1)
-        self._extractors: Executor = ProcessPoolExecutor(self.workers) if self.workers else AtOnce()
+        self._extractors: Executor = ProcessPoolExecutor(self.workers) if self.workers else InlineExecutor()
 
     def detect(self, network: Network) -> Iterator[Detection]:
         """Every image of the data set exactly once, in the order in which they are done; of several processes that
@@ -249,7 +263,7 @@ class Pipeline:
         be read where config.strict is set; else its Detection has an `error`.
         """
         plan = BatchPlan(self.config.batch_size)
-        waiting: deque[tuple[int, np.ndarray, Future[Found]]] = deque()
+        waiting: deque[Pending] = deque()
         launched: tuple[dict[str, Any], Callable[[], np.ndarray]] | None = None
         batches = iter(self._load(network.sides[1:]))
         batch = next(batches, None)
@@ -267,12 +281,11 @@ class Pipeline:
                 yield Detection(index, [], [], None, error)
             if last:  # its maps have arrived while the device was busy with those of this batch
                 waiting.extend(self._extract(*last))
-            while waiting and (len(waiting) > _WAITING_IMAGES or waiting[0][-1].done()):
-                index, prob_map, future = waiting.popleft()
-                yield Detection(index, *future.result(), prob_map, None)
+            while waiting and (len(waiting) > _WAITING_IMAGES or waiting[0].future.done()):
+                yield waiting.popleft().result()
             batch = following.result() if following else None
-        for index, prob_map, future in waiting:
-            yield Detection(index, *future.result(), prob_map, None)
+        for pending in waiting:
+            yield pending.result()
 
     def _load(self, further_sizes: tuple[int, ...]) -> Iterable[dict[str, Any]]:
         """The batches, with the images at these sizes too."""
@@ -282,17 +295,16 @@ class Pipeline:
             self.loader = make_loader(batches, self.workers, pin_memory=True) if self.on_gpu else ArrayLoader(batches)
         return self.loader
 
-    def _extract(
-        self, batch: dict[str, Any], prob_maps: Callable[[], np.ndarray]
-    ) -> Iterator[tuple[int, np.ndarray, Future[Found]]]:
-        """The index of each image of a batch, its probability map, and its polygons and scores to be."""
+    def _extract(self, batch: dict[str, Any], prob_maps: Callable[[], np.ndarray]) -> Iterator[Pending]:
+        """Start on the polygons of each image of a batch."""
         for index, size, prob_map in zip(batch["index"].tolist(), batch["size"].tolist(), prob_maps(), strict=True):
             width, height = Letterbox(size[0], size[1], self.config.image_size).resized
             prob_map = prob_map[:height, :width]
-            yield index, prob_map, self._extractors.submit(read_off, prob_map, size, self.config)
+            future = self._extractors.submit(polygons_of, prob_map, size, self.config)
+            yield Pending(index, (size[0], size[1]), prob_map, future)
 
 
-def read_off(prob_map: np.ndarray, size: tuple[int, int], config: Config) -> Found:
+def polygons_of(prob_map: np.ndarray, size: tuple[int, int], config: Config) -> tuple[list[np.ndarray], list[float]]:
     """Polygons in pixels of the original image and their scores.
 
     Args:

@@ -22,9 +22,10 @@ from dbnet.dataset import Draw, TextDataset
 from dbnet.errors import UserError
 from dbnet.files import write_whole
 from dbnet.geometry import Letterbox
-from dbnet.images import name_stem
+from dbnet.images import name_stem, read_image
 
 TEXT_COLOR = (0, 158, 115)  # bluish green and vermilion stay apart for the colour-blind (Okabe and Ito)
+MAX_OVERLAY = 8192  # pixels of the longer side
 DONT_CARE_COLOR = (213, 94, 0)
 
 
@@ -37,6 +38,16 @@ def draw_polygons(
     outlines = [np.round(polygon).astype(np.int32) for polygon in polygons]
     cv2.polylines(canvas, outlines, isClosed=True, color=color, thickness=thickness, lineType=cv2.LINE_AA)
     return canvas
+
+
+def write_overlay(path: Path, image: Path, polygons: Iterable[np.ndarray]) -> None:
+    """Write the image of a file with (n, 2) polygons on it to `path`, at most MAX_OVERLAY pixels long.
+
+    Raises ImageError where the image can no longer be read, and UserError where `path` cannot be written.
+    """
+    pixels, (width, height) = read_image(image, MAX_OVERLAY)
+    letterbox = Letterbox(width, height, min(MAX_OVERLAY, max(width, height)))
+    write_image(path, draw_polygons(letterbox.resize(pixels), map(letterbox.to_network, polygons)))
 
 
 def overlay_names(names: list[str]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from support import command, refused
 
+import predict as predict_script
 from dbnet.annotations import read_submission, write_submission
 from dbnet.checkpoint import change_checkpoint, load_checkpoint
 from dbnet.errors import UserError, run_script
@@ -310,6 +311,39 @@ def test_prediction_goes_on_with_an_empty_row_for_a_broken_image(place, data, tm
     out.unlink()
     refused(command(*arguments, "--strict", cwd=tmp_path), name)
     assert not out.exists()
+
+
+def test_a_prediction_goes_on_but_for_what_has_changed_since(place, data, tmp_path, monkeypatch, capsys):
+    first, last = sorted((data / "images/test").iterdir())
+    whole, out = last.read_bytes(), tmp_path / "a.csv"
+    words = ["predict.py", place / "runs/first/best.pt", "--images", data / "images/test", "--out", out]
+
+    def predict(*flags):
+        monkeypatch.setattr(sys, "argv", list(map(str, [*words, *flags])))
+        predict_script.main()
+
+    def cut_short(*_):
+        raise KeyboardInterrupt
+
+    def resumed(*flags):
+        """How many of the two images count as done after a prediction that was cut short just before its end."""
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("dbnet.annotations.write_detections", cut_short)
+            predict()
+        last.write_bytes(whole)
+        if flags == ("change",):
+            shutil.copy(last, first)
+            flags = ()
+        capsys.readouterr()
+        predict("--resume", *flags)
+        assert len(read_submission(out)) == 2 and not list(tmp_path.glob("*.partial"))
+        return int(capsys.readouterr().out.split(" are done")[0].split()[-1])
+
+    assert resumed("--thresh", "0.4") == 0
+    assert resumed("--overlays", tmp_path / "overlays") == 0  # there are none yet
+    last.write_bytes(whole[:100])
+    assert resumed() == 1  # what failed is done again
+    assert resumed("change") == 0  # both were written anew
 
 
 def test_a_mistake_ends_the_process_with_status_2_and_one_line(tmp_path):

@@ -9,7 +9,7 @@ from dbnet.annotations import Annotation
 from dbnet.checkpoint import change_checkpoint, load_checkpoint, save_checkpoint
 from dbnet.config import Config
 from dbnet.errors import UserError
-from dbnet.inference import read_off
+from dbnet.inference import polygons_of
 from dbnet.metric import score_image
 from dbnet.targets import make_targets
 from dbnet.tuning import Grid, Page, Tuning, Values, choose, cross_validate, draw_tuning, tune
@@ -60,7 +60,7 @@ def test_every_combination_scores_what_post_processing_and_metric_give(use_polyg
     for values, scores in zip(tuning.combinations, tuning.scores, strict=True):
         changed = config.changed(**values.changes(config))
         for page, score in zip(pages, scores, strict=True):
-            polygons, _ = read_off(page.prob_map, page.size, changed)
+            polygons, _ = polygons_of(page.prob_map, page.size, changed)
             expected = score_image(page.annotation.polygons, polygons, page.annotation.dont_care)
             assert tuple(score) == (expected.precision, expected.recall, expected.hmean)
 
