@@ -23,7 +23,7 @@ from dbnet import distributed
 from dbnet.annotations import Annotation
 from dbnet.augment import Augmentation
 from dbnet.augment import draw as draw_augmentation
-from dbnet.config import STRIDE, Config, DataConfig
+from dbnet.config import STRIDE, Config
 from dbnet.errors import ImageError
 from dbnet.geometry import Letterbox, clip_polygons, padded, split_polygons, visible_shares
 from dbnet.images import read_image, read_size
@@ -42,7 +42,7 @@ class PixelCache:
     system's page cache, which other needs of memory displace; no process maps it. Images beyond the room are not kept.
     """
 
-    def __init__(self, images: int, side: int, config: DataConfig) -> None:
+    def __init__(self, images: int, side: int, config: Config) -> None:
         """`images` slots for (height, width, 3) uint8 pixels of at most side x side, within config.cache_gb."""
         self._slot_bytes = _HEADER.itemsize + 3 * side**2
         self._file, self._slots = None, 0
@@ -438,7 +438,7 @@ def make_loader(batches: Batches, workers: int, pin_memory: bool) -> DataLoader:
     )
 
 
-def count_workers(config: DataConfig) -> int:
+def count_workers(config: Config) -> int:
     """Loader processes of `--workers`, where -1 means one a core, at most 8."""
     if config.workers >= 0:
         return config.workers

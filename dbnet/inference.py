@@ -8,7 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from dbnet.config import Config, ModelConfig
+from dbnet.config import NETWORK_FIELDS, Config
 from dbnet.dataset import ArrayLoader, Batches, ImageDataset, count_cores, count_workers, make_loader
 from dbnet.errors import ImageError, UserError
 from dbnet.files import write_whole
@@ -65,9 +65,9 @@ class OnnxNetwork:
             raise UserError(f"{path}: --tta needs the checkpoint; a .onnx file looks at an image once")
         if not self.config.device.startswith(("auto", "cpu")):
             raise UserError(f"--device {self.config.device}: {path} runs on the CPU; use auto or cpu")
-        for field in fields(ModelConfig):
-            if getattr(trained, field.name) != getattr(self.config, field.name):
-                raise UserError(f"--{field.name.replace('_', '-')}: the network of {path} is what it is; leave it out")
+        for name in NETWORK_FIELDS:
+            if getattr(trained, name) != getattr(self.config, name):
+                raise UserError(f"--{name.replace('_', '-')}: the network of {path} is what it is; leave it out")
         self.sides = (self.config.image_size,)
 
     def __str__(self) -> str:

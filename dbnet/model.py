@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbnet.backbone import Backbone
-from dbnet.config import ModelConfig
+from dbnet.config import Config
 
 BATCH_NORM_MOMENTUM = 0.1  # torchvision gives its mobile networks 0.01, too slow for the few steps of a short run
 
@@ -33,7 +33,7 @@ class DBNet(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.backbone = Backbone(config.backbone, config.weights)
         self.pyramid = FeaturePyramid(self.backbone.channels, config.pyramid_channels, config.fusion)

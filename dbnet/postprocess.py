@@ -22,7 +22,7 @@ import pyclipper
 from dbnet.geometry import areas, perimeters, split_polygons
 
 if TYPE_CHECKING:
-    from dbnet.config import PostprocessConfig
+    from dbnet.config import Config
 
 SIMPLIFY_RATIO = 0.002
 """How far a polygon may stray from its contour, as a share of the contour's perimeter."""
@@ -33,7 +33,7 @@ OFFSET_ERROR = 2
 
 def extract_polygons(
     prob_map: np.ndarray,
-    config: PostprocessConfig,
+    config: Config,
     scale: tuple[float, float] = (1.0, 1.0),
     max_size: tuple[int, int] | None = None,
 ) -> tuple[list[np.ndarray], list[float]]:
@@ -87,7 +87,7 @@ class Grown(NamedTuple):
     """shorter side of its minimum-area rectangle in pixels, or a lower bound that was enough; 0 for None"""
 
 
-def find_regions(prob_map: np.ndarray, config: PostprocessConfig) -> list[Region]:
+def find_regions(prob_map: np.ndarray, config: Config) -> list[Region]:
     """The regions above `config.thresh` whose score reaches `config.box_thresh`, best first.
 
     `prob_map` as in `extract_polygons`. Rectangles (`config.use_polygon` false) are at least `config.min_size` broad.
@@ -112,7 +112,7 @@ def find_regions(prob_map: np.ndarray, config: PostprocessConfig) -> list[Region
     return regions
 
 
-def grow_regions(regions: list[Region], config: PostprocessConfig, enough: float) -> Iterator[Grown]:
+def grow_regions(regions: list[Region], config: Config, enough: float) -> Iterator[Grown]:
     """Each region moved outward by area x unclip ratio / perimeter.
 
     A polygon that is sure to be `enough` pixels broad is not measured any closer: the offset alone made it so.

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dbnet import distributed
 from dbnet.checkpoint import load_checkpoint, save_checkpoint
-from dbnet.config import Config, TrainConfig
+from dbnet.config import Config
 from dbnet.device import pick_amp_dtype, random_state, restore_random_state
 from dbnet.errors import UserError
 from dbnet.files import check_writable, write_whole
@@ -115,7 +115,7 @@ def let_workers_die_quietly() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """Fused, because a fused step allocates nothing once its state exists: it cannot run out of memory half-way."""
     optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     return optimizer(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
@@ -148,7 +148,7 @@ def make_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
 
 
-def learning_rate(config: TrainConfig, epoch: int, progress: float = 1.0) -> float:
+def learning_rate(config: Config, epoch: int, progress: float = 1.0) -> float:
     """The learning rate of an epoch, counted from 0, when `progress` (0..1) of it is done.
 
     The schedule goes by whole epochs; within the first config.warmup_epochs the rate rises to it in proportion.
