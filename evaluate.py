@@ -15,20 +15,14 @@ Precision, recall and H-Mean are means over the images. A checkpoint carries its
 """
 
 import argparse
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dbnet.config import ArgumentParser, Config
 from dbnet.errors import UserError, run_script
 
-if TYPE_CHECKING:
-    from dbnet.evaluation import Comparison, Evaluation
-    from dbnet.inference import Network, Pipeline
-    from dbnet.tuning import Tuning
-
 REPORTED = ("data", "backbone", "image_size", "use_polygon", "thresh", "box_thresh", "polygon_unclip_ratio", "min_size")
-# What says where and how fast, but not what the network sees or how its maps are read: --save leaves these as they are.
+# Where and how fast the network runs, not what it sees or how its maps are read: these go with --save.
 FREE_TO_SAVE = {"data", "format", "workers", "strict", "batch_size", "device", "amp", "compile"}
 
 
@@ -61,18 +55,7 @@ def main() -> None:
     if bool(args.checkpoints) == (args.submission is not None):
         raise UserError("name either a checkpoint or --submission FILE (see --help)")
     check_tuning_flags(args, changes)
-
-    # Imported here, so that --help and a mistaken command line answer at once.
-    from dbnet import distributed
-    from dbnet.files import check_writable
-
-    distributed.init()
-    for path in filter(None, (args.json, args.report)):
-        check_writable(path)
-    if args.tune:
-        tune_checkpoint(args, changes)
-    else:
-        score(args, changes)
+    run(args, changes)
 
 
 def check_tuning_flags(args: argparse.Namespace, changes: dict[str, Any]) -> None:
@@ -96,160 +79,62 @@ def check_tuning_flags(args: argparse.Namespace, changes: dict[str, Any]) -> Non
         raise UserError("--save: writes into a checkpoint; name one, and no .onnx file")
 
 
-def score(args: argparse.Namespace, changes: dict[str, Any]) -> None:
-    """Score the checkpoint or the submission, and show and write what was asked for."""
+def run(args: argparse.Namespace, changes: dict[str, Any]) -> None:
+    """Score or tune what is named, write what was asked for, and print the scores last."""
+    # Imported here, so that --help and a mistaken command line answer at once.
     from dbnet import distributed
-    from dbnet.evaluation import Comparison
-    from dbnet.files import write_json
-    from dbnet.report import write_report
+    from dbnet.dataset import TextDataset
+    from dbnet.evaluation import SCORES_MARK, Comparison, advise_on_collapse, evaluate, evaluate_submission
+    from dbnet.files import check_outputs, write_json
+    from dbnet.inference import Pipeline, load_network
+    from dbnet.pictures import PICTURE_MARK
+    from dbnet.report import REPORT_MARK, picture_of, write_report
+    from dbnet.tuning import tune_checkpoint
 
+    distributed.init()
+    search = args.tune_picture or args.checkpoints[0].with_name("tuning.png") if args.tune else None
+    inputs = [path for path in (*args.checkpoints, args.submission, args.compare) if path]
+    outputs = ((args.json, SCORES_MARK), (args.report, REPORT_MARK), (search, PICTURE_MARK))
+    check_outputs(*outputs, inputs=inputs)
     comparison = Comparison.read(args.compare) if args.compare else None
-    score_it = evaluate_submission if args.submission else evaluate_checkpoint
-    if args.submission and not distributed.is_first():
-        return
-    evaluation, settings = score_it(args, changes, comparison)
+    picture = picture_of if args.report else None
+    names = " ".join(map(str, args.checkpoints or [args.submission]))
+    if args.submission:
+        if not distributed.is_first():
+            return
+        config = Config().changed(**changes)
+        evaluation = evaluate_submission(args.submission, config, args.split, comparison, picture)
+        settings: dict[str, Any] = {"data": config.data}
+    else:
+        network = load_network(args.checkpoints, changes)
+        config = network.config
+        dataset = TextDataset(config, args.split, train=False)
+        distributed.print0(f"{names} ({network}) on {args.split} of {config.data}, {network.device}")
+        pipeline = Pipeline(dataset, config, network.device)
+        if search:
+            save_to = args.checkpoints[0] if args.save else None
+            return tune_checkpoint(pipeline, network, args.split, search, args.json, save_to)
+        if comparison:
+            comparison.check_shares(path.name for path in dataset.paths)
+        evaluation = evaluate(pipeline, network, picture=picture)
+        settings = {field: getattr(config, field) for field in REPORTED}
+        advice = advise_on_collapse(evaluation.compute(), evaluation.highest, config)
+        distributed.print0(advice or "", end="\n" if advice else "")
     if not distributed.is_first():
         return
-    print(evaluation.table())
     if comparison:
         comparison.compare(evaluation.per_image)
-        print(comparison.table())
     if args.json:
         write_json(args.json, evaluation.to_dict())
+    if args.report:
+        write_report(args.report, evaluation, f"{names} on {args.split}", settings, comparison)
+    print(evaluation.table())
+    if comparison:
+        print(comparison.table())
+    if args.json:
         print(f"all scores: {args.json}")
     if args.report:
-        title = f"{args.submission or names(args.checkpoints)} on {args.split}"
-        write_report(args.report, evaluation, title, settings, comparison)
         print(f"report: {args.report} ({args.report.stat().st_size / 1e6:.1f} MB)")
-
-
-def open_network(args: argparse.Namespace, changes: dict[str, Any]) -> "tuple[Network, Pipeline]":
-    """The network, and the pipeline that runs it over the split."""
-    from dbnet.dataset import TextDataset
-    from dbnet.distributed import print0
-    from dbnet.inference import Pipeline, load_network
-
-    network = load_network(args.checkpoints, changes)
-    config = network.config
-    dataset = TextDataset(config, args.split, train=False)
-    print0(f"{names(args.checkpoints)} ({network}) on {args.split} of {config.data}, {network.device}")
-    return network, Pipeline(dataset, config, network.device)
-
-
-def names(paths: list[Path]) -> str:
-    """The paths as they are typed."""
-    return " ".join(map(str, paths))
-
-
-def evaluate_checkpoint(
-    args: argparse.Namespace, changes: dict[str, Any], comparison: "Comparison | None"
-) -> "tuple[Evaluation, dict[str, Any]]":
-    """Run the network over the split and score what it finds; also the settings that the scores depend on."""
-    from dbnet.distributed import print0
-    from dbnet.evaluation import advise_on_collapse, evaluate
-    from dbnet.report import picture_of
-
-    network, pipeline = open_network(args, changes)
-    if comparison:
-        comparison.check_shares(path.name for path in pipeline.dataset.paths)
-    evaluation = evaluate(pipeline, network, picture=picture_of if args.report else None)
-    advice = advise_on_collapse(evaluation.compute(), evaluation.highest, pipeline.config)
-    if advice:
-        print0(advice)
-    return evaluation, {field: getattr(pipeline.config, field) for field in REPORTED}
-
-
-def evaluate_submission(
-    args: argparse.Namespace, changes: dict[str, Any], comparison: "Comparison | None"
-) -> "tuple[Evaluation, dict[str, Any]]":
-    """Score the polygons of a submission file; images that it lacks count as without detections, and are said."""
-    from dbnet.annotations import read_detections
-    from dbnet.errors import ImageError
-    from dbnet.evaluation import Evaluation
-    from dbnet.images import read_size
-    from dbnet.report import picture_of
-    from dbnet.splits import read_labels
-
-    config = Config().changed(**changes)
-    split, annotations = read_labels(Path(config.data), args.split, config.format)
-    submission = read_detections(args.submission, list(annotations))
-    unknown = [name for name in submission if name not in annotations]
-    if unknown:
-        raise UserError(
-            f"{args.submission}: {unknown[0]} is not in {split} (nor are {len(unknown) - 1} others); "
-            f"choose the split with --split and the data set with --data"
-        )
-    if comparison:
-        comparison.check_shares(annotations)
-    print(f"{args.submission} on {split}")
-    evaluation = Evaluation()
-    for name, annotation in annotations.items():
-        path = Path(config.data) / "images" / args.split / name
-        try:
-            size = read_size(path)
-        except ImageError:  # a submission can be scored without the images, except by size of text
-            size = None
-        polygons = submission[name].polygons if name in submission else []
-        evaluation.update(name, annotation, polygons, size=size)
-        if args.report:
-            evaluation.pictures[name] = picture_of(path, annotation, polygons)
-    missing = [name for name in annotations if name not in submission]
-    if missing:
-        print(f"{len(missing)} images of the split have no row and count 0, {missing[0]} first")
-    return evaluation, {"data": config.data}
-
-
-def tune_checkpoint(args: argparse.Namespace, changes: dict[str, Any]) -> None:
-    """Run the network over the split once, score all combinations of post-processing values, and show the best."""
-    from tqdm import tqdm
-
-    from dbnet import distributed
-    from dbnet.dataset import TextDataset, count_workers
-    from dbnet.files import check_writable, write_json
-    from dbnet.pictures import write_image
-    from dbnet.tuning import Page, draw_tuning, tune
-
-    picture = args.tune_picture or args.checkpoints[0].with_name("tuning.png")
-    network, pipeline = open_network(args, changes)
-    check_writable(picture)
-    dataset, config = pipeline.dataset, pipeline.config
-    assert isinstance(dataset, TextDataset)
-    pages = []
-    for found in tqdm(
-        pipeline.detect(network), total=len(dataset), unit="img", leave=False, dynamic_ncols=True, smoothing=0
-    ):
-        name, annotation = dataset.paths[found.index].name, dataset.annotations[found.index]
-        pages.append(Page(name, found.prob_map, dataset.size(found.index), annotation))
-        if found.error:
-            print(f"counts 0: {found.error}")
-    pages = list(chain.from_iterable(distributed.all_gather(pages)))
-    if not distributed.is_first():
-        return
-    tuning = tune(pages, config, workers=count_workers(config))
-    print(tuning.table(config))
-    write_image(picture, draw_tuning(tuning))
-    print(f"picture of H-Mean over thresh and box_thresh: {picture}")
-    if args.json:
-        write_json(args.json, tuning.to_dict())
-        print(f"all combinations: {args.json}")
-    if args.save:
-        save_tuning(args, tuning, config)
-
-
-def save_tuning(args: argparse.Namespace, tuning: "Tuning", config: Config) -> None:
-    """Write the best values into the checkpoint, unless values chosen like that score no better on unseen images."""
-    from dbnet.checkpoint import change_checkpoint, load_checkpoint
-
-    checkpoint = args.checkpoints[0]
-    own, best = tuning.combinations[0], tuning.combinations[tuning.best]
-    if not tuning.pays:
-        print(f"not saved: cross-validated, other values are no better; {checkpoint} keeps its own")
-        return
-    record = {"before": own.changes(config), "after": best.changes(config), "split": args.split}
-    record |= {"own_hmean": float(tuning.means[0, 2]), "cross_validated_hmean": tuning.cross_validated}
-    tunings = [*load_checkpoint(checkpoint).get("tunings", []), record]
-    change_checkpoint(checkpoint, best.changes(config), tunings=tunings)
-    print(f"saved: {checkpoint} now has the best values; its old ones are kept in it, under `tunings`")
 
 
 def cli() -> None:

@@ -36,10 +36,9 @@ def main() -> None:
 
     # Imported here, so that --help and a mistaken command line answer at once.
     from dbnet.checkpoint import write_half
-    from dbnet.files import check_writable
+    from dbnet.files import check_outputs
 
-    for path in filter(None, (args.onnx, args.half)):
-        check_writable(path)
+    check_outputs((args.onnx, "dbnet_config"), (args.half, "pyramid_channels"), inputs=[args.checkpoint])
     if args.half:
         write_half(args.checkpoint, args.half, changes)
         print(f"{args.half}: {args.half.stat().st_size / 1e6:.1f} MB")

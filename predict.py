@@ -77,13 +77,13 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
     from tqdm import tqdm
 
     from dbnet import distributed
-    from dbnet.annotations import Annotation, choose_format, write_detections
+    from dbnet.annotations import Annotation, choose_format, result_mark, write_detections
     from dbnet.dataset import ImageDataset
     from dbnet.errors import ImageError
-    from dbnet.files import Journal, check_writable, make_folder, stamp
+    from dbnet.files import Journal, check_outputs, make_folder, stamp
     from dbnet.images import pdf_of
     from dbnet.inference import Pipeline, load_network
-    from dbnet.pictures import overlay_names, write_overlay
+    from dbnet.pictures import PICTURE_MARK, overlay_names, write_overlay
     from dbnet.splits import find_images_at, read_image_paths
 
     distributed.init()
@@ -92,12 +92,13 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
     config = network.config
     paths = find_images_at(args.images) if args.images else read_image_paths(Path(config.data), "test", config.format)
     form = choose_format(args.out, args.out_format, [path.name for path in paths])
-    check_writable(args.out)
     overlays: dict[Path, Path] = {}
     if args.overlays:
         make_folder(args.overlays)
         names = overlay_names([path.name for path in paths])
         overlays = {path: args.overlays / names[path.name] for path in paths}
+    outputs = [(args.out, result_mark(form)), *((path, PICTURE_MARK) for path in overlays.values())]
+    check_outputs(*outputs, inputs=[*checkpoints, *map(pdf_of, paths)])
 
     settings = {name: value for name, value in config.to_dict().items() if name not in SETTINGS_APART}
     journal = Journal(args.out, distributed.rank(), [settings, *map(stamp, checkpoints)], args.resume)

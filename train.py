@@ -37,12 +37,12 @@ from dbnet.device import compile_model, peak_memory, pick_amp_dtype, seed_all
 from dbnet.ensemble import Ensemble
 from dbnet.errors import UserError, run_script, typed
 from dbnet.evaluation import Evaluation, advise_on_collapse, evaluate
-from dbnet.files import make_folder, remove_leftovers, write_json
+from dbnet.files import check_outputs, make_folder, remove_leftovers, write_json
 from dbnet.inference import Pipeline
 from dbnet.loss import Losses, db_loss
 from dbnet.memory import BatchPlan, agreed, all_or_none, as_many_on_each_rank, micro_batches, run_until_it_fits
 from dbnet.model import DBNet
-from dbnet.pictures import sample_sheet, show_progress, write_image
+from dbnet.pictures import PICTURE_MARK, sample_sheet, show_progress, write_image
 from dbnet.profile import print_profile
 from dbnet.training import (
     Interrupted,
@@ -93,6 +93,7 @@ def main() -> None:
     elif args.print_config:
         print_config(config)
     elif args.show_samples:
+        check_outputs((args.show_samples, PICTURE_MARK))
         write_image(args.show_samples, sample_sheet(TextDataset(config, "train", train=True)))
         print(f"{args.show_samples}: image with polygons, probability map, threshold map")
     elif args.profile:

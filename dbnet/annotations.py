@@ -360,6 +360,7 @@ def write_icdar_zip(path: Path, found: dict[str, Annotation]) -> None:
     where a word is don't care. Raises UserError as `check_stems` does, or where it cannot be written."""
     check_stems(found)
     with write_whole(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.comment = RESULT_MARK.encode()
         for name, annotation in found.items():
             lines = [
                 ",".join(map(_digits, polygon.ravel().tolist())) + ",###" * ignore
@@ -484,7 +485,8 @@ def write_coco(path: Path, found: dict[str, Annotation]) -> None:
                     **({} if score is None else {"score": score}),
                 }
             )
-    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "text"}]}
+    content: dict[str, Any] = {"info": {"description": RESULT_MARK}, "images": images, "annotations": annotations}
+    content["categories"] = [{"id": 1, "name": "text"}]
     with write_whole(path, "w") as file:
         json.dump(content, file, ensure_ascii=False)
 
@@ -569,10 +571,12 @@ def write_annotations(path: Path, found: dict[str, Annotation]) -> None:
             }
         }
     with write_whole(path, "w") as file:
-        json.dump({"images": images}, file, ensure_ascii=False)
+        json.dump({"made_by": RESULT_MARK, "images": images}, file, ensure_ascii=False)
 
 
 HEADER = ["filename", "polygons"]
+RESULT_MARK = "detections by dbnet"
+"""In every file of detections but a CSV"""
 _MAX_FIELD = 1 << 28  # a row of 500 polygons with many points is longer than the csv module's default
 _FORMAT_OF_SUFFIX = {".csv": "csv", ".json": "competition", ".zip": "icdar"}
 
@@ -592,6 +596,11 @@ def choose_format(path: Path, form: str, names: list[str]) -> str:
         if any("\ud800" <= character <= "\udfff" for character in name):
             raise UserError(f"{name!a}: the file name is not UTF-8, as {form} files are; rename it or write a CSV")
     return form
+
+
+def result_mark(form: str) -> str:
+    """The words by which `files.check_outputs` knows an earlier result in this format."""
+    return ",".join(HEADER) if form == "csv" else RESULT_MARK
 
 
 def write_detections(path: Path, form: str, found: dict[str, Annotation]) -> None:

@@ -1,46 +1,131 @@
-"""Errors that a user can fix, told in one line; how a script runs, and how the next one is typed."""
+"""Errors that a user can fix, told in one line; how a script runs and prints, and how the next one is typed."""
 
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TextIO
 
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_NO_MEMORY = ("out of memory", "allocate memory", "insufficient memory", "not enough memory", "bad_alloc")
 
 
 class UserError(Exception):
-    """A user's mistake. The message is one line, names the file or flag, and says what to do about it."""
+    """A user's mistake. The message is one line that names the file or flag and how to fix it."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
-
-
-def printable(text: str) -> str:
-    """`text`, often a file's name, with what would break a line, drive a terminal or is no character escaped."""
-    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 class ImageError(UserError):
     """An image that cannot be used; the message is one line that names the file and the reason."""
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main` and exit: 0 on success, 2 with one line on stderr for a `UserError`, 130 on Ctrl-C.
+def printable(text: str, keep: str = "") -> str:
+    """Escape what breaks a line, controls a terminal or is no character; characters in `keep` stay as they are.
 
-    Anything else is a fault of the program and keeps its traceback (exit status 1).
+    For text that comes from files: their names, and what they hold.
+    """
+    return _UNPRINTABLE.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text)
+
+
+def one_line(error: BaseException) -> str:
+    """The reason that an exception of a library gives, on one line of at most 200 characters; else its class."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: Python's own, or those of libraries, by their words."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY)
+
+
+@contextmanager
+def library_errors(message: str, fix: str = "", kind: type[UserError] = UserError) -> Iterator[None]:
+    """Turn what a library raises on bad input into `kind`: the message, the reason in brackets, and the fix.
+
+    It belongs around the library's call alone, so that a fault of this program keeps its traceback. UserError passes;
+    a shortage of memory becomes MemoryError, because it says nothing about the input.
     """
     try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if lacks_memory(error):
+            raise MemoryError(one_line(error)) from error
+        raise kind(f"{message} ({one_line(error)})" + (f"; {fix}" if fix else "")) from None
+
+
+class _Screen:
+    """A standard stream that never ends the work: after its first error it drops what is printed.
+
+    Characters that its encoding lacks are escaped and, with `escape`, control characters too.
+    """
+
+    def __init__(self, stream: TextIO | None, escape: bool) -> None:
+        self.stream: Any = stream or os.fdopen(
+            os.open(os.devnull, os.O_WRONLY), "w"
+        )  # None: it was closed before the program started
+        self.escape = escape
+        self.failure: OSError | None = None
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self.stream.write, printable(text, keep="\n\t") if self.escape else text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, action: Callable[..., object], *arguments: str) -> None:
+        try:
+            action(*arguments)
+        except OSError as error:
+            self.failure = self.failure or error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # where the buffer's rest goes
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main`; exit with 2 and one line on stderr for a `UserError` or a lack of memory, 130 on Ctrl-C.
+
+    Other exceptions are faults of the program and keep their traceback (exit status 1). A screen that cannot be written
+    does not stop the work; at the end the exit status is 2, unless the reader of a pipe has closed it.
+    """
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = screen, _ = _Screen(sys.stdout, escape=True), _Screen(sys.stderr, escape=False)
+    status: Any = 0
+    try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit as end:
+        status = end.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        status = 130
+    except Exception as error:
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+        elif lacks_memory(error):
+            hint = "close other programs, or lower --batch-size, --image-size or --workers"
+            print(f"error: not enough memory ({printable(one_line(error))}); {hint}", file=sys.stderr)
+        else:
+            raise
+        status = 2
+    finally:
+        screen.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = streams
+    if not status and screen.failure and not isinstance(screen.failure, BrokenPipeError):
+        print(f"error: stdout: cannot be written ({screen.failure.strerror})", file=sys.stderr)
+        status = 2
+    if status:
+        sys.exit(status)
 
 
 def typed(script: str, processes: int = 1) -> str:

@@ -13,14 +13,16 @@ from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from dbnet import distributed
-from dbnet.annotations import Annotation
+from dbnet.annotations import Annotation, read_detections
 from dbnet.config import Config
 from dbnet.dataset import TextDataset
-from dbnet.errors import UserError, printable
+from dbnet.errors import ImageError, UserError, printable
 from dbnet.files import check_regular
 from dbnet.geometry import Polygons, common_areas, near_pairs
+from dbnet.images import read_size
 from dbnet.inference import Network, Pipeline
 from dbnet.metric import CLEval, DatasetScore, ImageScore, match_image
+from dbnet.splits import read_labels
 
 MIN_POINTS = 3
 """Polygons with fewer points have no area."""
@@ -240,6 +242,7 @@ def _read_scores(image: dict[str, Any]) -> Scores:
     return scores
 
 
+SCORES_MARK = "scores by dbnet"  # in every JSON of scores, which may be overwritten therefore
 WORST = 10  # images in the list of the worst
 
 
@@ -316,6 +319,7 @@ class Evaluation:
         `per_image` with the `iou` of each."""
         return {
             **asdict(self.compute()),
+            "made_by": SCORES_MARK,
             "iou": asdict(self.total_iou()),
             "by_size": self.by_size(),
             "unreadable": self.unreadable,
@@ -397,6 +401,46 @@ def evaluate(
     for others in distributed.all_gather(evaluation):
         evaluation.merge(others)
     evaluation.per_image = {path.name: evaluation.per_image[path.name] for path in dataset.paths}
+    return evaluation
+
+
+def evaluate_submission(
+    path: Path,
+    config: Config,
+    split: str,
+    comparison: Comparison | None = None,
+    picture: Callable[..., Any] | None = None,
+) -> Evaluation:
+    """Score the polygons of a submission file; images that it lacks count as without detections, and are said.
+
+    `picture` is as for `evaluate`. Raises UserError for a file that is no submission for this split, or where the
+    `comparison` has none of its images.
+    """
+    place, annotations = read_labels(Path(config.data), split, config.format)
+    submission = read_detections(path, list(annotations))
+    unknown = [name for name in submission if name not in annotations]
+    if unknown:
+        raise UserError(
+            f"{path}: {unknown[0]} is not in {place} (nor are {len(unknown) - 1} others); "
+            f"choose the split with --split and the data set with --data"
+        )
+    if comparison:
+        comparison.check_shares(annotations)
+    print(f"{path} on {place}")
+    evaluation = Evaluation()
+    for name, annotation in annotations.items():
+        image = Path(config.data) / "images" / split / name
+        try:
+            size = read_size(image)
+        except ImageError:  # a submission can be scored without the images, except by size of text
+            size = None
+        polygons = submission[name].polygons if name in submission else []
+        evaluation.update(name, annotation, polygons, size=size)
+        if picture:
+            evaluation.pictures[name] = picture(image, annotation, polygons)
+    missing = [name for name in annotations if name not in submission]
+    if missing:
+        print(f"{len(missing)} images of the split have no row and count 0, {missing[0]} first")
     return evaluation
 
 

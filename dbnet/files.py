@@ -1,10 +1,10 @@
-"""Files that appear whole or not at all, and folders that are known to be writable before the work begins."""
+"""Files that appear whole or not at all, and checks of inputs and outputs before the work begins."""
 
 import glob
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -12,32 +12,27 @@ from typing import IO, Any
 
 from dbnet.errors import UserError
 
-
-def check_regular(path: Path, error: type[UserError] = UserError) -> None:
-    """Raise `error` for a pipe, a device or a socket: reading it may never end.
-
-    Passes a path that does not exist or cannot be looked at: opening it gives the system's own reason.
-    """
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError):
-        return
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        kind = "pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
-        raise error(f"{path}: is a {kind}, not a file; save its content to a file and name that")
+_MARKED_BYTES = 1 << 16
 
 
 @contextmanager
 def write_whole(path: Path, mode: str = "wb", keep: Path | None = None) -> Iterator[IO]:
-    """Open a temporary file beside `path` that takes its place when the block ends well and goes when it does not.
+    """Open a temporary file beside `path` that replaces it when the block succeeds and is removed when it fails.
 
-    By then it is on the disk: a process that is killed or a machine that loses power leaves the file that was there, or
-    the new one. `keep` names a place beside it for the one that was there. Text is UTF-8 with the newlines as written.
-    Raises UserError, with the file that was there kept, where it cannot be written.
+    It is synced to the disk first: a process that is killed or a machine that loses power leaves the old file or the
+    new one. `keep` names a place beside it for the old one. What a symbolic link points to is replaced, not the link;
+    a character device or a pipe under /dev is written directly. Text is UTF-8 with the newlines as written.
+    Raises UserError, with the old file kept, where it cannot be written.
     """
-    temporary = _beside(path)
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
+    temporary = None
     try:
-        encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
+        if _is_written_through(path):
+            with path.open(mode, encoding=encoding, newline=newline) as file:
+                yield file
+            return
+        path = Path(os.path.realpath(path))
+        temporary = _beside(path)
         with temporary.open(mode, encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
@@ -50,7 +45,8 @@ def write_whole(path: Path, mode: str = "wb", keep: Path | None = None) -> Itera
         raise UserError(f"{path}: cannot be written ({error.strerror}); name another place or make room") from None
     finally:
         with suppress(OSError):  # a file system that has become read-only keeps it
-            temporary.unlink(missing_ok=True)
+            if temporary:
+                temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -88,11 +84,94 @@ def _sync_folder(folder: Path) -> None:
             os.close(opened)
 
 
+def check_outputs(*outputs: tuple[Path | None, str], inputs: Iterable[Path] = ()) -> None:
+    """Raise UserError unless each result can be written and overwrites nothing but an earlier result.
+
+    To be called before the work that would be lost. Each output is a path, or None, and a mark: words that every result
+    of its kind has near its beginning or end, by which an earlier one is known. An output must not be one of `inputs`,
+    nor another output, nor where the command prints.
+    """
+    read = {(file.st_dev, file.st_ino) for path in inputs if (file := _stat(path))}
+    printed = {(file.st_dev, file.st_ino) for stream in (1, 2) if (file := _stat(stream)) and not _is_device(file)}
+    seen: set[str] = set()
+    folders: set[Path] = set()
+    for path, mark in outputs:
+        if not path:
+            continue
+        there = _stat(path)
+        place = (there.st_dev, there.st_ino) if there else None
+        if place in read:
+            raise UserError(f"{path}: is an input of this command; name another file for the result")
+        if place in printed:
+            raise UserError(f"{path}: what the command prints would be mixed into it; name a file")
+        if there and stat.S_ISREG(there.st_mode) and there.st_size and not _has_mark(path, mark):
+            raise UserError(f"{path}: exists, and is no earlier result of this kind; name another file, or remove it")
+        if _is_written_through(path):
+            continue
+        if os.path.realpath(path) in seen:
+            raise UserError(f"{path}: is named for two results; name another file for one of them")
+        seen.add(os.path.realpath(path))
+        if there or path.parent not in folders:
+            check_writable(path)
+            folders.add(path.parent)
+
+
+def check_regular(path: Path, error: type[UserError] = UserError) -> None:
+    """Raise `error` for a pipe, a device or a socket: reading it may never end.
+
+    Passes a path that does not exist or cannot be looked at: opening it gives the system's own reason.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        kind = "pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
+        raise error(f"{path}: is a {kind}, not a file; save its content to a file and name that")
+
+
+def _stat(path: Path | int) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError:
+        return None
+
+
+def _is_device(file: os.stat_result) -> bool:
+    return stat.S_ISCHR(file.st_mode)
+
+
+def _is_written_through(path: Path) -> bool:
+    """Whether a path is a character device, or a pipe that the shell has opened, such as `>(gzip)`.
+
+    Raises UserError for what else is no file: writing into a named pipe might never end, into a disk destroys it.
+    """
+    there = _stat(path)
+    if not there or stat.S_ISREG(there.st_mode):
+        return False
+    if stat.S_ISDIR(there.st_mode):
+        raise UserError(f"{path}: is a folder; name a file")
+    if _is_device(there) or (stat.S_ISFIFO(there.st_mode) and path.parts[:2] in (("/", "dev"), ("/", "proc"))):
+        return True
+    raise UserError(f"{path}: is a pipe, a socket or a disk; name a file")
+
+
+def _has_mark(path: Path, mark: str) -> bool:
+    """Whether the first or the last 64 KiB of a file have these words."""
+    try:
+        with path.open("rb") as file:
+            first = file.read(_MARKED_BYTES)
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _MARKED_BYTES))
+            return mark.encode() in first or mark.encode() in file.read()
+    except OSError:
+        return False
+
+
 def check_writable(path: Path) -> None:
-    """Raise UserError unless a file can be written at `path`; for before the work that would be lost."""
+    """Raise UserError unless a file can be written at `path`."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file")
-    probe = _beside(path)
+    probe = _beside(Path(os.path.realpath(path)))
     try:
         probe.touch()
         probe.unlink()

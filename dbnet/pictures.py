@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from dbnet.dataset import Draw, TextDataset
 from dbnet.errors import UserError
@@ -80,16 +81,21 @@ def sample_sheet(dataset: TextDataset, count: int = 4, side: int = 480) -> np.nd
     return np.vstack(rows)
 
 
+PICTURE_MARK = "picture by dbnet"  # in every picture, which may be overwritten therefore
+
+
 def write_image(path: Path, image: np.ndarray) -> None:
-    """Write (height, width, 3) uint8 RGB pixels as .png or .jpg. Raises UserError where it cannot."""
+    """Write (height, width, 3) uint8 RGB pixels as .png or .jpg, whole or not at all. Raises UserError."""
     suffix = path.suffix.lower()
     if suffix not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"{path}: pictures are written as .png or .jpg; name such a file")
-    _, data = cv2.imencode(suffix, np.ascontiguousarray(image[..., ::-1]))
-    try:
-        path.write_bytes(data.tobytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); name another file") from None
+    note = PngInfo()
+    note.add_text("Software", PICTURE_MARK)
+    with write_whole(path) as file:
+        if suffix == ".png":
+            Image.fromarray(image).save(file, "PNG", pnginfo=note)
+        else:
+            Image.fromarray(image).save(file, "JPEG", quality=95, comment=PICTURE_MARK)
 
 
 _CELL = (96, 44)  # width and height in pixels

@@ -33,6 +33,7 @@ MAP_SIDE = 512
 MAP_BYTES = 15_000  # at most
 MAP_LEVELS = 16  # of probability, 4 bits a pixel
 
+REPORT_MARK = "report by dbnet"  # near the end of every page, which may be overwritten therefore
 _DATA_MARK = "<!-- data -->"
 _QUALITIES = (75, 65, 55, 45, 35, 25)  # of JPEG, tried one after the other
 _SHRINK = 0.8
@@ -150,7 +151,7 @@ def write_report(
         for index, name in enumerate(evaluation.per_image):
             _embed(file, f"jpeg-{index}", pictures[name].jpeg)
             _embed(file, f"prob_map-{index}", pictures[name].prob_map)
-        file.write(after)
+        file.write(f"{after}<!-- {REPORT_MARK} -->\n")
 
 
 def _recall_by_size(pictures: list[Picture]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ anew for each: contours and their scores depend on thresh alone, offsets and how
 unclip ratio too, and the other two only select among the polygons. Nothing here knows of the network.
 """
 
+import math
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -16,24 +17,31 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
+from dbnet import distributed
 from dbnet.annotations import Annotation
 from dbnet.config import Config
+from dbnet.dataset import TextDataset, count_workers
 from dbnet.errors import UserError
+from dbnet.evaluation import SCORES_MARK
+from dbnet.files import write_json
+from dbnet.inference import Network, Pipeline
 from dbnet.metric import score_selections
-from dbnet.pictures import draw_heat_map
+from dbnet.pictures import draw_heat_map, write_image
 from dbnet.postprocess import Region, find_regions, grow_regions, to_image_pixels
 
 BEST = 10  # combinations in the table of the best
+MIN_IMAGES = 10  # on fewer, values are not saved
 
 
-class Page(NamedTuple):
-    """An annotated image and what the network made of it."""
+class ScoredMap(NamedTuple):
+    """The probability map of an annotated image."""
 
     name: str
     """its file name, which decides the half that it belongs to in cross-validation"""
@@ -121,12 +129,19 @@ class Tuning:
     @property
     def cross_validated(self) -> float:
         """H-Mean to expect on other images of values that are chosen as `best` is."""
-        return cross_validate(self.scores[..., 2])
+        return float(cross_validate(self.scores[..., 2]).mean())
 
     @property
-    def pays(self) -> bool:
-        """Whether chosen values beat the configuration's own on images that had no part in the choice."""
-        return bool(self.cross_validated > self.means[0, 2])
+    def doubt(self) -> str:
+        """Why the best values may be no better than the configuration's own on other images; empty where they are."""
+        images = self.scores.shape[1]
+        if images < MIN_IMAGES:
+            return f"{images} images are too few to choose on; label {MIN_IMAGES} or more"
+        gains = cross_validate(self.scores[..., 2]) - self.scores[0, :, 2]
+        gain, error = float(gains.mean()), float(gains.std(ddof=1) / math.sqrt(images))
+        if gain <= 0:
+            return "cross-validated, other values are no better"
+        return f"the gain of {gain:.4f} is within its standard error of {error:.4f}" if gain <= error else ""
 
     def ranking(self, count: int) -> list[int]:
         """Indices of the best combinations, best first; of those that score alike on every page only the first."""
@@ -175,6 +190,7 @@ class Tuning:
         order = np.argsort(-self.means[:, 2], kind="stable").tolist()
         names = (*Values._fields, "precision", "recall", "hmean")
         return {
+            "made_by": SCORES_MARK,
             "images": self.scores.shape[1],
             "own_hmean": float(self.means[0, 2]),
             "cross_validated_hmean": self.cross_validated,
@@ -185,7 +201,7 @@ class Tuning:
         }
 
 
-def tune(pages: Sequence[Page], config: Config, grid: Grid | None = None, workers: int = 0) -> Tuning:
+def tune(pages: Sequence[ScoredMap], config: Config, grid: Grid | None = None, workers: int = 0) -> Tuning:
     """Score the combinations of `grid` and of the configuration's own values on all pages, with a progress bar.
 
     The pages are shared out among so many processes; with less than two all is done in this one.
@@ -206,7 +222,7 @@ def tune(pages: Sequence[Page], config: Config, grid: Grid | None = None, worker
     return Tuning(grid, [combinations[index] for index in order], np.stack(scores, axis=1)[order])
 
 
-def score_page(page: Page, config: Config, grid: Grid) -> np.ndarray:
+def score_page(page: ScoredMap, config: Config, grid: Grid) -> np.ndarray:
     """(combinations, 3) CLEval precision, recall and H-Mean of one page with each of `grid.combinations()`."""
     scores = np.zeros((*map(len, grid), 3))
     if page.prob_map is not None:
@@ -219,7 +235,7 @@ def score_page(page: Page, config: Config, grid: Grid) -> np.ndarray:
     return scores.reshape(-1, 3)
 
 
-def _score_selections(page: Page, regions: list[Region], config: Config, grid: Grid) -> np.ndarray:
+def _score_selections(page: ScoredMap, regions: list[Region], config: Config, grid: Grid) -> np.ndarray:
     """(box_thresh, min_size, 3) scores of what the values of these two axes leave of `regions`, best first, once they
     are grown by the unclip ratio of `config`."""
     grown = list(grow_regions(regions, config, max(grid.min_size) + 2))
@@ -251,6 +267,55 @@ def _score_selections(page: Page, regions: list[Region], config: Config, grid: G
     return scores
 
 
+def tune_checkpoint(
+    pipeline: Pipeline, network: Network, split: str, picture: Path, scores: Path | None, save_to: Path | None
+) -> None:
+    """Run a network over an annotated split once, score all combinations, and write and print the best.
+
+    `picture` is where H-Mean over the thresholds is drawn, `scores` where all combinations go as JSON, `save_to` the
+    checkpoint that gets the best values, if values chosen like that score better on images that they were not chosen
+    on. Raises UserError as `tune` does, and where a file cannot be written.
+    """
+    dataset, config = pipeline.dataset, pipeline.config
+    assert isinstance(dataset, TextDataset)
+    maps, unreadable = [], []
+    for found in tqdm(
+        pipeline.detect(network), total=len(dataset), unit="img", leave=False, dynamic_ncols=True, smoothing=0
+    ):
+        name, annotation = dataset.paths[found.index].name, dataset.annotations[found.index]
+        maps.append(ScoredMap(name, found.prob_map, dataset.size(found.index), annotation))
+        if found.error:
+            unreadable.append(found.error)
+    maps = [each for share in distributed.all_gather(maps) for each in share]
+    if not distributed.is_first():
+        return
+    tuning = tune(maps, config, workers=count_workers(config))
+    write_image(picture, draw_tuning(tuning))
+    if scores:
+        write_json(scores, tuning.to_dict())
+    saved = save_tuning(save_to, tuning, config, split) if save_to else None
+    print("".join(f"counts 0: {line}\n" for line in unreadable) + tuning.table(config))
+    print(f"picture of H-Mean over thresh and box_thresh: {picture}")
+    if scores:
+        print(f"all combinations: {scores}")
+    if saved:
+        print(saved)
+
+
+def save_tuning(checkpoint: Path, tuning: Tuning, config: Config, split: str) -> str:
+    """Write the best values into a checkpoint, unless the gain may be chance; return a line that says which."""
+    from dbnet.checkpoint import change_checkpoint, load_checkpoint  # with PyTorch, which a .onnx file does without
+
+    own, best = tuning.combinations[0], tuning.combinations[tuning.best]
+    if tuning.doubt:
+        return f"not saved: {tuning.doubt}; {checkpoint} keeps its own values"
+    record: dict[str, Any] = {"before": own.changes(config), "after": best.changes(config), "split": split}
+    record |= {"own_hmean": float(tuning.means[0, 2]), "cross_validated_hmean": tuning.cross_validated}
+    tunings = [*load_checkpoint(checkpoint).get("tunings", []), record]
+    change_checkpoint(checkpoint, best.changes(config), tunings=tunings)
+    return f"saved: {checkpoint} now has the best values; its old ones are kept in it, under `tunings`"
+
+
 def draw_tuning(tuning: Tuning) -> np.ndarray:
     """(height, width, 3) uint8 RGB picture of H-Mean over thresh and box_thresh, around the best combination."""
     own, best = tuning.combinations[0], tuning.combinations[tuning.best]
@@ -275,8 +340,8 @@ def choose(hmeans: np.ndarray) -> int:
     return int(hmeans.mean(axis=1).argmax())
 
 
-def cross_validate(hmeans: np.ndarray) -> float:
-    """Mean over the pages of the H-Mean that each has with the values chosen on the half that it does not belong to.
+def cross_validate(hmeans: np.ndarray) -> np.ndarray:
+    """(images,) H-Means, each with the values chosen on the half of the images that it does not belong to.
 
     `hmeans` is (combinations, pages). The halves are the first and the last pages: receipts of a series, which look
     alike, mostly have neighbouring names, and on both sides they would make the check too easy.
@@ -285,7 +350,7 @@ def cross_validate(hmeans: np.ndarray) -> float:
     held_out = np.empty(hmeans.shape[1])
     for half in (is_first, ~is_first):
         held_out[half] = hmeans[choose(hmeans[:, ~half]), half]
-    return float(held_out.mean())
+    return held_out
 
 
 class _Processes(ProcessPoolExecutor):

@@ -95,14 +95,15 @@ def test_tuned_values_are_saved_if_they_are_better_and_evaluation_then_uses_them
         evaluate(checkpoint, "--data", data, "--json", tmp_path / "a.json", *flags)
         return json.loads((tmp_path / "a.json").read_text())
 
-    # A network that was hardly trained finds something in one of the two images; twice this one is the data set.
+    # A network that was hardly trained finds something in one of the two images; copies of it are the data set.
     checkpoint = Path(shutil.copy(place / "runs/first/best.pt", tmp_path / "best.pt"))
     found = scores("--thresh", "0.3", "--box-thresh", "0.2")["per_image"]
     name = max(found, key=lambda name: found[name]["hmean"])
     annotations = json.loads((data / "jsons/val.json").read_text())["images"]
-    copy = "copy" + Path(name).suffix
-    shutil.copy(data / "images/val" / name, data / "images/val" / copy)
-    (data / "jsons/val.json").write_text(json.dumps({"images": dict.fromkeys((name, copy), annotations[name])}))
+    copies = [f"{number}{Path(name).suffix}" for number in range(10)]
+    for copy in copies:
+        shutil.copy(data / "images/val" / name, data / "images/val" / copy)
+    (data / "jsons/val.json").write_text(json.dumps({"images": dict.fromkeys(copies, annotations[name])}))
     change_checkpoint(checkpoint, {"thresh": 0.95, "box_thresh": 0.95})
     before = load_checkpoint(checkpoint)
     assert scores()["hmean"] == 0

@@ -1,16 +1,24 @@
-"""Files that are read: only what ends is read at all."""
+"""Files: only what ends is read, and nothing is overwritten but earlier results."""
 
+import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from dbnet.annotations import read_labels_at, read_submission
+import evaluate
+from dbnet.annotations import RESULT_MARK, Annotation, read_labels_at, read_submission, write_detections
 from dbnet.checkpoint import load_checkpoint
 from dbnet.errors import UserError
-from dbnet.evaluation import Comparison
+from dbnet.evaluation import SCORES_MARK, Comparison, Evaluation
+from dbnet.files import check_outputs, write_json
 from dbnet.images import read_image, read_size
+from dbnet.pictures import PICTURE_MARK, write_image
+from dbnet.report import REPORT_MARK, write_report
 from dbnet.splits import find_images_at
 
 READERS = {
@@ -52,3 +60,123 @@ def test_a_folder_of_images_passes_a_pipe_by(tmp_path):
     os.mkfifo(tmp_path / "a.jpg")
     (tmp_path / "b.jpg").touch()
     assert find_images_at([tmp_path]) == [tmp_path / "b.jpg"]
+
+
+# ------------------------------------------------------------------------------------- outputs, before the work begins
+
+MARK = "results of this test"
+
+
+def test_an_output_that_is_an_input_is_rejected_by_any_of_its_names(tmp_path):
+    photo, link, hard = tmp_path / "a.jpg", tmp_path / "link.jpg", tmp_path / "hard.jpg"
+    photo.write_text(MARK)
+    link.symlink_to(photo)
+    os.link(photo, hard)
+    for name in (photo, link, hard, tmp_path / "folder" / ".." / "a.jpg"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match="is an input of this command"):
+            check_outputs((name, MARK), inputs=[photo])
+    assert photo.read_text() == MARK
+
+
+def test_a_file_that_is_no_earlier_result_of_its_kind_is_rejected(tmp_path):
+    theirs, ours, empty, new = (tmp_path / name for name in ("theirs", "ours", "empty", "new"))
+    theirs.write_text("x" * 200_000)
+    ours.write_text("x" * 200_000 + MARK)
+    empty.touch()
+    with pytest.raises(UserError, match="theirs: exists, and is no earlier result of this kind"):
+        check_outputs((theirs, MARK))
+    check_outputs((ours, MARK), (empty, MARK), (new, MARK), (None, MARK))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "ours", "theirs"]
+
+
+def test_two_results_have_two_names(tmp_path):
+    with pytest.raises(UserError, match="is named for two results"):
+        check_outputs((tmp_path / "a", MARK), (tmp_path / "no" / ".." / "a", MARK))
+
+
+def test_an_output_where_the_command_prints_is_rejected(tmp_path):
+    command = [sys.executable, "-c", "from pathlib import Path; from dbnet.files import check_outputs\n"]
+    command[-1] += "check_outputs((Path('/dev/stdout'), 'mark'))"
+    for target in (subprocess.PIPE, (tmp_path / "printed").open("w")):
+        result = subprocess.run(command, stdout=target, stderr=subprocess.PIPE, text=True)
+        assert "/dev/stdout: what the command prints would be mixed into it" in result.stderr
+
+
+def test_what_is_no_file_is_written_through_or_rejected_and_stays_what_it_is(tmp_path):
+    device = tmp_path / "null"
+    device.symlink_to("/dev/null")
+    check_outputs((device, MARK))
+    write_json(device, {"a": 1})
+    assert device.is_symlink() and device.is_char_device()
+
+    reading, writing = os.pipe()
+    pipe = Path(f"/dev/fd/{writing}")  # as the shell's >(gzip) is
+    check_outputs((pipe, MARK))
+    write_json(pipe, {"a": 1})
+    os.close(writing)
+    with os.fdopen(reading) as file:
+        assert file.read() == '{\n  "a": 1\n}\n'
+
+    make_pipe(tmp_path / "pipe")
+    make_socket(Path(os.path.relpath(tmp_path / "socket")))
+    for name in ("pipe", "socket"):
+        for attempt in (lambda path: check_outputs((path, MARK)), lambda path: write_json(path, {})):
+            with pytest.raises(UserError, match="is a pipe, a socket or a disk"):
+                attempt(tmp_path / name)
+
+
+def test_a_full_device_is_one_line():
+    with pytest.raises(UserError, match=r"/dev/full: cannot be written \(No space left on device\)"):
+        write_json(Path("/dev/full"), {"a": 1})
+
+
+def test_a_link_stays_a_link_and_its_file_is_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    link, file = tmp_path / "link", tmp_path / "folder" / "file"
+    link.symlink_to(Path("folder") / "file")
+    for content in ({"a": 1}, {"a": 2}):  # the first time it points to nothing
+        write_json(link, content)
+        assert link.is_symlink() and json.loads(file.read_text()) == content
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["file"]
+
+
+WRITERS = {
+    "scores.json": (SCORES_MARK, lambda path: write_json(path, Evaluation().to_dict())),
+    "page.html": (REPORT_MARK, lambda path: write_report(path, Evaluation(), "", {})),
+    "a.png": (PICTURE_MARK, lambda path: write_image(path, PIXELS)),
+    "a.jpg": (PICTURE_MARK, lambda path: write_image(path, PIXELS)),
+    "a.csv": ("filename,polygons", lambda path: write_detections(path, "csv", FOUND)),
+    "a.json": (RESULT_MARK, lambda path: write_detections(path, "competition", FOUND)),
+    "coco.json": (RESULT_MARK, lambda path: write_detections(path, "coco", FOUND)),
+    "a.zip": (RESULT_MARK, lambda path: write_detections(path, "icdar", FOUND)),
+}
+PIXELS = np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8)
+FOUND = {f"{number}.jpg": Annotation([np.full((4, 2), number)], [False], [0.5]) for number in range(9999)}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_each_kind_of_result_is_known_again_and_may_be_overwritten(tmp_path, name):
+    mark, write = WRITERS[name]
+    for _ in range(2):
+        check_outputs((tmp_path / name, mark))
+        write(tmp_path / name)
+    with pytest.raises(UserError, match="no earlier result of this kind"):
+        check_outputs((tmp_path / name, "results of another kind"))
+
+
+@pytest.mark.parametrize("flag", ["--json", "--report"])
+def test_evaluate_overwrites_no_file_of_its_user(tmp_path, monkeypatch, flag):
+    image = tmp_path / "images" / "val" / "a.jpg"
+    image.parent.mkdir(parents=True)
+    write_image(image, PIXELS)
+    labels = tmp_path / "labels.json"
+    labels.write_text('{"images": {"a.jpg": {"words": {}}}}')
+    submission = tmp_path / "a.csv"
+    submission.write_text("filename,polygons\na.jpg,\n")
+    before = {path: path.read_bytes() for path in (image, labels, submission)}
+    for path in before:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--submission", str(submission), flag, str(path)])
+        with pytest.raises(UserError, match=r"is an input|no earlier result"):
+            evaluate.main()
+    assert before == {path: path.read_bytes() for path in before}
