@@ -55,6 +55,24 @@ def remove_leftovers(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+Row = dict[str, Any]
+"""A line of log.jsonl: the numbers of an epoch, by name"""
+
+
+def read_log(path: Path) -> list[Row]:
+    """The rows of a log.jsonl in the order of epochs; none where there is no such file.
+
+    The later row of an epoch counts: one that a run logged just before it was cut off is written again on --resume. A
+    line that was cut off itself is left out.
+    """
+    rows: dict[int, Row] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with suppress(ValueError, KeyError, TypeError, OverflowError):
+            row = json.loads(line)
+            rows[int(row["epoch"])] = row
+    return [rows[epoch] for epoch in sorted(rows)]
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write plain values as indented JSON, whole or not at all."""
     with write_whole(path, "w") as file:

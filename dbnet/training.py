@@ -23,7 +23,7 @@ from dbnet.checkpoint import load_checkpoint, save_checkpoint
 from dbnet.config import Config
 from dbnet.device import pick_amp_dtype, random_state, restore_random_state
 from dbnet.errors import UserError
-from dbnet.files import check_writable, write_whole
+from dbnet.files import check_writable, read_log, write_whole
 from dbnet.loss import Losses
 from dbnet.memory import BatchPlan
 from dbnet.model import DBNet
@@ -41,18 +41,10 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def keep_rows(path: Path, epochs: int) -> None:
-    """Leave the rows of the first `epochs` epochs, one for each: what a run wrote after its last save, it writes again,
-    and a line that was cut short goes."""
-    rows: dict[int, str] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            epoch = int(json.loads(line)["epoch"])
-        except (ValueError, KeyError, TypeError):
-            continue
-        if epoch <= epochs:
-            rows[epoch] = line
+    """Leave the rows of the first `epochs` epochs in a log: what a run wrote after its last save, it writes again."""
+    rows = [row for row in read_log(path) if row["epoch"] <= epochs]
     with write_whole(path, "w") as log:
-        log.writelines(f"{line}\n" for line in rows.values())
+        log.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 _ECHO_SECONDS = 1.0  # torchrun passes on the Ctrl-C that its processes get from the terminal as well

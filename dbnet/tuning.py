@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import cv2
 import numpy as np
@@ -33,8 +33,11 @@ from dbnet.evaluation import SCORES_MARK
 from dbnet.files import write_json
 from dbnet.inference import Network, Pipeline
 from dbnet.metric import score_selections
-from dbnet.pictures import draw_heat_map, write_image
+from dbnet.pictures import draw_heat_map, write_figure
 from dbnet.postprocess import Region, find_regions, grow_regions, to_image_pixels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BEST = 10  # combinations in the table of the best
 MIN_IMAGES = 10  # on fewer, values are not saved
@@ -290,7 +293,7 @@ def tune_checkpoint(
     if not distributed.is_first():
         return
     tuning = tune(maps, config, workers=count_workers(config))
-    write_image(picture, draw_tuning(tuning))
+    write_figure(picture, draw_tuning(tuning))
     if scores:
         write_json(scores, tuning.to_dict())
     saved = save_tuning(save_to, tuning, config, split) if save_to else None
@@ -316,15 +319,15 @@ def save_tuning(checkpoint: Path, tuning: Tuning, config: Config, split: str) ->
     return f"saved: {checkpoint} now has the best values; its old ones are kept in it, under `tunings`"
 
 
-def draw_tuning(tuning: Tuning) -> np.ndarray:
-    """(height, width, 3) uint8 RGB picture of H-Mean over thresh and box_thresh, around the best combination."""
+def draw_tuning(tuning: Tuning) -> "Figure":
+    """Picture of H-Mean over thresh and box_thresh, around the best combination."""
     own, best = tuning.combinations[0], tuning.combinations[tuning.best]
     thresh, box_thresh = tuning.grid.thresh, tuning.grid.box_thresh
     return draw_heat_map(
         tuning.by_thresholds(),
         rows=box_thresh,
         columns=thresh,
-        axes=("box_thresh", "thresh"),
+        labels=("box_thresh", "thresh"),
         title=f"CLEval H-Mean of {tuning.scores.shape[1]} images; "
         f"unclip ratio {best.unclip_ratio:g}, min_size {best.min_size:g}",
         marks={

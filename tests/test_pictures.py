@@ -1,4 +1,4 @@
-"""Curves of a run: drawn from any log, the best epoch marked where it is, events read back, and never in the way."""
+"""Pictures: curves of any log, the search of a tuning, overlays with a name each, and none of them in the way."""
 
 import importlib.util
 import json
@@ -9,12 +9,12 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.colors import same_color
 from PIL import Image
 
-from dbnet import pictures as curves
-from dbnet.pictures import BEST_COLOR, BLUE, PANELS, SIZE, draw_curves, make_axis, plot_area, read_log, show_progress
-
-SCORE, MEMORY = 0, len(PANELS) - 1
+from dbnet import pictures
+from dbnet.files import read_log
+from dbnet.pictures import BLUE, VERMILION, draw_curves, draw_heat_map, overlay_names, show_progress, write_figure
 
 
 def make_row(epoch, hmean, **values):
@@ -30,79 +30,55 @@ def write_log(run, rows):
     (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def marked(picture, place, color=BEST_COLOR):
-    """Rows and columns of the pixels of about this color inside a panel, counted from its top left."""
-    left, top, right, bottom = plot_area(place)
-    pixels = np.asarray(picture, int)[top:bottom, left:right]
-    return np.nonzero(np.abs(pixels - color).max(axis=2) < 40)
+def lines(axes, color):
+    """The data of the lines of this color in a panel."""
+    return [line.get_xydata() for line in axes.get_lines() if same_color(line.get_color(), color)]
+
+
+# ---------------------------------------------------------------------------------------------------------- curves
 
 
 @pytest.mark.parametrize(("count", "best"), [(1, 1), (12, 4), (300, 212)])
 def test_the_best_epoch_is_marked_where_it_lies(count, best):
-    rows = [make_row(epoch, 0.97 if epoch == best else 0.9) for epoch in range(1, count + 1)]
-    picture = draw_curves(rows)
-    assert picture.size == SIZE
-    left, top, right, bottom = plot_area(SCORE)
-    ys, xs = marked(picture, SCORE)
-    width = right - left
-    share = (best - 1) / (count - 1) if count > 1 else 0.5
-    margin = 0.025 / 1.05 if count > 1 else 0  # of the axis, before the first epoch and after the last
-    assert np.median(xs) == pytest.approx(width * (margin + (1 - 2 * margin) * share), abs=1.5)
-    assert ys.max() - ys.min() > 0.8 * (bottom - top)  # a line over its height, the curves before it
-    ring = ys[np.abs(xs - np.median(xs)) >= 4]
-    axis = make_axis("score", [row[key] for row in rows for key in ("precision", "recall", "hmean")])
-    assert np.mean(ring) == pytest.approx((bottom - top) * (1 - axis.position(0.97)), abs=1.5)
+    figure = draw_curves([make_row(epoch, 0.97 if epoch == best else 0.9) for epoch in range(1, count + 1)])
+    for place, axes in enumerate(figure.axes):
+        upright, *ring = lines(axes, VERMILION)
+        assert set(upright[:, 0]) == {best}
+        assert [each.tolist() for each in ring] == ([[[best, 0.97]]] if place == 0 else [])
+    assert figure._suptitle.get_text().endswith(f"best: 0.9700 in epoch {best}")
+
+
+def test_axes_begin_at_zero_but_for_losses_and_scores_near_one():
+    figure = draw_curves([make_row(epoch, 0.95 + epoch / 1000) for epoch in range(1, 20)])
+    assert [axes.get_yscale() for axes in figure.axes] == ["function", "log", "log", "linear", "linear", "linear"]
+    assert [axes.get_ylim()[0] for axes in figure.axes[3:]] == [0, 0, 0]
+    assert figure.axes[0].get_ylim() == (0.9, 0.98)
+    assert figure.axes[0].get_yticks().tolist() == [0.9, 0.95, 0.98]
 
 
 def test_numbers_that_are_missing_or_not_finite_are_gaps():
     rows = [make_row(epoch, 0.9) for epoch in range(1, 11)]
-    whole = draw_curves(rows)
     for row, gap in zip(rows[3:7], (math.nan, math.inf, None, -math.inf), strict=True):
         row["precision"] = gap
     del rows[7]["precision"]
-    rows[5]["hmean"] = math.nan  # can never be the best
-    columns = [set(marked(picture, SCORE, BLUE)[1].tolist()) for picture in (whole, draw_curves(rows))]
-    width = plot_area(SCORE)[2] - plot_area(SCORE)[0]
-    missing = {column / width for column in columns[0] - columns[1]}
-    assert min(missing) == pytest.approx(2 / 9, abs=0.03) and max(missing) == pytest.approx(8 / 9, abs=0.03)
-    nothing = draw_curves([{"epoch": 1}, {"epoch": 2, "hmean": math.nan, "total_loss": 0.0}])
-    assert nothing.size == SIZE and len(marked(nothing, SCORE)[0]) == 0
+    rows[5]["hmean"] = math.nan
+    [curve] = lines(draw_curves(rows).axes[0], BLUE)
+    assert np.flatnonzero(np.isnan(curve[:, 1])).tolist() == [3, 4, 5, 6, 7]
+
+
+def test_a_log_without_numbers_or_scores_is_drawn(tmp_path):
+    for rows in ([{"epoch": 1}, {"epoch": 2, "hmean": math.nan, "total_loss": 0.0}], [make_row(1, 0.0)]):
+        figure = draw_curves(rows)
+        assert not any(lines(axes, VERMILION) for axes in figure.axes)  # 0 is not the best of anything
+        write_figure(tmp_path / "curves.png", figure)
+        assert Image.open(tmp_path / "curves.png").size == (1500, 820)
 
 
 def test_a_change_of_the_batch_is_marked_in_the_panel_of_memory():
     rows = [make_row(epoch, 0.9, batch="8 x 2" if epoch < 6 else "4 x 4") for epoch in range(1, 11)]
-    assert curves.batch_changes(rows) == [(6, "4 x 4 at 1024 px")]
-    _, xs = marked(draw_curves(rows), MEMORY, (130, 130, 130))
-    counts = np.bincount(xs[xs > 3])  # without the axis itself
-    left, _, right, _ = plot_area(MEMORY)
-    assert counts.argmax() == pytest.approx((right - left) / 2, abs=1.5)
-
-
-@pytest.mark.parametrize("scale", ["linear", "log", "score"])
-@pytest.mark.parametrize(
-    "values",
-    [[0.5], [0.0], [1.0], [0.97, 0.98], [0.0, 1.0], [1e-6, 1e-3], [0.9811, 0.9844], [1e-9, 0.3], [math.nan], []],
-)
-def test_axes_hold_their_values_between_round_ticks(scale, values):
-    axis = make_axis(scale, values)
-    assert 2 <= len(axis.ticks) <= 10 and axis.ticks == sorted(set(axis.ticks))
-    for value in filter(axis.has, values):
-        assert -1e-9 <= axis.position(value) <= 1 + 1e-9
-    for tick in axis.ticks:  # few digits: 0.002, 0.985, a score like 0.9985
-        digits = f"{tick:e}".split("e")[0].rstrip("0").replace(".", "")
-        assert len(digits) <= {"linear": 2, "log": 3, "score": 4}[scale], tick
-
-
-@pytest.mark.parametrize(
-    ("values", "ticks"),
-    [
-        ([0.93, 0.975], [0.9, 0.92, 0.94, 0.96, 0.98]),
-        ([0.1, 0.975], [0, 0.5, 0.8, 0.9, 0.95, 0.98]),
-        ([0.96, 0.9886], [0.95, 0.96, 0.97, 0.98, 0.99]),
-    ],
-)
-def test_score_axes_have_room_near_one(values, ticks):
-    assert make_axis("score", values).ticks == ticks
+    memory = draw_curves(rows).axes[-1]
+    assert [text.get_text() for text in memory.texts] == ["4 x 4 at 1024 px"]
+    assert memory.texts[0].xy[0] == 5.5
 
 
 def test_a_resumed_run_goes_on_with_its_curves(tmp_path):
@@ -111,7 +87,7 @@ def test_a_resumed_run_goes_on_with_its_curves(tmp_path):
         log.write(json.dumps(make_row(3, 0.8)) + "\n" + json.dumps(make_row(4, 0.9))[:50] + "\n")
     assert [(row["epoch"], row["hmean"]) for row in read_log(tmp_path / "log.jsonl")] == [(1, 0.5), (2, 0.6), (3, 0.8)]
     show_progress(tmp_path)
-    assert Image.open(tmp_path / "curves.png").size == SIZE
+    assert Image.open(tmp_path / "curves.png").size == (1500, 820)
 
 
 def read_events(run):
@@ -145,7 +121,7 @@ def test_tensorboard_reads_the_numbers_of_the_log(tmp_path):
 
 def test_without_tensorboard_there_are_no_events_and_no_message(tmp_path, monkeypatch, capfd):
     write_log(tmp_path, [make_row(1, 0.5)])
-    monkeypatch.setattr(curves.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pictures.importlib.util, "find_spec", lambda name: None)
     show_progress(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "log.jsonl"]
     assert capfd.readouterr() == ("", "")
@@ -172,3 +148,35 @@ def test_a_full_disk_costs_the_curves_and_not_the_run(tmp_path):
     assert "curves.png: cannot be written" in lines[0]
     if importlib.util.find_spec("tensorboard"):
         assert len(lines) == 2 and list(read_events(tmp_path)["score/hmean"]) == [(20, 0.5)]
+
+
+# ------------------------------------------------------------------------------------------- heat map and overlays
+
+
+def test_the_heat_map_is_brightest_at_the_best_value_and_frames_it(tmp_path):
+    values = np.array([[0.1, 0.2], [0.3, 0.9], [0.4, 0.5]])
+    figure = draw_heat_map(values, (1, 2, 3), (0.1, 0.2), ("box", "thresh"), "title", {"best": (1, 1), "own": (0, 0)})
+    [axes] = figure.axes
+    [image] = axes.get_images()
+    assert image.get_array().tolist() == values.tolist() and image.origin == "lower"
+    assert [text.get_text() for text in axes.texts][3] == "0.9000"
+    assert [(frame.get_xy(), frame.get_label()) for frame in axes.patches] == [
+        ((0.5, 0.5), "best"),
+        ((-0.5, -0.5), "own"),
+    ]
+    write_figure(tmp_path / "a.png", figure)
+    assert Image.open(tmp_path / "a.png").height > 300
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a.jpg", "b.PNG", "c.d.jpg"], ["a.jpg", "b.jpg", "c.d.jpg"]),
+        (["a.jpg", "a.png"], ["a.jpg.jpg", "a.png.jpg"]),
+        (["a.jpg", "a.png", "a.jpg.jpg"], ["a.jpg.jpg", "a.png.jpg", "a.jpg.jpg.jpg"]),
+        (["x/a.jpg", "y/a.jpg", "a.png"], ["x/a.jpg", "y/a.jpg", "a.jpg"]),
+        (["s/a.pdf#page=1", "s/a.pdf#page=2"], ["s/a.pdf#page=1.jpg", "s/a.pdf#page=2.jpg"]),
+    ],
+)
+def test_each_image_has_an_overlay_of_its_own_name(names, expected):
+    assert list(overlay_names(names).values()) == expected
