@@ -25,7 +25,7 @@ from dbnet.images import read_image
 from dbnet.model import DBNet
 from dbnet.pictures import DONT_CARE_COLOR, draw_polygons
 from dbnet.postprocess import extract_polygons, find_regions
-from dbnet.synth.scene import Word, render_receipt
+from dbnet.synth.scene import LabelledWord, render_receipt
 from dbnet.targets import draw_targets, make_targets
 
 HEIGHT = 640  # of a picture, in pixels
@@ -60,7 +60,7 @@ def main() -> None:
     save(args.out / "polygons.jpg", draw_post_processing(image, prob_map, config))
 
 
-def render(config: Config, place: int) -> tuple[np.ndarray, list[Word]]:
+def render(config: Config, place: int) -> tuple[np.ndarray, list[LabelledWord]]:
     """A receipt with pieces of lines labelled: the one in this place of those that `config.seed` gives."""
     return render_receipt(np.random.default_rng(config.seed + place), config.image_size, lines=True)
 

@@ -13,14 +13,27 @@ import pytest
 from PIL import Image, ImageFont
 
 from dbnet.errors import UserError
-from dbnet.synth.receipt import LATIN, Typeface, has_glyph, print_page
-from dbnet.synth.scene import SPLITS, corners, place, render_receipt, transform, write_dataset
+from dbnet.synth.receipt import LATIN, Typeface, has_glyph, print_sheet
+from dbnet.synth.scene import SPLITS, corners, lay, render_receipt, transform, write_dataset
 
 ROOT = Path(__file__).parent.parent
 
 
-def receipts(count: int, size: int = 384):
-    return [render_receipt(np.random.default_rng([7, index]), size) for index in range(count)]
+@pytest.fixture(autouse=True)
+def only_pillows_font(monkeypatch):
+    """No test depends on the fonts of the machine, which other programs may change meanwhile."""
+    monkeypatch.setattr("dbnet.synth.scene.system_fonts", lambda: ())
+
+
+def receipts(count: int, size: int = 384, **options):
+    return [render_receipt(np.random.default_rng([7, index]), size, **options) for index in range(count)]
+
+
+def turns(polygon: np.ndarray) -> bool:
+    """Whether the corners run clockwise around a convex outline."""
+    edges = np.roll(polygon, -1, axis=0) - polygon
+    following = np.roll(edges, -1, axis=0)
+    return bool((edges[:, 0] * following[:, 1] - edges[:, 1] * following[:, 0] > 0).all())
 
 
 def files_under(folder: Path) -> dict[str, bytes]:
@@ -58,19 +71,18 @@ def test_polygons_lie_inside_the_image_and_are_convex_and_clockwise_from_the_top
         for polygon, text, _ in words:
             assert polygon.shape == (4, 2) and text
             assert (polygon >= 0).all() and (polygon <= (width, height)).all()
-            edges = np.roll(polygon, -1, axis=0) - polygon
-            following = np.roll(edges, -1, axis=0)
-            assert (edges[:, 0] * following[:, 1] - edges[:, 1] * following[:, 0] > 0).all()
-            assert edges[0, 0] > abs(edges[0, 1])  # the first edge is the word's top, read left to right
+            assert turns(polygon)
+            right, down = polygon[1] - polygon[0]
+            assert right > abs(down)  # the first edge is the word's top, read left to right
 
 
 def test_boxes_on_the_page_hold_all_the_ink_of_the_words_and_hug_it():
     face = Typeface("", fixed_pitch=False, stretch=1.0)
-    page = print_page(np.random.default_rng(3), 400, 800, face, LATIN)
-    assert len(page.boxes) > 20
-    for left, top, right, bottom in page.boxes:
+    sheet = print_sheet(np.random.default_rng(3), 400, 800, face, LATIN)
+    assert len(sheet.boxes) > 20
+    for left, top, right, bottom in sheet.boxes:
         rows, columns = slice(round(top), round(bottom)), slice(round(left), round(right))
-        x, y, width, height = cv2.boundingRect(page.ink[rows, columns])
+        x, y, width, height = cv2.boundingRect(sheet.ink[rows, columns])
         slack = 3 + 0.1 * (bottom - top)
         assert x <= slack and y <= slack
         assert right - left - (x + width) <= slack and bottom - top - (y + height) <= slack
@@ -78,13 +90,13 @@ def test_boxes_on_the_page_hold_all_the_ink_of_the_words_and_hug_it():
 
 def test_the_homography_that_bends_the_page_carries_the_boxes_with_the_ink():
     rng = np.random.default_rng(5)
-    page = print_page(rng, 400, 700, Typeface("", fixed_pitch=True, stretch=0.9), LATIN)
-    homography = place(rng, page, (420, 720), flat=False)
-    only_words = np.zeros_like(page.ink)
+    sheet = print_sheet(rng, 400, 700, Typeface("", fixed_pitch=True, stretch=0.9), LATIN)
+    homography = lay(rng, sheet, (420, 720), flat=False)
+    only_words = np.zeros_like(sheet.ink)
     cover = np.zeros((720, 420), np.uint8)
-    for left, top, right, bottom in page.boxes:
+    for left, top, right, bottom in sheet.boxes:
         rows, columns = slice(int(top) + 1, int(bottom)), slice(int(left) + 1, int(right))
-        only_words[rows, columns] = page.ink[rows, columns]
+        only_words[rows, columns] = sheet.ink[rows, columns]
         polygon = transform(homography, corners(left, top, right, bottom) - 0.5) + 0.5
         cv2.fillConvexPoly(cover, np.round(polygon * 16).astype(np.int32), 255, shift=4)
     ink = cv2.warpPerspective(only_words, homography, (420, 720)).astype(float)
@@ -133,7 +145,25 @@ def test_the_data_set_on_disk_has_the_layout_that_training_reads(tmp_path):
     assert count == total > 0
 
 
-def test_the_number_of_workers_changes_nothing(tmp_path):
+def test_varied_receipts_are_labelled_as_exactly_and_some_are_dark_turned_or_mostly_empty():
+    dark, turned, empty = 0, set(), 0
+    for image, words in receipts(40, size=256, varied=True):
+        height, width = image.shape[:2]
+        covered = np.zeros((height, width), np.uint8)
+        for polygon, _, _ in words:
+            assert turns(polygon) and (polygon >= 0).all() and (polygon <= (width, height)).all()
+            cv2.fillConvexPoly(covered, polygon.round().astype(np.int32), 1)
+        dark += np.median(image[covered > 0]) < 90
+        empty += covered.mean() < 0.1
+        long = max(words, key=lambda word: np.ptp(word[0], axis=0).max())[0]
+        right, down = long[1] - long[0]
+        turned.add(("right" if right > 0 else "left") if abs(right) > abs(down) else ("down" if down > 0 else "up"))
+    assert dark >= 4 and empty >= 3 and turned == {"right", "left", "up", "down"}
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path, monkeypatch):
+    fonts = (str(font_with_hangul(tmp_path)),)  # found by this process: those of the workers are not asked
+    monkeypatch.setattr("dbnet.synth.scene.system_fonts", lambda: fonts)
     write_dataset(tmp_path / "one", train=5, val=1, test=0, size=256, seed=4, workers=1)
     write_dataset(tmp_path / "two", train=5, val=1, test=0, size=256, seed=4, workers=2)
     assert files_under(tmp_path / "one") == files_under(tmp_path / "two")
@@ -147,7 +177,7 @@ def test_a_longer_data_set_begins_with_the_shorter_one(tmp_path):
 
 
 def test_an_interrupted_run_leaves_no_jsons(tmp_path, monkeypatch):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dbnet.synth.scene.render_receipt", interrupt)
@@ -157,7 +187,9 @@ def test_an_interrupted_run_leaves_no_jsons(tmp_path, monkeypatch):
 
 
 def test_the_command_writes_a_data_set_and_says_so_in_one_line(tmp_path):
-    done = run_synth("--out", str(tmp_path / "data"), "--train", "1", "--val", "0", "--test", "0", "--size", "256")
+    done = run_synth(
+        "--out", str(tmp_path / "data"), "--train", "1", "--val", "0", "--test", "0", "--size", "256", "--varied"
+    )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1 and "1 train" in done.stdout
     assert (tmp_path / "data/jsons/train.json").is_file()
@@ -191,7 +223,7 @@ def test_impossible_requests_name_the_flag(tmp_path, request_, named):
     assert not (tmp_path / "data").exists()
 
 
-def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path):
+def test_a_folder_that_cannot_be_made_is_the_users_to_fix(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
         write_dataset(tmp_path / "file" / "data", train=1, val=0, test=0, size=256, workers=1)

@@ -1,7 +1,7 @@
-"""A receipt in ink: what it says, and how it is printed on a flat page that knows the box of each word.
+"""The print of a receipt: its rows of text, and the flat sheet on which they are printed, with the box of each word.
 
-`compose_receipt` writes the rows of a receipt in one of the vocabularies, and `print_page` sets them in a typeface.
-`dbnet.synth` puts the page on paper and photographs it.
+`compose_receipt` writes the rows in one of the vocabularies, and `print_sheet` prints them in a typeface. `scene` puts
+the sheet on paper and photographs it.
 """
 
 import math
@@ -16,13 +16,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dbnet.errors import UserError
 
-WORD_MARGIN = 0.06  # between ink and polygon, in font sizes: what an annotator leaves
-FIXED_PITCH = 0.62  # width of a cell of the printer, in font sizes
+WORD_MARGIN = 0.06  # between ink and polygon, in font sizes, as annotators leave it
+FIXED_PITCH = 0.62  # width of a letter's cell in fixed-pitch print, in font sizes
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "/Library/Fonts", "C:/Windows/Fonts")
 FONT_NAMES = ("DejaVuSans", "DejaVuSerif", "Liberation", "FreeSans", "FreeMono", "Arial", "cour", "Courier New")
 
 
-# ---- what a receipt says
+# ---- the text of a receipt
 
 
 def phrases(text: str) -> tuple[str, ...]:
@@ -38,13 +38,13 @@ class Vocabulary:
     items: tuple[str, ...]
     notes: tuple[str, ...]
     columns: tuple[tuple[str, ...], ...]
-    """Heads of the table of items: name, quantity, unit price, amount; one of the tuples is taken."""
+    """Alternative headings of the table of items: name, quantity, unit price, amount."""
     fields: tuple[str, ...]
-    """What a line of the header may name: a counter, a cashier, a number."""
+    """Labels of header lines: a counter, a cashier, a number."""
     sums: tuple[tuple[str, ...], ...]
-    """Subtotal, tax, total, payment, change: alternatives for each."""
+    """Alternative labels of subtotal, tax, total, payment and change."""
     syllables: tuple[str, ...]
-    """For made-up names, so that a detector cannot learn the list by heart."""
+    """Parts of made-up names, so that the words are not always the same."""
     cents: bool
     currencies: tuple[str, ...]
 
@@ -103,7 +103,7 @@ KOREAN = Vocabulary(
 
 @dataclass(frozen=True)
 class Cell:
-    """Text between two positions across the page (fractions of the print width); align 0 left, 0.5 centre, 1 right."""
+    """Text between two positions across the sheet (fractions of the print width); align 0 left, 0.5 centre, 1 right."""
 
     text: str
     left: float = 0.0
@@ -124,7 +124,7 @@ class Row:
 
 
 def pick(rng: np.random.Generator, options: Sequence):
-    """One of `options`; unlike rng.choice it neither copies nor converts them."""
+    """One of `options`, without rng.choice's conversion to an array."""
     return options[int(rng.integers(len(options)))]
 
 
@@ -235,7 +235,7 @@ def compose_receipt(rng: np.random.Generator, words: Vocabulary, line_count: flo
     return rows
 
 
-# ---- ink: (height, width) uint8, 255 where the printer prints
+# ---- ink: (height, width) uint8, 255 where something is printed
 
 
 def draw_rule(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -256,6 +256,15 @@ def draw_barcode(rng: np.random.Generator, height: int, width: int) -> np.ndarra
     ink = np.zeros((height, width), np.uint8)
     left = (width - min(len(bars), width)) // 2
     ink[:, left : left + len(bars)] = bars[:width]
+    return ink
+
+
+def draw_marks(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A row of asterisks, dashes or equals signs: print that is no text."""
+    scale = height / 30
+    ink = np.zeros((height, width), np.uint8)
+    row = pick(rng, "*-=_.#") * math.ceil(width / (18 * scale))
+    cv2.putText(ink, row, (0, height * 3 // 4), cv2.FONT_HERSHEY_SIMPLEX, scale, 255, 1 + height // 24, cv2.LINE_AA)
     return ink
 
 
@@ -287,11 +296,11 @@ def draw_logo(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Typeface:
-    """A font file ("" for Pillow's own) and how the printer uses it."""
+    """A font file ("" for Pillow's own) and its use in print."""
 
     path: str
     fixed_pitch: bool
-    """Set every glyph in a cell of the same width, as thermal printers do."""
+    """Print every glyph in a cell of the same width, as thermal printers do."""
     stretch: float
     """Width of the glyphs relative to the font's."""
 
@@ -307,26 +316,26 @@ def load_font(path: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageF
         reason = "it does not exist" if not Path(path).is_file() else str(error)
         raise UserError(f"--font {path}: cannot be used ({reason}); give a .ttf or .otf file") from None
     except ImportError:
-        raise UserError("this Pillow has no FreeType; mend: pip install --force-reinstall 'Pillow>=10.1'") from None
+        raise UserError("this Pillow has no FreeType; fix: pip install --force-reinstall 'Pillow>=10.1'") from None
 
 
 @lru_cache(maxsize=64)
 def has_glyph(path: str, letter: str) -> bool:
-    """Whether the font draws `letter` in another way than a code point that no font has."""
+    """Whether the font has `letter`: its picture differs from that of a code point that no font has."""
     font = load_font(path, 32)
     return bytes(font.getmask(letter)) not in (b"", bytes(font.getmask("\U0010fffe")))
 
 
 @lru_cache(maxsize=1)
 def system_fonts() -> tuple[str, ...]:
-    """Plain text fonts in this machine's usual folders, for variety beyond Pillow's own; often none."""
+    """Plain text fonts in the usual folders of this machine; often none."""
     found = (path for folder in FONT_FOLDERS for path in sorted(Path(folder).rglob("*.ttf")))
     return tuple(str(path) for path in found if path.name.startswith(FONT_NAMES))
 
 
-def choose_typeface(rng: np.random.Generator, fonts: Sequence[str]) -> Typeface:
-    """A user's font in 3 of 4 receipts where there is one, else Pillow's own or one of the system."""
-    path = pick(rng, fonts) if fonts and chance(rng, 0.75) else pick(rng, ("", *system_fonts()))
+def choose_typeface(rng: np.random.Generator, fonts: Sequence[str], others: Sequence[str]) -> Typeface:
+    """One of `fonts` in 3 of 4 receipts where there are any, else Pillow's own or one of the others."""
+    path = pick(rng, fonts) if fonts and chance(rng, 0.75) else pick(rng, ("", *others))
     if not path and chance(rng, 0.5):
         return Typeface(path, fixed_pitch=True, stretch=rng.uniform(0.75, 1.0))
     return Typeface(path, fixed_pitch=False, stretch=rng.uniform(0.75, 1.1))
@@ -339,14 +348,14 @@ def word_ink(face: Typeface, size: int, bold: bool, text: str) -> tuple[np.ndarr
     pitch = round(size * FIXED_PITCH) if face.fixed_pitch else 0
     length = pitch * len(text) if pitch else math.ceil(font.getlength(text))
     canvas = Image.new("L", (length + 2 * size, 3 * size))
-    draw = ImageDraw.Draw(canvas)
+    pen = ImageDraw.Draw(canvas)
     if pitch:
         for position, letter in enumerate(text):
-            draw.text((size + (position + 0.5) * pitch, 2 * size), letter, 255, font, anchor="ms")
+            pen.text((size + (position + 0.5) * pitch, 2 * size), letter, 255, font, anchor="ms")
     else:
-        draw.text((size, 2 * size), text, 255, font, anchor="ls")
+        pen.text((size, 2 * size), text, 255, font, anchor="ls")
     ink = cv2.resize(np.asarray(canvas), None, fx=face.stretch, fy=1.0, interpolation=cv2.INTER_AREA)
-    if bold:  # the printer strikes twice
+    if bold:  # printed twice, a little to the right
         strike = max(1, round(size / 16))
         ink[:, strike:] = np.maximum(ink[:, strike:], ink[:, :-strike].copy())
     x, y, width, height = cv2.boundingRect(ink)
@@ -361,28 +370,33 @@ def letter_width(face: Typeface) -> float:
 
 
 @dataclass
-class Page:
-    """Print on flat paper: ink (height, width) uint8, and for each word its box x0, y0, x1, y1 in pixels and text."""
+class Sheet:
+    """Print on flat paper: ink (height, width) uint8, box x0, y0, x1, y1 in pixels and text of each word."""
 
     ink: np.ndarray
     boxes: list[tuple[float, float, float, float]]
     texts: list[str]
     line_lengths: list[int]
-    """words of each piece of a line that stands by itself (a cell), in the order of `boxes`"""
+    """words in each part of a line that stands by itself (a cell), in the order of `boxes`"""
 
-    def lines(self) -> "Page":
-        """The page with such pieces of lines in place of words."""
+    def lines(self) -> "Sheet":
+        """The sheet with these parts of lines in place of words."""
         boxes, texts, start = [], [], 0
         for length in self.line_lengths:
             words = np.array(self.boxes[start : start + length])
             boxes.append((*words[:, :2].min(0).tolist(), *words[:, 2:].max(0).tolist()))
             texts.append(" ".join(self.texts[start : start + length]))
             start += length
-        return Page(self.ink, boxes, texts, [1] * len(boxes))
+        return Sheet(self.ink, boxes, texts, [1] * len(boxes))
+
+    def padded(self, top: int, bottom: int, left: int, right: int) -> "Sheet":
+        """The sheet with empty margins of so many pixels added."""
+        boxes = [(x0 + left, y0 + top, x1 + left, y1 + top) for x0, y0, x1, y1 in self.boxes]
+        return replace(self, ink=np.pad(self.ink, ((top, bottom), (left, right))), boxes=boxes)
 
 
 SetWord = tuple[str, np.ndarray, int, int]
-"""A word, its ink, and the ink's place: down from the baseline, right from where the line begins"""
+"""A word, its ink, and the position of the ink: down from the baseline, right from the start of the line."""
 
 
 def fit_words(text: str, face: Typeface, size: int, bold: bool, room: float) -> tuple[list[SetWord], int]:
@@ -400,11 +414,12 @@ def fit_words(text: str, face: Typeface, size: int, bold: bool, room: float) -> 
     return words, width
 
 
-def print_row(page: Page, row: Row, face: Typeface, size: int, band: tuple[int, int, int, int]) -> str:
-    """Set the cells of `row` into a band x0, y0, x1, y1 of the page; returns the text of its last cell left over."""
+def print_row(sheet: Sheet, row: Row, face: Typeface, size: int, band: tuple[int, int, int, int]) -> str:
+    """Print the cells of `row` into a band x0, y0, x1, y1 of the sheet; returns the text that its last cell has no room
+    for."""
     x0, y0, x1, y1 = band
     if row.inverted:
-        page.ink[y0:y1, x0:x1] = 255
+        sheet.ink[y0:y1, x0:x1] = 255
     padding = size // 3 if row.inverted else 0
     start, across = x0 + padding, x1 - x0 - 2 * padding
     baseline = (y0 + y1 + round(size * 0.66)) // 2
@@ -417,22 +432,29 @@ def print_row(page: Page, row: Row, face: Typeface, size: int, band: tuple[int, 
         for text, ink, offset, shift in words:
             left, top = origin + shift, baseline + offset
             right, bottom = left + ink.shape[1], top + ink.shape[0]
-            spot = page.ink[top:bottom, left:right]
+            spot = sheet.ink[top:bottom, left:right]
             spot[:] = spot - np.minimum(ink, spot) if row.inverted else np.maximum(spot, ink)
-            page.boxes.append((left - margin, top - margin, right + margin, bottom + margin))
-            page.texts.append(text)
+            sheet.boxes.append((left - margin, top - margin, right + margin, bottom + margin))
+            sheet.texts.append(text)
         if words:
-            page.line_lengths.append(len(words))
+            sheet.line_lengths.append(len(words))
     return " ".join(row.cells[-1].text.split()[len(words) :]) if words else ""
 
 
-def print_page(rng: np.random.Generator, width: int, height: int, face: Typeface, words: Vocabulary) -> Page:
-    """Set a receipt on a page `width` pixels wide and at most `height` high (rows that do not fit are left out)."""
+def print_sheet(
+    rng: np.random.Generator, width: int, height: int, face: Typeface, words: Vocabulary, varied: bool = False
+) -> Sheet:
+    """Print a receipt on a sheet `width` pixels wide and at most `height` high (rows that do not fit are left out).
+
+    With `varied`, lines may be as tight as print allows, and rows of marks that are no text stand between them.
+    """
     size = max(8, round(width / rng.uniform(34, 62) / letter_width(face)))
-    leading = rng.uniform(1.1, 1.5)
+    leading = rng.uniform(0.95, 1.1) if varied and chance(rng, 0.3) else rng.uniform(1.1, 1.5)
     margin = max(4, round(width * rng.uniform(0.03, 0.1)))
-    page = Page(np.zeros((height, width), np.uint8), [], [], [])
+    sheet = Sheet(np.zeros((height, width), np.uint8), [], [], [])
     rows = compose_receipt(rng, words, (height - 2 * margin) / (size * leading))[::-1]
+    for _ in range(rng.integers(0, 5) if varied else 0):
+        rows.insert(int(rng.integers(len(rows))), Row(graphic=pick(rng, (draw_marks, draw_rule)), scale=0.8))
     top = margin
     while rows:
         row = rows.pop()
@@ -441,11 +463,11 @@ def print_page(rng: np.random.Generator, width: int, height: int, face: Typeface
         if bottom + margin > height:
             break
         if row.graphic:
-            page.ink[top:bottom, margin:-margin] = row.graphic(rng, bottom - top, width - 2 * margin)
+            sheet.ink[top:bottom, margin:-margin] = row.graphic(rng, bottom - top, width - 2 * margin)
         elif row.cells:
-            rest = print_row(page, row, face, row_size, (margin, top, width - margin, bottom))
+            rest = print_row(sheet, row, face, row_size, (margin, top, width - margin, bottom))
             if rest and len(row.cells) == 1:
                 rows.append(replace(row, cells=(replace(row.cells[0], text=rest),)))
         top = bottom
-    page.ink = page.ink[: top + margin]
-    return page
+    sheet.ink = sheet.ink[: top + margin]
+    return sheet

@@ -2,13 +2,13 @@
 
     python -m dbnet.synth --out data/synth --train 200 --val 20 --test 10 --size 640 --seed 0 [--font Korean.ttf]
 
-An image comes about in the order of this file: `print_page` of `dbnet.receipt` sets a receipt in ink on a flat page
-and knows the box of each word, `develop` turns ink into coloured paper, `place` chooses one homography
-for the pixels and the word boxes, `photograph` or `scan` puts the paper into its scene, and `degrade` is
-the camera: blur, noise, JPEG. All sizes follow `size`, so 640 and 1024 show the same kind of receipt.
+The order of this file is the order in which an image is made: `print_sheet` of `receipt` prints on a flat sheet and
+notes the box of each word, `develop` turns ink into coloured paper, `lay` chooses one homography for the pixels and the
+boxes, `photograph` or `scan` puts the paper into its scene, and `degrade` is the camera: blur, noise, JPEG. All lengths
+follow `size`, so 640 and 1024 show the same kind of receipt.
 
 The same seed gives the same words, layout and pixels on the same machine, for any number of workers. Another machine
-may have other fonts (`system_fonts`) or another Pillow, and then it differs; Pillow's own font is enough to run.
+may have other fonts (`system_fonts`) or another Pillow, and then the images differ. No font need be installed.
 """
 
 import json
@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -27,14 +28,25 @@ from tqdm import tqdm
 from dbnet.config import ArgumentParser
 from dbnet.dataset import count_cores
 from dbnet.errors import UserError
-from dbnet.synth.receipt import KOREAN, LATIN, Page, chance, choose_typeface, has_glyph, load_font, pick, print_page
+from dbnet.synth.receipt import (
+    KOREAN,
+    LATIN,
+    Sheet,
+    chance,
+    choose_typeface,
+    has_glyph,
+    load_font,
+    pick,
+    print_sheet,
+    system_fonts,
+)
 
 SPLITS = ("train", "val", "test")
 SCAN_SHARE = 1 / 3  # of the images are flat scans, the others photographs
 MIN_CONTRAST = 24  # grey levels between ink and paper; fainter print is marked illegible
 MIN_SIZE = 128  # of an image's long side: below it no line of print can be read
 
-Word = tuple[np.ndarray, str, bool]  # polygon (4, 2), transcription, illegible
+LabelledWord = tuple[np.ndarray, str, bool]  # polygon (4, 2), transcription, illegible
 Frame = tuple[int, int]  # width, height of the image
 
 
@@ -64,12 +76,12 @@ def to_image(values: np.ndarray) -> np.ndarray:
 
 
 def print_strength(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """How dark the printer prints at each place: (height, width) float32, 0 nothing to 1 full."""
+    """Darkness of the print at each pixel: (height, width) float32, from 0 (nothing) to 1 (full)."""
     strength = 1 - rng.uniform(0, 0.5) * smooth_noise(rng, height, width, 5, 3)
     strength *= rng.uniform(0.55, 1.0)
     if chance(rng, 0.25):  # dead or worn dots of the print head
         strength *= 1 - 0.6 * (rng.random(width, np.float32) < rng.uniform(0.02, 0.15))
-    if chance(rng, 0.15):  # a patch bleached by heat or light, past reading in the middle
+    if chance(rng, 0.15):  # a patch bleached by heat or light, not legible in its middle
         y, x = np.ogrid[:height, :width]
         distance = np.hypot(x - rng.uniform(0, width), y - rng.uniform(0, height)) / (width * rng.uniform(0.2, 0.5))
         strength *= np.clip(distance**3, 0.02, 1)
@@ -99,24 +111,40 @@ def draw_pen(rng: np.random.Generator, paper: np.ndarray) -> None:
     cv2.polylines(paper, [np.round(points).astype(np.int32)], False, colour, max(1, width // 180), cv2.LINE_AA)
 
 
-def develop(rng: np.random.Generator, page: Page, flat: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Paper (height, width, 3) uint8 with the page printed on it, and the contrast of print there in grey levels."""
-    height, width = page.ink.shape
+def draw_specks(rng: np.random.Generator, paper: np.ndarray) -> None:
+    """Dirt and stains."""
+    height, width = paper.shape[:2]
+    for _ in range(rng.integers(10, 150)):
+        centre = (int(rng.integers(width)), int(rng.integers(height)))
+        axes = (rng.exponential(height / 500, 2) + 0.5).astype(int).tolist()
+        cv2.ellipse(paper, centre, axes, rng.uniform(0, 180), 0, 360, [int(rng.integers(0, 200))] * 3, -1, cv2.LINE_AA)
+
+
+def develop(rng: np.random.Generator, sheet: Sheet, flat: bool, varied: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Paper (height, width, 3) uint8 with the sheet printed on it, and the contrast of print there in grey levels.
+
+    With `varied`, some paper has specks, and some is dark with light print.
+    """
+    height, width = sheet.ink.shape
     brightness, warmth = (rng.uniform(243, 255), 0) if flat else (rng.uniform(205, 248), rng.uniform(-4, 12))
     white = np.array([brightness, brightness - warmth * 0.4, brightness - warmth], np.float32) + rng.uniform(-2, 2, 3)
     ink = np.float32(pick(rng, ((20, 20, 24), (45, 45, 50), (60, 50, 110), (70, 60, 50)))) + rng.uniform(-15, 25)
     strength = print_strength(rng, height, width)
-    alpha = strength * page.ink * np.float32(1 / 255)
+    alpha = strength * sheet.ink * np.float32(1 / 255)
     if chance(rng, 0.5):  # rough print
         alpha *= np.clip(1 + noise_window(rng, height, width) * np.float32(rng.uniform(0, 0.01)), 0, 1)
     tone = white + alpha[..., None] * np.float32(ink - white)
     paper = to_image(tone if flat else tone * fold_shading(rng, height, width)[..., None])
     if chance(rng, 0.2):
         draw_pen(rng, paper)
+    if varied and chance(rng, 0.3):
+        draw_specks(rng, paper)
+    if varied and chance(rng, 0.25):
+        paper = to_image(255 - paper * np.float32(rng.uniform(0.7, 1)))
     return paper, strength * float(white.mean() - ink.mean())
 
 
-# ---- scene: where the paper lies, and what is around it
+# ---- scene: the position of the paper, and its surroundings
 
 
 def corners(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
@@ -129,15 +157,15 @@ def transform(homography: np.ndarray, points: np.ndarray) -> np.ndarray:
     return cv2.perspectiveTransform(np.asarray(points, np.float64).reshape(1, -1, 2), homography)[0]
 
 
-def place(rng: np.random.Generator, page: Page, frame: Frame, flat: bool) -> np.ndarray:
-    """The (3, 3) homography from page to image: tilt and perspective, then all words brought inside `frame` (w, h)."""
-    height, width = page.ink.shape
+def lay(rng: np.random.Generator, sheet: Sheet, frame: Frame, flat: bool) -> np.ndarray:
+    """The (3, 3) homography from sheet to image: tilt and perspective, then all words moved inside `frame` (w, h)."""
+    height, width = sheet.ink.shape
     outline = corners(0, 0, width, height)
     angle = math.radians(rng.normal(0, 0.8 if flat else 5))
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     seen = outline @ turn + (0 if flat else rng.uniform(-0.06, 0.06, (4, 2)) * width)
     homography = cv2.getPerspectiveTransform(outline.astype(np.float32), seen.astype(np.float32))
-    boxes = np.array(page.boxes)
+    boxes = np.array(sheet.boxes or [(0, 0, width, height)])
     text = transform(homography, corners(*boxes[:, :2].min(0), *boxes[:, 2:].max(0)))
     low, high = text.min(0), text.max(0)
     room = np.array(frame) - 4.0
@@ -146,8 +174,36 @@ def place(rng: np.random.Generator, page: Page, frame: Frame, flat: bool) -> np.
     return np.array([[zoom, 0, shift[0]], [0, zoom, shift[1]], [0, 0, 1]]) @ homography
 
 
-def table_top(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """A background (height, width, 3) uint8: wood, cloth or plain, with things lying about."""
+def draw_face(rng: np.random.Generator, scene: np.ndarray) -> None:
+    """Something like a face: a head with hair, eyes and mouth."""
+    height, width = scene.shape[:2]
+    x, y = (rng.random(2) * (width, height)).astype(int).tolist()
+    r = max(6, int(height * rng.uniform(0.03, 0.15)))
+    skin = (np.array([225, 180, 150]) * rng.uniform(0.35, 1.1)).clip(0, 255).tolist()
+    dark = rng.integers(0, 70, 3).tolist()
+    cv2.circle(scene, (x, y - r // 4), round(r * 1.1), dark, -1, cv2.LINE_AA)
+    cv2.ellipse(scene, (x, y), (round(r * 0.8), r), 0, 0, 360, skin, -1, cv2.LINE_AA)
+    for side in (-1, 1):
+        cv2.ellipse(scene, (x + side * r // 3, y - r // 5), (r // 6 + 1, r // 10 + 1), 0, 0, 360, dark, -1, cv2.LINE_AA)
+    cv2.ellipse(scene, (x, y + r // 2), (r // 3, r // 8 + 1), 0, 0, 180, (150, 60, 60), r // 12 + 1, cv2.LINE_AA)
+
+
+def draw_pattern(rng: np.random.Generator, scene: np.ndarray) -> None:
+    """Tiles, bricks, shutters or a fence: lines at equal distances all over the scene."""
+    height, width = scene.shape[:2]
+    pace, shade = max(4, int(height * rng.uniform(0.01, 0.08))), rng.integers(0, 256, 3).tolist()
+    thickness, rows, columns = 1 + int(pace * rng.uniform(0, 0.5)), chance(rng, 0.8), chance(rng, 0.7)
+    for y in range(0, height if rows else 0, pace):
+        cv2.line(scene, (0, y), (width, y), shade, thickness)
+    for x in range(0, width if columns else 0, pace * pick(rng, (1, 2, 3))):
+        cv2.line(scene, (x, 0), (x, height), shade, thickness)
+
+
+def table_top(rng: np.random.Generator, width: int, height: int, varied: bool = False) -> np.ndarray:
+    """A background (height, width, 3) uint8: wood, cloth or plain, with other things on it.
+
+    With `varied`, patterns and faces as well.
+    """
     colour = np.float32(rng.uniform(30, 210) + np.multiply((1, 0.2, -1), rng.uniform(-10, 45)) + rng.uniform(-8, 8, 3))
     grain = smooth_noise(rng, height, width, *pick(rng, ((60, 3), (3, 60), (40, 30), (4, 4)))) - 0.5
     if chance(rng, 0.12):  # a checked cloth
@@ -155,17 +211,21 @@ def table_top(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
         pace = rng.uniform(60, 250) / height
         grain += 0.5 * np.sign(np.sin(y * pace) + np.sin(x * pace))
     scene = to_image(colour + grain[..., None] * rng.uniform(15, 60, 3).astype(np.float32))
+    if varied and chance(rng, 0.3):
+        draw_pattern(rng, scene)
+    for _ in range(rng.integers(0, 5) if varied and chance(rng, 0.4) else 0):
+        draw_face(rng, scene)
     for _ in range(rng.integers(0, 6)):  # cups, cables, cards, phones, other pieces of paper
         darkest, lightest = pick(rng, ((0, 80), (0, 256), (190, 250)))
         shade = rng.integers(darkest, lightest, 3).tolist()
-        place, end = (rng.random((2, 2)) * (width, height)).astype(int).tolist()
+        start, end = (rng.random((2, 2)) * (width, height)).astype(int).tolist()
         radius = int(height * rng.uniform(0.02, 0.2))
         if chance(rng, 0.25):
-            cv2.circle(scene, place, radius, shade, pick(rng, (-1, 2, 5)), cv2.LINE_AA)
+            cv2.circle(scene, start, radius, shade, pick(rng, (-1, 2, 5)), cv2.LINE_AA)
         elif chance(rng, 0.25):
-            cv2.line(scene, place, end, shade, radius // 8 + 1, cv2.LINE_AA)
+            cv2.line(scene, start, end, shade, radius // 8 + 1, cv2.LINE_AA)
         else:
-            box = cv2.boxPoints((place, (2 * radius, 3 * radius), rng.uniform(0, 180)))
+            box = cv2.boxPoints((start, (2 * radius, 3 * radius), rng.uniform(0, 180)))
             cv2.fillConvexPoly(scene, box.astype(np.int32), shade, cv2.LINE_AA)
     return scene
 
@@ -182,25 +242,30 @@ def uneven_light(rng: np.random.Generator, width: int, height: int) -> np.ndarra
     return light[..., None] * np.array([1 + warmth, 1, 1 - warmth], np.float32)
 
 
-def photograph(rng: np.random.Generator, paper: np.ndarray, homography: np.ndarray, frame: Frame) -> np.ndarray:
+def photograph(
+    rng: np.random.Generator, paper: np.ndarray, homography: np.ndarray, frame: Frame, varied: bool = False
+) -> np.ndarray:
     """The paper on a table, its shadow beside it, in uneven light: (h, w, 3) uint8 for a frame (w, h)."""
     width, height = frame
     outline = transform(homography, corners(0, 0, paper.shape[1], paper.shape[0]))
     mask = np.zeros((height, width), np.float32)
     cv2.fillConvexPoly(mask, np.round(outline * 16).astype(np.int32), 1.0, shift=4)
     reach = width // 20 + 1
-    table = (
-        table_top(rng, width, height)
-        * (1 - np.float32(rng.uniform(0, 0.6)) * cv2.blur(mask, (reach, reach)))[..., None]
-    )
+    table = table_top(rng, width, height, varied)
+    table = table * (1 - np.float32(rng.uniform(0, 0.6)) * cv2.blur(mask, (reach, reach)))[..., None]
     sheet = cv2.warpPerspective(paper, homography, frame, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     covered = cv2.blur(mask, (3, 3))[..., None]
     return to_image((table + (sheet - table) * covered) * uneven_light(rng, width, height))
 
 
-def scan(rng: np.random.Generator, paper: np.ndarray, homography: np.ndarray, frame: Frame) -> np.ndarray:
-    """The paper on the white of a flatbed scanner, at times with hard contrast: (h, w, 3) uint8 for a frame (w, h)."""
-    lid = [int(rng.integers(244, 256))] * 3
+def scan(
+    rng: np.random.Generator, paper: np.ndarray, homography: np.ndarray, frame: Frame, varied: bool = False
+) -> np.ndarray:
+    """The paper on the lid of a flatbed scanner, at times with hard contrast: (h, w, 3) uint8 for a frame (w, h).
+
+    The lid is white, or with `varied` at times black.
+    """
+    lid = [int(rng.integers(0, 30) if varied and chance(rng, 0.2) else rng.integers(244, 256))] * 3
     image = cv2.warpPerspective(paper, homography, frame, flags=cv2.INTER_LINEAR, borderValue=lid)
     if chance(rng, 0.3):
         image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
@@ -210,7 +275,7 @@ def scan(rng: np.random.Generator, paper: np.ndarray, homography: np.ndarray, fr
 
 
 def degrade(rng: np.random.Generator, image: np.ndarray, size: int, flat: bool) -> np.ndarray:
-    """What lens, sensor and file do: blur, loss of resolution, noise, JPEG. (h, w, 3) uint8 to the same."""
+    """Effects of lens, sensor and file: blur, loss of resolution, noise, JPEG. (h, w, 3) uint8 to the same."""
     height, width = image.shape[:2]
     if chance(rng, 0.2):
         share = rng.uniform(0.6, 0.9)
@@ -229,53 +294,72 @@ def degrade(rng: np.random.Generator, image: np.ndarray, size: int, flat: bool) 
     return image
 
 
+def quarter_turns(image: np.ndarray, words: list[LabelledWord], count: int) -> tuple[np.ndarray, list[LabelledWord]]:
+    """The image and its words turned counter-clockwise by `count` times 90 degrees; first corners stay the first."""
+    for _ in range(count):
+        width = image.shape[1]
+        image = np.ascontiguousarray(np.rot90(image))
+        words = [(np.stack([points[:, 1], width - points[:, 0]], 1), text, faint) for points, text, faint in words]
+    return image, words
+
+
 def render_receipt(
-    rng: np.random.Generator, size: int = 640, fonts: Sequence[str] = (), lines: bool = False
-) -> tuple[np.ndarray, list[Word]]:
+    rng: np.random.Generator,
+    size: int = 640,
+    fonts: Sequence[str] = (),
+    lines: bool = False,
+    varied: bool = False,
+    other_fonts: Sequence[str] | None = None,
+) -> tuple[np.ndarray, list[LabelledWord]]:
     """One receipt: image (height, width, 3) uint8 RGB, long side about `size`, and its words.
 
     A word is (polygon, transcription, illegible): polygon (4, 2) float64 in pixels of the image, clockwise from the
     word's top left, tight around its ink, always inside the image; illegible where the print is too faint to read.
-    With `lines`, pieces of lines take the place of words, as some data sets label them: what stands together in a
-    column.
-    `fonts` are files to prefer over Pillow's own; those with Hangul give Korean receipts. Raises UserError for a
-    file that is no font.
+    With `lines`, the words of a line that stand together in a column are one polygon, as some data sets label them.
+    With `varied`, also light print on dark paper, tight lines, rows of marks, specks, large empty margins, patterns and
+    faces in the background, and pages turned by 90, 180 or 270 degrees.
+    `fonts` are files to prefer over Pillow's own and `other_fonts` (those of this machine); fonts with Hangul give
+    Korean receipts. Raises UserError for a file that is no font.
     """
     flat = chance(rng, SCAN_SHARE)
-    face = choose_typeface(rng, fonts)
+    face = choose_typeface(rng, fonts, system_fonts() if other_fonts is None else other_fonts)
     words = KOREAN if has_glyph(face.path, "가") and chance(rng, 0.8) else LATIN
     long_side = round(size * rng.uniform(0.9, 1.0))
+    sparse = varied and chance(rng, 0.25)
+    share = rng.uniform(0.3, 0.6) if sparse else 1.0  # of the height that print may take
     if flat:
         width = round(long_side * rng.uniform(0.38, 0.75))
-        page = print_page(rng, width, long_side, face, words)
-        frame = width, max(page.ink.shape[0], round(long_side * rng.uniform(0.85, 1.0)))
+        sheet = print_sheet(rng, width, round(long_side * share), face, words, varied)
+        frame = width, max(sheet.ink.shape[0], round(long_side * rng.uniform(0.85, 1.0)))
     else:
         aspect = pick(rng, (9 / 16, 9 / 16, 3 / 4, 3 / 4, 2 / 3, 1.0))
         frame = round(long_side * aspect), long_side
-        page_width = round(min(frame[0] * rng.uniform(0.6, 0.98), long_side * 0.7))
-        page = print_page(rng, page_width, round(long_side * rng.uniform(0.85, 1.05)), face, words)
-    homography = place(rng, page, frame, flat)
-    paper, contrast = develop(rng, page, flat)
-    image = (scan if flat else photograph)(rng, paper, homography, frame)
+        sheet_width = round(min(frame[0] * rng.uniform(0.6, 0.98), long_side * 0.7))
+        sheet = print_sheet(rng, sheet_width, round(long_side * rng.uniform(0.85, 1.05) * share), face, words, varied)
+    if sparse:
+        sheet = sheet.padded(*(rng.uniform(0, 0.5, 4) * long_side).astype(int).tolist())
+        frame = tuple(np.minimum(np.maximum(frame, sheet.ink.shape[::-1]), long_side).tolist())
+    homography = lay(rng, sheet, frame, flat)
+    paper, contrast = develop(rng, sheet, flat, varied)
+    image = (scan if flat else photograph)(rng, paper, homography, frame, varied)
     outlines = []
-    labelled = page.lines() if lines else page
+    labelled = sheet.lines() if lines else sheet
     for box, text in zip(labelled.boxes, labelled.texts, strict=True):
         x0, y0, x1, y1 = (max(0, round(edge)) for edge in box)
         faint = float(contrast[y0:y1, x0:x1].mean()) < MIN_CONTRAST
         polygon = transform(homography, corners(*box) - 0.5) + 0.5  # OpenCV counts from the centre of pixel 0
         outlines.append((polygon, text, faint))
-    return degrade(rng, image, size, flat), outlines
+    image = degrade(rng, image, size, flat)
+    return quarter_turns(image, outlines, pick(rng, (0, 0, 1, 2, 3)) if varied else 0)
 
 
 # ---- data set on disk
 
 
-def write_image(
-    job: tuple[str, int], folder: Path, size: int, seed: int, fonts: Sequence[str], lines: bool
-) -> tuple[str, dict]:
+def write_receipt(job: tuple[str, int], folder: Path, size: int, seed: int, **options: Any) -> tuple[str, dict]:
     """Render and write image `index` of `split`; returns its file name and its entry of the json."""
     split, index = job
-    image, words = render_receipt(np.random.default_rng([seed, SPLITS.index(split), index]), size, fonts, lines)
+    image, words = render_receipt(np.random.default_rng([seed, SPLITS.index(split), index]), size, **options)
     name = f"synth_{split}_{index:05d}.jpg"
     _, encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
     (folder / "images" / split / name).write_bytes(encoded.tobytes())
@@ -287,7 +371,7 @@ def write_image(
 
 
 def check_request(folder: Path, counts: dict[str, int], size: int, seed: int, fonts: Sequence[str]) -> None:
-    """Raises UserError, naming the flag and the mend, for what `write_dataset` cannot or must not do."""
+    """Raise UserError for a request that `write_dataset` cannot meet; the message names the flag and the fix."""
     for name, value in (*counts.items(), ("seed", seed)):
         if value < 0:
             raise UserError(f"--{name} {value}: give 0 or more")
@@ -311,6 +395,7 @@ def write_dataset(
     fonts: Sequence[str] = (),
     workers: int | None = None,
     lines: bool = False,
+    varied: bool = False,
 ) -> int:
     """Write a data set of receipts in the layout that `dbnet.annotations` reads, and return the number of its words.
 
@@ -324,7 +409,8 @@ def write_dataset(
     jobs = [(split, index) for split in SPLITS for index in range(counts[split])]
     workers = min(workers or count_cores(), len(jobs))
     images: dict[str, dict[str, dict]] = {split: {} for split in SPLITS}
-    render = partial(write_image, folder=folder, size=size, seed=seed, fonts=fonts, lines=lines)
+    look: dict[str, Any] = {"fonts": fonts, "lines": lines, "varied": varied, "other_fonts": system_fonts()}
+    render = partial(write_receipt, folder=folder, size=size, seed=seed, **look)
     try:
         for split in SPLITS:
             (folder / "images" / split).mkdir(parents=True, exist_ok=True)
@@ -355,8 +441,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--font", action="append", default=[], metavar="FILE", help="a .ttf or .otf to print with; repeatable"
     )
-    parser.add_argument("--lines", action="store_true", help="label pieces of lines, not words")
+    parser.add_argument("--lines", action="store_true", help="label lines of a column, not words")
+    parser.add_argument("--varied", action="store_true", help="also dark paper, tight lines, dirt, turned pages, ...")
     args = parser.parse_args(arguments)
-    words = write_dataset(args.out, args.train, args.val, args.test, args.size, args.seed, args.font, lines=args.lines)
-    counts = f"{args.train} train, {args.val} val, {args.test} test images"
-    print(f"{args.out}: {counts} with {words} {'lines' if args.lines else 'words'}")
+    counts = (args.train, args.val, args.test)
+    words = write_dataset(args.out, *counts, args.size, args.seed, args.font, lines=args.lines, varied=args.varied)
+    images = f"{args.train} train, {args.val} val, {args.test} test images"
+    print(f"{args.out}: {images} with {words} {'lines' if args.lines else 'words'}")
