@@ -115,7 +115,7 @@ def run(args: argparse.Namespace, changes: dict[str, Any]) -> None:
             save_to = args.checkpoints[0] if args.save else None
             return tune_checkpoint(pipeline, network, args.split, search, args.json, save_to)
         if comparison:
-            comparison.check_shares(path.name for path in dataset.paths)
+            comparison.check_shares(dataset.names)
         evaluation = evaluate(pipeline, network, picture=picture)
         settings = {field: getattr(config, field) for field in REPORTED}
         advice = advise_on_collapse(evaluation.compute(), evaluation.highest, config)

@@ -81,28 +81,29 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
     from dbnet.dataset import ImageDataset
     from dbnet.errors import ImageError
     from dbnet.files import Journal, check_outputs, make_folder, stamp
-    from dbnet.images import pdf_of
+    from dbnet.images import file_of
     from dbnet.inference import Pipeline, load_network
     from dbnet.pictures import PICTURE_MARK, overlay_names, write_overlay
-    from dbnet.splits import find_images_at, read_image_paths
+    from dbnet.splits import find_images_at, read_images
 
     distributed.init()
     checkpoints = args.checkpoints or [distributed.from_first(default_checkpoint)]
     network = load_network(checkpoints, changes)
     config = network.config
-    paths = find_images_at(args.images) if args.images else read_image_paths(Path(config.data), "test", config.format)
-    form = choose_format(args.out, args.out_format, [path.name for path in paths])
+    images = find_images_at(args.images) if args.images else read_images(config.data, "test", config.format)
+    paths = list(images.values())
+    form = choose_format(args.out, args.out_format, list(images))
     overlays: dict[Path, Path] = {}
     if args.overlays:
         make_folder(args.overlays)
-        names = overlay_names([path.name for path in paths])
-        overlays = {path: args.overlays / names[path.name] for path in paths}
+        names = overlay_names(list(images))
+        overlays = {path: args.overlays / names[name] for name, path in images.items()}
     outputs = [(args.out, result_mark(form)), *((path, PICTURE_MARK) for path in overlays.values())]
-    check_outputs(*outputs, inputs=[*checkpoints, *map(pdf_of, paths)])
+    check_outputs(*outputs, inputs=[*checkpoints, *map(file_of, paths)])
 
     settings = {name: value for name, value in config.to_dict().items() if name not in SETTINGS_APART}
     journal = Journal(args.out, distributed.rank(), [settings, *map(stamp, checkpoints)], args.resume)
-    keys = {path: journal.key(path, pdf_of(path)) for path in paths}
+    keys = {path: journal.key(path, file_of(path)) for path in paths}
     found = {
         path: Annotation.detected(*journal.done[keys[path]])
         for path in paths
@@ -135,7 +136,7 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
         found |= theirs
         unreadable |= failed
     if distributed.is_first():
-        rows = {path.name: found[path] for path in paths}
+        rows = {name: found[path] for name, path in images.items()}
         write_detections(args.out, form, rows)
         journal.remove()
         print_summary(args, form, rows, [unreadable[path] for path in paths if path in unreadable])

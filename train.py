@@ -44,6 +44,7 @@ from dbnet.memory import BatchPlan, agreed, all_or_none, as_many_on_each_rank, m
 from dbnet.model import DBNet
 from dbnet.pictures import PICTURE_MARK, sample_sheet, show_progress, write_image
 from dbnet.profile import print_profile
+from dbnet.splits import data_folders
 from dbnet.training import (
     Interrupted,
     Interruption,
@@ -290,7 +291,7 @@ def train_epoch(
     epoch, plan = training.running, training.plan
     started, read_at, images_before = time.monotonic() - epoch.seconds, time.monotonic(), epoch.images
     title = f"epoch {training.epoch + 1}/{config.epochs}"
-    seen, total = epoch.images + epoch.failed, len(cast(TextDataset, loader.dataset))
+    seen, total = epoch.images + epoch.failed, len(cast(TextDataset, loader.dataset).draws(training.epoch))
     with tqdm(
         total=total,
         desc=title,
@@ -311,7 +312,7 @@ def train_epoch(
                 sum(len(batch["image"]) for batch in readable),
                 sum(int(batch["dropped"].sum()) for batch in readable),
                 len(errors),
-                bool(errors) and not Path(config.data).is_dir(),
+                bool(errors) and not all(folder.is_dir() for folder in data_folders(config.data)),
                 bool(interruption and interruption.signal),
                 bool(saver and saver.is_due()),
             )

@@ -160,10 +160,10 @@ def _decode(where: str, data: bytes) -> str:
 
 
 def check_name(where: Path | str, name: str) -> str:
-    """The name, where it is that of a file and leads into no other folder. Raises UserError."""
-    is_plain = Path(name).name == name and name not in ("", "..") and "\0" not in name
-    if not is_plain or name.encode(errors="ignore").decode() != name:  # a lone surrogate is no character
-        raise UserError(f"{where}: {name!r} is not a plain file name; images lie directly in their folder")
+    """The name, where it is that of a file in the folder of the images or in a sub-folder of it. Raises UserError."""
+    leads_out = name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/"))
+    if leads_out or "\0" in name or name.encode(errors="ignore").decode() != name:  # a lone surrogate is no character
+        raise UserError(f"{where}: {name!r} is not a plain file name, nor a path within the folder of the images")
     return name
 
 

@@ -61,7 +61,11 @@ class Config:
 
     # images and samples
     data: str = "data/datasets"
-    """folder with images/{train,val,test}/ and jsons/{train,val,test}.json"""
+    """folder with images/{train,val,test}/ and jsons/{train,val,test}.json; several folders, separated by commas, are
+    one data set, each in a format of its own"""
+    data_weights: tuple[float, ...] = ()
+    """how often each image of each folder of --data comes in an epoch of training (3,1,0.5: those of the first folder
+    three times, half of those of the third once, others in each epoch); without any, once"""
     format: Literal["auto", "competition", "coco", "icdar", "polygons", "totaltext", "labelme"] = "auto"
     """format of the annotations: auto (detected), competition or coco (jsons/SPLIT.json), or a file for each image in
     labels/SPLIT/: icdar (x1,y1,...,x4,y4,transcription), polygons (any number of points), totaltext, labelme"""
@@ -205,6 +209,9 @@ class Config:
             rounded = math.ceil(self.image_size / STRIDE) * STRIDE
             print(f"image size {self.image_size} is rounded up to {rounded}, a multiple of {STRIDE}", file=sys.stderr)
             object.__setattr__(self, "image_size", rounded)
+        for weight in self.data_weights:
+            if not 0 < weight <= 1000:  # nan is nowhere
+                raise UserError(f"--data-weights {weight:g}: must be above 0 and at most 1000")
         for size in self.train_sizes:
             if size % STRIDE or size <= 0:
                 raise UserError(f"--train-sizes {size}: must be a multiple of {STRIDE}")
@@ -290,7 +297,7 @@ def _check(name: str, hint: Any, value: Any) -> None:
     """Raise UserError where a value is not of the type or in the range that the hint of its field asks for."""
     kind, typed = _kind(hint), f"{_flag(name)} {value}"
     if kind is tuple:
-        if not isinstance(value, tuple) or not all(type(each) is get_args(hint)[0] for each in value):
+        if not isinstance(value, tuple) or not all(type(each) in (int, get_args(hint)[0]) for each in value):
             raise UserError(f"{typed}: takes {_NUMBERS[get_args(hint)[0]]} separated by commas")
         return
     if get_origin(hint) is Literal and value not in get_args(hint):

@@ -9,7 +9,7 @@ import copy
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -24,7 +24,7 @@ from dbnet.annotations import Annotation
 from dbnet.augment import Augmentation
 from dbnet.augment import draw as draw_augmentation
 from dbnet.config import STRIDE, Config
-from dbnet.errors import ImageError
+from dbnet.errors import ImageError, UserError
 from dbnet.geometry import Letterbox, clip_polygons, padded, split_polygons, visible_shares
 from dbnet.images import read_image, read_size
 from dbnet.memory import keep_freed_memory
@@ -113,9 +113,12 @@ class Draw(NamedTuple):
     side: int | None = None
     """longer side of the resized image in pixels; None is config.image_size"""
 
+    repeat: int = 0
+    """how often the image has come in this epoch before"""
+
 
 class ImageDataset:
-    """Images to detect text in. A sample is a dict of
+    """Images to detect text in, each with a path and a name of its own. A sample is a dict of
 
     image: (height, width, 3) uint8 array, RGB: the image with its longer side resized to image_size, in the top-left
         corner; below and beside it is black up to the next multiple of 32, or what the rest of its batch needs;
@@ -126,9 +129,12 @@ class ImageDataset:
     or of `index` and `error`, a line of text, for an image that cannot be read.
     """
 
-    def __init__(self, paths: list[Path], config: Config, pad: str = "tight") -> None:
-        """`pad`: tight, or square for images padded to image_size x image_size."""
-        self.paths = paths
+    def __init__(
+        self, paths: Sequence[Path], config: Config, pad: str = "tight", names: Sequence[str] | None = None
+    ) -> None:
+        """`pad`: tight, or square for images padded to image_size x image_size. `names`: else those of the files."""
+        self.paths = list(paths)
+        self.names = [path.name for path in paths] if names is None else list(names)
         self.config = config
         self.pad = pad
         self.further_sizes: tuple[int, ...] = ()
@@ -137,6 +143,10 @@ class ImageDataset:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def draws(self, epoch: int) -> list[Draw]:
+        """What an epoch consists of: each image once."""
+        return [Draw(place, epoch) for place in range(len(self))]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Sample `index`; of an augmented split, that of epoch `index // len(self)`."""
@@ -276,20 +286,41 @@ class TextDataset(ImageDataset):
     """
 
     def __init__(self, config: Config, split: str, train: bool) -> None:
-        paths, annotations = read_split(Path(config.data), split, config.format)
-        super().__init__(paths, config, config.pad if train else "tight")
+        images, annotations, folder_sizes = read_split(config.data, split, config.format)
+        super().__init__(list(images.values()), config, config.pad if train else "tight", list(images))
         self.train = train
-        self.annotations = annotations
+        self.annotations = list(annotations.values())
         if train:
-            self.words = Words.gather(annotations)
-            self._cache = PixelCache(len(paths), config.image_size, config)
+            self.words = Words.gather(self.annotations)
+            self._folders = list(zip(folder_sizes, _folder_weights(config, len(folder_sizes)), strict=True))
+            self._cache = PixelCache(len(images), config.image_size, config)
+
+    def draws(self, epoch: int) -> list[Draw]:
+        """What an epoch consists of: each image as often as config.data_weights says.
+
+        With a weight of 2.3, each image of the folder twice and 0.3 of them once more. Which ones goes round from epoch
+        to epoch, in an order that depends on the seed alone, so that all come equally often over the epochs.
+        """
+        if not (self.train and self.config.data_weights):
+            return super().draws(epoch)
+        draws: list[Draw] = []
+        first = 0
+        for folder, (size, weight) in enumerate(self._folders):
+            times = int(weight)
+            draws += [Draw(first + i, epoch, repeat=repeat) for repeat in range(times) for i in range(size)]
+            more = round((weight - times) * size)
+            order = np.random.default_rng((self.config.seed, folder)).permutation(size)
+            for i in order.take(range(epoch * more, (epoch + 1) * more), mode="wrap").tolist():
+                draws.append(Draw(first + i, epoch, repeat=times))
+            first += size
+        return draws
 
     def augmentation(self, draw: Draw) -> Augmentation:
         if not self.train:
             return super().augmentation(draw)
-        return draw_augmentation(
-            self.config, np.random.default_rng((self.config.seed, draw.epoch, draw.place)), draw.side
-        )
+        seeds = (self.config.seed, draw.epoch, draw.place)
+        rng = np.random.default_rng((*seeds, draw.repeat) if draw.repeat else seeds)
+        return draw_augmentation(self.config, rng, draw.side)
 
     def load(self, place: int) -> tuple[np.ndarray, Letterbox]:
         if not self.train:
@@ -370,8 +401,13 @@ class Batches:
         self.dataset, self.batch_size, self.seed, self.accumulate = dataset, batch_size, seed, accumulate
         self.epoch, self.start = epoch, start
 
+    @property
+    def samples(self) -> int:
+        """How many samples an epoch has, over all processes."""
+        return len(self.dataset.draws(self.epoch))
+
     def __len__(self) -> int:
-        batches = -(-len(self.dataset) // self.batch_size)
+        batches = -(-self.samples // self.batch_size)
         return len(range(self.start + distributed.rank(), batches, distributed.world_size()))
 
     def __iter__(self) -> Iterator[list[Draw]]:
@@ -387,12 +423,13 @@ class Batches:
             yield [draw._replace(side=side) for draw in batch]
 
     def _batches(self, rng: np.random.Generator | None) -> Iterator[list[Draw]]:
-        order = np.arange(len(self.dataset))
+        epoch = self.dataset.draws(self.epoch)
+        order = np.arange(len(epoch))
         if rng:
             rng.shuffle(order)
         together = self.batch_size * _LIKE_SHAPES_AMONG
         for start in range(0, len(order), together):
-            draws = [Draw(place, self.epoch) for place in order[start : start + together].tolist()]
+            draws = [epoch[i] for i in order[start : start + together].tolist()]
             if self.dataset.pad == "tight":
                 draws.sort(key=self.dataset.elongation)
             batches = [draws[i : i + self.batch_size] for i in range(0, len(draws), self.batch_size)]
@@ -436,6 +473,14 @@ def make_loader(batches: Batches, workers: int, pin_memory: bool) -> DataLoader:
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         generator=torch.Generator(),  # else each pass draws from the one that the network's layers draw from
     )
+
+
+def _folder_weights(config: Config, folders: int) -> tuple[float, ...]:
+    """The weight of each folder of --data. Raises UserError where there is not one for each."""
+    if config.data_weights and len(config.data_weights) != folders:
+        weights = ",".join(f"{weight:g}" for weight in config.data_weights)
+        raise UserError(f"--data-weights {weights}: must be a number for each of the {folders} folders of --data")
+    return config.data_weights or (1.0,) * folders
 
 
 def count_workers(config: Config) -> int:

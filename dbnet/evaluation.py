@@ -22,7 +22,7 @@ from dbnet.geometry import Polygons, common_areas, near_pairs
 from dbnet.images import read_size
 from dbnet.inference import Network, Pipeline
 from dbnet.metric import CLEval, DatasetScore, ImageScore, match_image
-from dbnet.splits import read_labels
+from dbnet.splits import match_names, read_split
 
 MIN_POINTS = 3
 """Polygons with fewer points have no area."""
@@ -390,17 +390,17 @@ def evaluate(
         smoothing=0,
         disable=not distributed.is_first(),
     ):
-        path, annotation = dataset.paths[detection.index], dataset.annotations[detection.index]
+        name, annotation = dataset.names[detection.index], dataset.annotations[detection.index]
         size = dataset.size(detection.index)
-        evaluation.update(path.name, annotation, detection.polygons, detection.error, size)
+        evaluation.update(name, annotation, detection.polygons, detection.error, size)
         if detection.prob_map is not None:
             evaluation.highest = max(evaluation.highest, int(detection.prob_map.max(initial=0)) / 255)
         if picture:
             found = detection.polygons, detection.scores, detection.prob_map
-            evaluation.pictures[path.name] = picture(path, annotation, *found)
+            evaluation.pictures[name] = picture(dataset.paths[detection.index], annotation, *found)
     for others in distributed.all_gather(evaluation):
         evaluation.merge(others)
-    evaluation.per_image = {path.name: evaluation.per_image[path.name] for path in dataset.paths}
+    evaluation.per_image = {name: evaluation.per_image[name] for name in dataset.names}
     return evaluation
 
 
@@ -416,28 +416,29 @@ def evaluate_submission(
     `picture` is as for `evaluate`. Raises UserError for a file that is no submission for this split, or where the
     `comparison` has none of its images.
     """
-    place, annotations = read_labels(Path(config.data), split, config.format)
-    submission = read_detections(path, list(annotations))
-    unknown = [name for name in submission if name not in annotations]
+    images, annotations, _ = read_split(config.data, split, config.format, need_images=False)
+    rows = read_detections(path, list(annotations))
+    name_of = match_names(rows, images)
+    unknown = [name for name in rows if name not in name_of]
     if unknown:
         raise UserError(
-            f"{path}: {unknown[0]} is not in {place} (nor are {len(unknown) - 1} others); "
+            f"{path}: {unknown[0]} is not in the split {split} of {config.data} (nor are {len(unknown) - 1} others); "
             f"choose the split with --split and the data set with --data"
         )
+    submission = {name_of[name]: row for name, row in rows.items()}
     if comparison:
         comparison.check_shares(annotations)
-    print(f"{path} on {place}")
+    print(f"{path} on {split} of {config.data}")
     evaluation = Evaluation()
     for name, annotation in annotations.items():
-        image = Path(config.data) / "images" / split / name
         try:
-            size = read_size(image)
+            size = read_size(images[name])
         except ImageError:  # a submission can be scored without the images, except by size of text
             size = None
         polygons = submission[name].polygons if name in submission else []
         evaluation.update(name, annotation, polygons, size=size)
         if picture:
-            evaluation.pictures[name] = picture(image, annotation, polygons)
+            evaluation.pictures[name] = picture(images[name], annotation, polygons)
     missing = [name for name in annotations if name not in submission]
     if missing:
         print(f"{len(missing)} images of the split have no row and count 0, {missing[0]} first")

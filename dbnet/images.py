@@ -6,6 +6,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from io import SEEK_END, BytesIO
 from pathlib import Path
 from threading import Lock
@@ -18,7 +19,9 @@ from PIL import Image, UnidentifiedImageError
 from dbnet.errors import ImageError, UserError
 from dbnet.files import check_regular
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+PAGED_SUFFIXES = (".pdf",)
+EXTRA_SUFFIXES = {".pdf": "pip install pypdfium2"}
 MAX_PIXELS = 100_000_000  # after reduced decoding: 300 MB of RGB
 MAX_BYTES = 1 << 30  # of a file: 100 megapixels that are not compressed are fewer
 
@@ -50,9 +53,6 @@ _UPRIGHT = {
 }
 
 
-__all__ = ["MAX_PIXELS", "SUFFIXES", "ImageError", "list_images", "name_stem", "read_image", "read_size", "to_rgb"]
-
-
 class _Header(NamedTuple):
     """What is known of an image before it is decoded."""
 
@@ -66,29 +66,16 @@ class _Header(NamedTuple):
     """(width, height) upright, in pixels"""
 
 
-def list_images(folder: Path) -> list[Path]:
-    """The image files of a folder, by name. Raises UserError where the folder cannot be read, or a name is not text."""
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
-    for path in paths:
-        check_encoding(path)
-    return paths
-
-
-def check_encoding(path: Path) -> None:
-    """Raise UserError for a file name that no CSV or JSON can hold, such as one unpacked in another encoding."""
-    try:
-        path.name.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{path}: the file name is not UTF-8; rename it (convmv does so for whole folders)") from None
+def readable_suffixes() -> tuple[str, ...]:
+    """The suffixes of image files that can be read with what is installed, in lower case."""
+    return SUFFIXES if find_spec("pypdfium2") is None else (*SUFFIXES, ".pdf")
 
 
 def name_stem(name: str) -> str:
-    """What a file about an image is called but for its suffix: the image's name without its own; a page's whole."""
-    path = Path(name)
-    return name if in_pdf(path) else path.stem
+    """What a file about an image is called but for its suffix: the image's name without its own, with _ for the folders
+    in it; a page's whole name."""
+    name = name.replace("/", "_")
+    return name if in_pdf(Path(name)) else Path(name).stem
 
 
 def read_image(path: Path, side: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
@@ -306,7 +293,7 @@ def in_pdf(path: Path) -> bool:
     return path.suffix.lower() == ".pdf" or _PAGE.fullmatch(path.name) is not None
 
 
-def pdf_of(path: Path) -> Path:
+def file_of(path: Path) -> Path:
     """The PDF file that a page is in; any other path as it is."""
     page = _PAGE.fullmatch(path.name)
     return path.with_name(page[1]) if page else path
@@ -375,7 +362,7 @@ def _open(path: Path) -> "Iterator[PdfDocument]":
         import pypdfium2
     except ImportError:
         raise UserError(f"{path}: reading PDF files needs pypdfium2: pip install pypdfium2") from None
-    file = pdf_of(path)
+    file = file_of(path)
     check_regular(file, ImageError)
     with _one_at_a_time:
         try:

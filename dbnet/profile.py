@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dbnet.config import Config
 from dbnet.device import pick_amp_dtype, pick_device
 from dbnet.memory import SMALLER_SIZES, BatchPlan, free_memory, is_out_of_memory, keep_freed_memory
-from dbnet.splits import read_split
+from dbnet.splits import data_folders, read_split
 from dbnet.targets import draw_targets
 
 Start = Callable[[Config, torch.device, BatchPlan], Any]
@@ -116,9 +116,9 @@ def print_profile(preset: str, config: Config, start: Start, step: Step) -> None
 
 def count_images(config: Config) -> tuple[int, str]:
     """How many training images an epoch has, and where that is from: config.data, or the competition without it."""
-    if not Path(config.data).exists():
+    if not all(folder.exists() for folder in data_folders(config.data)):
         return COMPETITION_IMAGES, f"the competition's; there is no {config.data}"
-    return len(read_split(Path(config.data), "train")[0]), config.data
+    return len(read_split(config.data, "train").images), config.data
 
 
 def fallback_cases(config: Config, device: torch.device) -> list[Case]:

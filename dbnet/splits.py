@@ -1,164 +1,321 @@
-"""The data on disk: DATA/images/{train,val,test}/ and DATA/jsons/{train,val,test}.json, checked as they are read.
+"""Which images and labels a command works on: the splits of a data set, or the places that a user names.
 
-Annotations may also be in the formats that `dbnet.formats` reads, and those lie in more places: see `find_labels`.
+An image is known by a name of its own, in rows, scores and reports: its path within its folder, with / on every system.
+Names that two folders share get the folders' names in front. Hidden files, as macOS adds them, are no images.
 """
 
 import glob
 import os
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
-from dbnet.annotations import (
-    ONE_FILE_FORMATS,
-    TEXT_PARSERS,
-    Annotation,
-    list_text_files,
-    read_labels_at,
-)
+from dbnet.annotations import ONE_FILE_FORMATS, TEXT_PARSERS, Annotation, list_text_files, read_labels_at
 from dbnet.errors import ImageError, UserError
-from dbnet.images import SUFFIXES, check_encoding, list_images, list_pages, pdf_of
+from dbnet.images import EXTRA_SUFFIXES, PAGED_SUFFIXES, file_of, list_pages, readable_suffixes
+
+_LABEL_SUFFIXES = (".json", ".txt", ".xml", ".csv", ".zip")  # that may lie beside the images of a data set
+
+Value = TypeVar("Value")
 
 
-def find_labels(data: Path, split: str, form: str = "auto") -> Path | None:
+class Split(NamedTuple):
+    """The images of a split, by name, and what is in them."""
+
+    images: dict[str, Path]
+    """the file, or the page of one, of each image"""
+
+    annotations: dict[str, Annotation]
+    """the words of each image, in the same order"""
+
+    folder_sizes: list[int]
+    """how many of the images each folder of --data has, in this order"""
+
+
+def data_folders(data: str | Path) -> list[Path]:
+    """The folders of `--data a,b,c`, whether they exist or not."""
+    if os.path.isdir(data):  # also one with a comma in its name
+        return [Path(data)]
+    return [Path(part.strip()) for part in str(data).split(",") if part.strip()] or [Path(data)]
+
+
+def read_split(data: str | Path, split: str, form: str = "auto", need_images: bool = True) -> Split:
+    """Images and annotations of a split of one or several folders, in the order of each folder's json, or by name.
+
+    Prints how many images have no annotations and are left out, and what `read_labels` prints. Without `need_images`,
+    images may be missing: their names and paths are then those that the annotations give them.
+
+    Raises UserError where a folder, its annotations or, if needed, images that these name are missing.
+    """
+    folders = _checked_folders(data)
+    parts = [_read_folder(folder, split, form, need_images) for folder in folders]
+    images = _join(folders, [images for images, _ in parts])
+    annotations = _join(folders, [annotations for _, annotations in parts])
+    return Split(images, annotations, [len(images) for images, _ in parts])
+
+
+def read_images(data: str | Path, split: str, form: str = "auto") -> dict[str, Path]:
+    """Images of a split that needs no annotations, by name: in the order of its json where there is one."""
+    folders = _checked_folders(data)
+    places = [find_labels(folder, split, form) for folder in folders]
+    if all(place and place.suffix == ".json" for place in places):
+        return read_split(data, split, form).images
+    return _join(folders, [_images_of(folder, split) for folder in folders])
+
+
+def find_labels(folder: Path, split: str, form: str = "auto") -> Path | None:
     """Where the annotations of a split are: the first of
 
-        DATA/jsons/SPLIT.json     the competition's or COCO's
-        DATA/labels/SPLIT.json    the same
-        DATA/labels/SPLIT.zip     a text file, or a json of LabelMe, for each image
-        DATA/labels/SPLIT/        the same in a folder
-        DATA/images/SPLIT/        the same beside the images
+        FOLDER/jsons/SPLIT.json     the competition's or COCO's
+        FOLDER/labels/SPLIT.json    the same
+        FOLDER/labels/SPLIT.zip     a text file, or a json of LabelMe, for each image
+        FOLDER/labels/SPLIT/        the same in a folder
+        FOLDER/images/SPLIT/        the same beside the images
 
-    that is there and can be of the format `form`, or None. Raises UserError where DATA is no folder.
+    that is there and can be of the format `form`, or None.
     """
-    _check_folder(data)
-    one_file = [data / "jsons" / f"{split}.json", data / "labels" / f"{split}.json"]
-    file_an_image = [data / "labels" / f"{split}.zip", data / "labels" / split, data / "images" / split]
-    places = ([] if form in TEXT_PARSERS else one_file) + ([] if form in ONE_FILE_FORMATS else file_an_image)
-    return next((path for path in places if path.is_file() or _holds_labels(path)), None)
+    return next(iter(_label_places(folder, split, form)), None)
 
 
-def read_labels(data: Path, split: str, form: str = "auto") -> tuple[Path, dict[str, Annotation]]:
-    """Where the annotations of a split are, and these by the file names of their images.
+def read_labels(folder: Path, split: str, form: str = "auto") -> tuple[Path, dict[str, Annotation]]:
+    """Where the annotations of a split are, and these by the names of their images.
 
-    Says on stdout which format they were taken for, where that is not the competition's. Raises UserError where there
-    are none, or they are broken.
+    Prints which format they were taken for, where that is not the competition's, and which other annotations are there
+    and not read. Raises UserError where there are none, or they are broken.
     """
-    place = find_labels(data, split, form)
-    if place is None:
-        kind = "annotations" if form == "auto" else f"annotations of --format {form}"
-        raise UserError(
-            f"{data / 'jsons' / split}.json: no such file; the {kind} of a split belong there, or into "
-            f"{data / 'labels' / split}/ as a file for each image"
-        )
-    folder = data / "images" / split
-    images = [path.name for path in list_images(folder)] if folder.is_dir() else []
-    recognized, annotations = read_labels_at(place, images, form)
-    if form == "auto" and recognized != "competition":
-        print(f"{place}: annotations of the format {recognized} (--format insists on another)")
-    return place, annotations
+    [folder] = _checked_folders(folder)
+    images = folder / "images" / split
+    return _read_labels(folder, split, form, list_images(images, _LABEL_SUFFIXES) if images.is_dir() else {})
 
 
-def read_split(data: Path, split: str, form: str = "auto") -> tuple[list[Path], list[Annotation]]:
-    """Image files and annotations of a split, in the order of its json; by name where there is a file for each image.
+def find_images_at(places: list[Path]) -> dict[str, Path]:
+    """Images at the given places, by name, in the order of the places.
 
-    Says on stdout how many image files have no annotations and are left out, and what `read_labels` says.
+    A place is a folder (the images in it and its sub-folders, by name), a file, a page as FILE.pdf#page=NUMBER, or a
+    pattern with *, ?, [] and ** (the images that match, by name, and other files where the pattern ends in their
+    suffix). Each page of a PDF or a TIFF is an image; such a file that cannot be opened stays as it is, to fail like
+    any other image when it is read. Prints which other files of folders are passed over.
 
-    Raises UserError where the folder, the annotations or images that these name are missing.
+    Raises UserError for a place that does not exist or holds nothing to read, and for a PDF where pypdfium2 is missing.
     """
-    place, annotations = read_labels(data, split, form)
-    folder = find_images(data, split)
-    present = {path.name for path in list_images(folder)}
-    missing = [name for name in annotations if name not in present]
-    if missing:
-        spelled = {unicodedata.normalize("NFC", name): name for name in present}
-        if unicodedata.normalize("NFC", missing[0]) in spelled:
-            raise UserError(
-                f"{folder / missing[0]}: {split}.json and the file spell this name in different Unicode forms (NFC and "
-                f"NFD); rename the files (convmv -f utf-8 -t utf-8 --nfc)"
-            )
-        raise UserError(
-            f"{folder / missing[0]}: no such image, but {place.name} names it (and {len(missing) - 1} more like it); "
-            f"put it there or take it out of the annotations"
-        )
-    if not annotations:
-        raise UserError(f"{place}: names no images")
-    left_out = len(present) - len(annotations)
-    if left_out:
-        print(f"{folder}: {left_out} images have no entry in {place.name} and are left out")
-    return [folder / name for name in annotations], list(annotations.values())
-
-
-def read_image_paths(data: Path, split: str, form: str = "auto") -> list[Path]:
-    """Image files of a split that needs no annotations: in the order of its json where there is one, else by name."""
-    place = find_labels(data, split, form)
-    if place and place.suffix == ".json":
-        return read_split(data, split, form)[0]
-    return list_images(find_images(data, split))
-
-
-def find_images_at(places: list[Path]) -> list[Path]:
-    """Image files and pages of PDF files at the given places, in order.
-
-    A place is a folder (its images and PDFs, by name), a file, a page as FILE.pdf#page=NUMBER, or a pattern with *, ?,
-    [] and ** (the images and PDFs that match, by name, and other files where the pattern ends in their suffix). A PDF
-    that cannot be opened stays as it is in the list, to fail like any other image when it is read.
-
-    Raises UserError for a place that does not exist or holds nothing to read, or two files of the same name, which the
-    rows of a submission could not tell apart; and for a PDF where pypdfium2 is not installed.
-    """
-    files = []
+    found: list[tuple[str, Path]] = []
     for place in places:
-        if os.path.isdir(place):  # unlike Path's, it takes no offence at a name too long
-            found = [path for path in place.iterdir() if _is_readable(path)]
-        elif os.path.exists(pdf_of(place)):
-            found = [place]
+        if os.path.isdir(place):  # unlike Path's, it does not raise for a name that is too long
+            images = list_images(place)
+        elif os.path.exists(file_of(place)):
+            images = {page.name: page for page in _pages_or_itself(place)}
         elif glob.has_magic(str(place)):
-            matches = map(Path, glob.glob(str(place), recursive=True))
-            found = [path for path in matches if _is_readable(path) or (path.suffix == place.suffix and path.is_file())]
+            matches = sorted(map(Path, glob.glob(str(place), recursive=True)))
+            known = (*readable_suffixes(), place.suffix.lower())
+            files = [path for path in matches if path.suffix.lower() in known and not path.is_dir()]
+            images = _by_unique_name([(page.name, page) for path in files for page in _pages_or_itself(path)])
         else:
             raise UserError(f"{place}: no such file or folder")
-        if not found:
-            raise UserError(f"{place}: holds no images ({', '.join(SUFFIXES)}, .pdf)")
-        for path in found:
-            check_encoding(path)
-        files.extend(sorted(found))
-    paths = [path for file in files for path in _pages_or_itself(file)]
-    names = Counter(path.name for path in paths)
-    twice = next((path for path in paths if names[path.name] > 1), None)
-    if twice:
-        raise UserError(f"{twice}: another image has the same name; a row of the CSV is known by its file name alone")
-    return paths
+        if not images:
+            raise UserError(f"{place}: holds no images ({', '.join(readable_suffixes())})")
+        found.extend(images.items())
+    for _, path in found:
+        _check_encoding(path)
+    return _by_unique_name(found)
 
 
-def find_images(data: Path, split: str) -> Path:
-    """DATA/images/SPLIT. Raises UserError where it is not a folder with images."""
-    _check_folder(data)
-    folder = data / "images" / split
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; the images of the split belong there")
-    if not list_images(folder):
-        raise UserError(f"{folder}: holds no images ({', '.join(SUFFIXES)})")
-    return folder
+def list_images(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, Path]:
+    """The images of a folder and its sub-folders, pages of PDF and TIFF files among them, in the order of their paths.
+
+    Prints how many other files there are, by suffix, but for the suffixes `ignored`. Raises UserError where a folder
+    cannot be read, or a name is not text.
+    """
+    images: dict[str, Path] = {}
+    passed_over: Counter[str] = Counter()
+    suffixes = readable_suffixes()
+    for path in sorted(_walk(folder, set())):
+        if path.suffix.lower() in suffixes:
+            _check_encoding(path)
+            for page in _pages_or_itself(path):
+                images[page.relative_to(folder).as_posix()] = page
+        elif path.suffix.lower() not in ignored:
+            passed_over[path.suffix.lower()] += 1
+    if passed_over:
+        print(f"{folder}: passed over {_describe(passed_over)}")
+    return images
 
 
-def _check_folder(data: Path) -> None:
-    if not data.is_dir():
-        raise UserError(f"{data}: no such folder; name the data set with --data DIR")
+def _checked_folders(data: str | Path) -> list[Path]:
+    """The folders of `--data`. Raises UserError where one does not exist."""
+    folders = data_folders(data)
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; name the data set with --data DIR, several as --data DIR,DIR")
+    return folders
 
 
-def _holds_labels(folder: Path) -> bool:
-    return folder.is_dir() and any(list_text_files(folder, suffix) for suffix in (".txt", ".json"))
+def _walk(folder: Path, seen: set[str]) -> Iterable[Path]:
+    """All files in a folder and its sub-folders that are not hidden; each folder once, whatever links lead to it."""
+    real = os.path.realpath(folder)
+    if real in seen:
+        return
+    seen.add(real)
+    try:
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
+    for entry in entries:
+        if entry.is_dir():
+            yield from _walk(folder / entry.name, seen)
+        else:
+            yield folder / entry.name
 
 
-def _is_readable(path: Path) -> bool:
-    return path.suffix.lower() in (*SUFFIXES, ".pdf") and path.is_file()
+def _describe(passed_over: Counter[str]) -> str:
+    """Files that are no images, by suffix, with what has to be installed to read them."""
+    parts = []
+    for suffix, count in sorted(passed_over.items()):
+        install = f" ({EXTRA_SUFFIXES[suffix]} to read them)" if suffix in EXTRA_SUFFIXES else ""
+        parts.append(f"{count} {suffix or 'without a suffix'}{install}")
+    return ", ".join(parts)
+
+
+def _check_encoding(path: Path) -> None:
+    """Raise UserError for a file name that no CSV or JSON can hold, such as one unpacked in another encoding."""
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: the file name is not UTF-8; rename it (convmv does so for whole folders)") from None
 
 
 def _pages_or_itself(path: Path) -> list[Path]:
-    if path.suffix.lower() != ".pdf":
+    """The pages of a file that has several; else, or where it cannot be opened, the file."""
+    if path.suffix.lower() not in PAGED_SUFFIXES:
         return [path]
     try:
         return list_pages(path)
     except ImageError:
         return [path]
+
+
+def _images_of(folder: Path, split: str) -> dict[str, Path]:
+    """The images of FOLDER/images/SPLIT. Raises UserError where it is not a folder with images."""
+    images = folder / "images" / split
+    if not images.is_dir():
+        raise UserError(f"{images}: no such folder; the images of the split belong there")
+    found = list_images(images, _LABEL_SUFFIXES)
+    if not found:
+        raise UserError(f"{images}: holds no images ({', '.join(readable_suffixes())})")
+    return found
+
+
+def _read_folder(
+    folder: Path, split: str, form: str, need_images: bool
+) -> tuple[dict[str, Path], dict[str, Annotation]]:
+    """Images and annotations of a split of one folder, by name, in the order of the annotations."""
+    in_place = folder / "images" / split
+    present = _images_of(folder, split) if need_images or in_place.is_dir() else {}
+    place, labels = _read_labels(folder, split, form, present)
+    if not labels:
+        raise UserError(f"{place}: names no images")
+    name_of = match_names(labels, present)
+    missing = [name for name in labels if name not in name_of]
+    if missing and need_images:
+        raise UserError(
+            f"{in_place / missing[0]}: no such image, but {place.name} names it (and {len(missing) - 1} more like it); "
+            f"put it there or take it out of the annotations"
+        )
+    images, annotations = {}, {}
+    for given, annotation in labels.items():
+        name = name_of.get(given, given)
+        if name in images:
+            raise UserError(f"{place}: {given}: annotations of {name} are there twice; keep one of them")
+        images[name], annotations[name] = present.get(name, in_place / name), annotation
+    left_out = len(present.keys() - images.keys())
+    if left_out:
+        print(f"{in_place}: {left_out} images have no entry in {place.name} and are left out")
+    return images, annotations
+
+
+def _read_labels(folder: Path, split: str, form: str, images: dict[str, Path]) -> tuple[Path, dict[str, Annotation]]:
+    """What `read_labels` returns, for a folder with these images in the split."""
+    places = _label_places(folder, split, form)
+    if not places:
+        kind = "annotations" if form == "auto" else f"annotations of --format {form}"
+        raise UserError(
+            f"{folder / 'jsons' / split}.json: no such file; the {kind} of a split belong there, or into "
+            f"{folder / 'labels' / split}/ as a file for each image"
+        )
+    place, *others = places
+    recognized, annotations = read_labels_at(place, list(images), form)
+    if form == "auto" and recognized != "competition":
+        print(f"{place}: annotations of the format {recognized} (--format insists on another)")
+    if others:
+        print(f"{place}: read; {', '.join(map(str, others))}: annotations too, not read")
+    return place, annotations
+
+
+def _label_places(folder: Path, split: str, form: str) -> list[Path]:
+    """The places of `find_labels` that hold annotations."""
+    one_file = [folder / "jsons" / f"{split}.json", folder / "labels" / f"{split}.json"]
+    file_an_image = [folder / "labels" / f"{split}.zip", folder / "labels" / split, folder / "images" / split]
+    places = ([] if form in TEXT_PARSERS else one_file) + ([] if form in ONE_FILE_FORMATS else file_an_image)
+    return [path for path in places if (_holds_labels(path) if path.is_dir() else path.exists())]
+
+
+def _holds_labels(folder: Path) -> bool:
+    return any(list_text_files(folder, suffix) for suffix in (".txt", ".json"))
+
+
+def match_names(labels: Iterable[str], present: Iterable[str]) -> dict[str, str]:
+    """The image that each name in the annotations means: the one of that name, the same in another Unicode form (macOS
+    decomposes Korean), the only one of that name in a sub-folder, or the first page of a file called so."""
+    by_form = {unicodedata.normalize("NFC", name): name for name in present}
+    file_names = Counter(name.rsplit("/", 1)[-1] for name in by_form)
+    by_file_name = {form.rsplit("/", 1)[-1]: name for form, name in by_form.items()}
+    matches = {}
+    for label in labels:
+        form = unicodedata.normalize("NFC", label)
+        if label in present:
+            matches[label] = label
+        elif form in by_form:
+            matches[label] = by_form[form]
+        elif file_names[form] == 1:
+            matches[label] = by_file_name[form]
+        elif f"{form}#page=1" in by_form:
+            matches[label] = by_form[f"{form}#page=1"]
+            print(f"{label}: has several pages; its annotations are taken for those of {matches[label]}")
+    return matches
+
+
+def _short_names(folders: list[Path]) -> list[str]:
+    """A short name for each folder: its path from where they part."""
+    absolute = [os.path.abspath(folder) for folder in folders]
+    if len(set(absolute)) < len(absolute):
+        raise UserError(f"--data {','.join(map(str, folders))}: names a folder twice; --data-weights repeats a folder")
+    common = os.path.commonpath([os.path.dirname(path) for path in absolute])
+    return [Path(os.path.relpath(path, common)).as_posix() for path in absolute]
+
+
+def _join(folders: list[Path], parts: list[dict[str, Value]]) -> dict[str, Value]:
+    """What each folder has by name, in one: names that several have get the folder's short name in front."""
+    counts = Counter(name for part in parts for name in part)
+    return {
+        name if counts[name] == 1 else f"{prefix}/{name}": value
+        for prefix, part in zip(_short_names(folders), parts, strict=True)
+        for name, value in part.items()
+    }
+
+
+def _by_unique_name(found: list[tuple[str, Path]]) -> dict[str, Path]:
+    """Paths by name, each path once; those that share a name are called by their path from where they part."""
+    absolute: dict[str, tuple[str, Path]] = {}
+    for name, path in found:
+        absolute.setdefault(os.path.abspath(path), (name, path))
+    sharing: dict[str, list[str]] = {}
+    for place, (name, _) in absolute.items():
+        sharing.setdefault(name, []).append(place)
+    images: dict[str, Path] = {}
+    for place, (name, path) in absolute.items():
+        if len(sharing[name]) > 1:
+            common = os.path.commonpath([os.path.dirname(other) for other in sharing[name]])
+            name = Path(os.path.relpath(place, common)).as_posix()
+        images[place if name in images else name] = path
+    return images

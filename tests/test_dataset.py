@@ -23,7 +23,6 @@ from dbnet.annotations import Annotation, read_annotations
 from dbnet.dataset import Batches, TextDataset, Words, make_loader
 from dbnet.errors import UserError
 from dbnet.geometry import Letterbox, areas, clip_polygons, split_polygons
-from dbnet.splits import read_split
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([32, 640, 1024]), st.integers(0, 2**32))
@@ -329,18 +328,3 @@ def test_any_json_is_read_or_refused(tmp_path_factory, content):
         read_annotations(path)
     except UserError as error:
         assert str(path) in str(error)
-
-
-def test_missing_images_and_images_without_an_entry_are_said(rendered, tmp_path, capsys):
-    data = Path(shutil.copytree(rendered, tmp_path / "data"))
-    path = data / "jsons" / "train.json"
-    content = json.loads(path.read_text())
-    first = next(iter(content["images"]))
-    entry = content["images"].pop(first)
-    path.write_text(json.dumps(content))
-    read_split(data, "train")
-    assert "1 images have no entry" in capsys.readouterr().out
-    content["images"]["absent.jpg"] = entry
-    path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"absent\.jpg: no such image"):
-        read_split(data, "train")

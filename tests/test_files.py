@@ -19,7 +19,6 @@ from dbnet.files import check_outputs, write_json
 from dbnet.images import read_image, read_size
 from dbnet.pictures import PICTURE_MARK, write_image
 from dbnet.report import REPORT_MARK, write_report
-from dbnet.splits import find_images_at
 
 READERS = {
     "a.png": read_image,
@@ -54,12 +53,6 @@ def test_what_may_never_end_is_named_and_not_read(tmp_path, monkeypatch, name, m
     make(Path(name))
     with pytest.raises(UserError, match=rf"{name.split('.')[0]}\..*is a {kind}, not a file"):
         READERS[name](Path(name))
-
-
-def test_a_folder_of_images_passes_a_pipe_by(tmp_path):
-    os.mkfifo(tmp_path / "a.jpg")
-    (tmp_path / "b.jpg").touch()
-    assert find_images_at([tmp_path]) == [tmp_path / "b.jpg"]
 
 
 # ------------------------------------------------------------------------------------- outputs, before the work begins

@@ -25,7 +25,7 @@ from dbnet.annotations import (
 from dbnet.dataset import TextDataset
 from dbnet.errors import UserError
 from dbnet.images import name_stem
-from dbnet.splits import read_image_paths, read_labels, read_labels_at, read_split
+from dbnet.splits import read_images, read_labels, read_labels_at, read_split
 
 SUFFIX = {"csv": ".csv", "competition": ".json", "coco": ".json", "icdar": ".zip"}
 QUAD = [[377, 117], [463, 117], [465, 130], [378, 130]]
@@ -278,18 +278,18 @@ def write_coco_at(path, annotations, _):
     ],
 )
 def test_a_data_set_in_any_format_gives_the_same_samples(rendered, small, tmp_path, capsys, place, write, form):
-    paths, annotations = read_split(rendered, "train")
+    images, annotations, _ = read_split(rendered, "train")
     (tmp_path / "images" / "train").mkdir(parents=True)
-    for path in paths:
-        (tmp_path / "images" / "train" / path.name).symlink_to(path)
-    expected = {path.name: annotation for path, annotation in sorted(zip(paths, annotations, strict=True))}
+    for name, path in images.items():
+        (tmp_path / "images" / "train" / name).symlink_to(path)
+    expected = {name: annotations[name] for name in sorted(annotations)}
     write(tmp_path / place, expected, form)
-    ours, found = read_split(tmp_path, "train")
+    ours, found, _ = read_split(tmp_path, "train")
     assert f"{tmp_path / place}: annotations of the format {form}" in capsys.readouterr().out
-    assert [path.name for path in ours] == list(expected)
-    for annotation, theirs in zip(found, expected.values(), strict=True):
+    assert list(ours) == list(expected)
+    for annotation, theirs in zip(found.values(), expected.values(), strict=True):
         assert points(annotation) == points(theirs) and annotation.dont_care == theirs.dont_care
-    assert [path.name for path in read_image_paths(tmp_path, "train")] == list(expected)
+    assert list(read_images(tmp_path, "train")) == list(expected)
     config = small.changed(data=str(tmp_path), format=form)
     sample = TextDataset(config, "train", train=True)[0]
     assert sample["prob_map"].any()

@@ -62,10 +62,10 @@ def test_a_huge_page_has_fewer_dots_an_inch(pdf, monkeypatch):
 def test_a_loader_reads_pages_beside_images_and_names_the_broken(pdf, small):
     (pdf.parent / "broken.pdf").write_bytes(pdf.read_bytes()[:500])
     Image.new("RGB", (WIDTH, HEIGHT)).save(pdf.parent / "a.png")
-    paths = find_images_at([pdf.parent])
-    assert [path.name for path in paths] == ["a.png", "broken.pdf", *(page(pdf, n).name for n in (1, 2, 3))]
+    images = find_images_at([pdf.parent])
+    assert list(images) == ["a.png", "broken.pdf", *(page(pdf, n).name for n in (1, 2, 3))]
     for workers in (0, 2):
-        dataset = ImageDataset(paths, small)
+        dataset = ImageDataset(list(images.values()), small)
         batches = list(make_loader(Batches(dataset, 3), workers, False))
         read = dict(pair for b in batches for pair in zip(b["index"].tolist(), b["size"].tolist(), strict=True))
         assert read == {0: [300, 200], 2: [300, 200], 3: [200, 300], 4: [3000, 2000]}
@@ -113,48 +113,6 @@ def test_files_about_a_page_do_not_overwrite_each_other():
     assert [name_stem(name) for name in ("a.jpg", "a.b.png", "a.pdf#page=2")] == ["a", "a.b", "a.pdf#page=2"]
 
 
-# ---- places
-
-
-@pytest.fixture
-def tree(tmp_path) -> Path:
-    for name in ("a.jpg", "b.PNG", "c.tif", "notes.txt", "deep/er/d.jpg", "[x]/e.jpg"):
-        path = tmp_path / "tree" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"")
-    return tmp_path / "tree"
-
-
-@pytest.mark.parametrize(
-    ("places", "names"),
-    [
-        (["."], ["a.jpg", "b.PNG"]),
-        (["*"], ["a.jpg", "b.PNG"]),
-        (["**/*.jpg"], ["a.jpg", "d.jpg", "e.jpg"]),
-        (["*.tif", "deep/**"], ["c.tif", "d.jpg"]),
-        (["c.tif", "?.jpg"], ["c.tif", "a.jpg"]),
-        (["[x]"], ["e.jpg"]),
-    ],
-)
-def test_places_are_folders_files_and_patterns(tree, places, names):
-    assert sorted(path.name for path in find_images_at([tree / place for place in places])) == sorted(names)
-
-
 def test_a_page_is_a_place_and_its_file_is_all_of_them(pdf):
-    assert find_images_at([page(pdf, 2)]) == [page(pdf, 2)]
-    assert find_images_at([pdf.parent / "*.pdf"]) == list_pages(pdf)
-
-
-@pytest.mark.parametrize(
-    ("places", "message"),
-    [
-        (["absent"], "absent: no such file or folder"),
-        (["absent.pdf#page=1"], "absent.pdf#page=1: no such file or folder"),
-        (["*.bmp"], r"\*\.bmp: holds no images"),
-        (["deep"], "deep: holds no images"),
-        (["a.jpg", "*"], r"a\.jpg: another image has the same name"),
-    ],
-)
-def test_places_without_images_are_named(tree, places, message):
-    with pytest.raises(UserError, match=message):
-        find_images_at([tree / place for place in places])
+    assert list(find_images_at([page(pdf, 2)]).values()) == [page(pdf, 2)]
+    assert list(find_images_at([pdf.parent / "*.pdf"]).values()) == list_pages(pdf)

@@ -167,9 +167,9 @@ def test_map_is_clear_where_there_is_no_text_and_keeps_its_levels():
 
 
 def test_real_receipts_stay_under_150_kilobytes_each(receipts, tmp_path):
-    paths, annotations = read_split(receipts, "val")
+    files, annotations, _ = read_split(receipts, "val")
     images = {}
-    for path, annotation in list(zip(paths, annotations, strict=True))[:8]:
+    for path, annotation in list(zip(files.values(), annotations.values(), strict=True))[:8]:
         shutil.copy(path, tmp_path / path.name)
         images[path.name] = (None, annotation, annotation.polygons, [1.0] * len(annotation.polygons))
     page = report_of(tmp_path, images)
@@ -276,9 +276,9 @@ def rendered_report(tmp_path_factory):
     """The page of five rendered receipts, compared with scores of 0.9, and the scores by name."""
     folder = tmp_path_factory.mktemp("report")
     write_dataset(folder / "data", train=1, val=5, test=1, size=480, seed=5, workers=1)
-    paths, annotations = read_split(folder / "data", "val")
+    files, annotations, _ = read_split(folder / "data", "val")
     images = {}
-    for index, (path, annotation) in enumerate(zip(paths, annotations, strict=True)):
+    for index, (path, annotation) in enumerate(zip(files.values(), annotations.values(), strict=True)):
         detections = spoiled(annotation, 2 * index)
         prob_map = np.zeros((480, 320), np.uint8)
         prob_map[100:200] = 200
@@ -452,9 +452,9 @@ def test_hostile_names_are_text_in_the_page(opened, tmp_path):
 
 
 def test_real_receipts_in_the_browser(opened, receipts, tmp_path):
-    paths, annotations = read_split(receipts, "val")
+    files, annotations, _ = read_split(receipts, "val")
     images = {}
-    for path, annotation in zip(paths, annotations, strict=True):
+    for path, annotation in zip(files.values(), annotations.values(), strict=True):
         shutil.copy(path, tmp_path / path.name)
         images[path.name] = (None, annotation, spoiled(annotation, 1))
     browser = opened(report_of(tmp_path, images))
@@ -463,7 +463,7 @@ def test_real_receipts_in_the_browser(opened, receipts, tmp_path):
     click(browser, "[data-key=recall] button")
     assert len(find(browser, "#table tbody tr")) == 60
     click(browser, "#with-false")
-    browser = opened(tmp_path / "report.html", f"#image={paths[17].name}")
+    browser = opened(tmp_path / "report.html", f"#image={list(files)[17]}")
     click(browser, "#toggle-correct")
     assert not browser.find_element("id", "layer-correct").is_displayed()
     assert browser.find_element("id", "toggle-prob_map").is_enabled() is False
