@@ -8,7 +8,7 @@ import torch
 import torchvision.models as zoo
 from torch import Tensor, nn
 
-from dbnet.errors import UserError
+from dbnet.errors import UserError, library_errors
 
 FAMILIES = ("resnet", "resnext", "wide_resnet", "efficientnet", "convnext", "mobilenet_v3", "regnet", "swin")
 STRIDES = (4, 8, 16, 32)
@@ -35,11 +35,9 @@ class Backbone(nn.Module):
             self.mean, self.std = pretrained["mean"], pretrained["std"]
         else:
             self.stages = _cut_into_stages(_load_torchvision(name, weights))
-        try:
+        # Some networks of timm take images of one size only.
+        with library_errors(f"--backbone {name}: does not take images of any size", "take another"):
             shapes = _probe(self.stages)
-        except Exception as error:  # some networks of timm take images of one size only
-            reason = _reason(error)
-            raise UserError(f"--backbone {name}: does not take images of any size ({reason}); take another") from None
         missing = sorted(set(STRIDES) - {shape.stride for shape in shapes})
         if missing:
             strides = ", ".join(map(str, missing))
@@ -87,18 +85,13 @@ def _load_torchvision(name: str, weights: str) -> nn.Module:
         )
     if weights == "imagenet":
         pretrained = zoo.get_model_weights(name).DEFAULT
-        try:
+        with library_errors(f"--weights imagenet: {pretrained.url} cannot be downloaded", WAY_OUT):
             return zoo.get_model(name, weights=pretrained)
-        except Exception as error:  # urllib, http and hash errors of the download
-            reason = _reason(error)
-            raise UserError(f"--weights imagenet: {pretrained.url} cannot be had ({reason}); {WAY_OUT}") from None
     classifier = zoo.get_model(name, weights=None)
     if weights != "none":
         state = _read_weights(weights)
-        try:
+        with library_errors(f"--weights {weights}: not those of {name}", WAY_OUT):
             classifier.load_state_dict(state)
-        except Exception as error:  # missing, unexpected or wrongly shaped tensors
-            raise UserError(f"--weights {weights}: not those of {name} ({_reason(error)}); {WAY_OUT}") from None
     return classifier
 
 
@@ -115,29 +108,23 @@ def _load_timm(name: str, weights: str) -> nn.Module:
     options: dict[str, Any] = {"pretrained": weights != "none"}
     if weights not in ("none", "imagenet"):
         options["pretrained_cfg_overlay"] = {"state_dict": _read_weights(weights)}
-        try:
+        with library_errors(f"--weights {weights}: not those of {name}", WAY_OUT):
             timm.create_model(network, **options)  # whole, because with features_only a misfit passes in silence
-        except Exception as error:  # missing, unexpected or wrongly shaped tensors
-            raise UserError(f"--weights {weights}: not those of {name} ({_reason(error)}); {WAY_OUT}") from None
-    try:
+    fix = "take another" if weights == "none" else WAY_OUT
+    with library_errors(f"--backbone {name} --weights {weights}: cannot be created", fix):
         return timm.create_model(network, features_only=True, **options)
-    except Exception as error:  # of the hub, or a network that has no weights or no features
-        mend = "take another" if weights == "none" else WAY_OUT
-        raise UserError(f"--backbone {name} --weights {weights}: not to be had ({_reason(error)}); {mend}") from None
 
 
 def _read_weights(path: str) -> dict[str, Tensor]:
     """The tensors of a file of --weights, read without running code."""
     if not Path(path).is_file():
         raise UserError(f"--weights {path}: no such file; {WAY_OUT}")
-    try:
+    with library_errors(f"--weights {path}: not a state_dict", WAY_OUT):
         if path.endswith(".safetensors"):  # what timm's own weights come in
             from safetensors.torch import load_file
 
             return load_file(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # unpickling errors of many kinds
-        raise UserError(f"--weights {path}: not a state_dict ({_reason(error)}); {WAY_OUT}") from None
 
 
 def _cut_into_stages(classifier: nn.Module) -> Stages:
@@ -181,8 +168,3 @@ def _near(name: str, names: list[str]) -> str:
     """A hint at the names that are most like `name`."""
     matches = difflib.get_close_matches(name, names)
     return f" (did you mean {', '.join(matches)}?)" if matches else ""
-
-
-def _reason(error: Exception) -> str:
-    """What an error of a library says, on one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

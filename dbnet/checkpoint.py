@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dbnet.config import Config
 from dbnet.device import compile_model
-from dbnet.errors import UserError
+from dbnet.errors import UserError, library_errors, one_line
 from dbnet.files import check_regular, write_whole
 from dbnet.model import DBNet, fold_batch_norms
 
@@ -58,13 +58,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     check_regular(path)
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint")
-    try:
+    with library_errors(f"{path}: not a checkpoint, or a damaged one"), warnings.catch_warnings():
         _check_archive(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols: what matters is whether it can be read
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle, encoding and storage errors of many kinds
-        raise UserError(f"{path}: not a checkpoint, or a damaged one ({_reason(error)})") from None
+        warnings.simplefilter("ignore")  # about pickle protocols: what matters is whether it can be read
+        content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or not {"format", "config", "model"} <= content.keys():
         raise UserError(f"{path}: not a checkpoint of dbnet; it lacks the configuration or the weights")
     if type(content["format"]) is not int or content["format"] < 1:
@@ -73,9 +70,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: written by a newer dbnet (format {content['format']}); update dbnet to read it")
     try:
         content["config"] = Config.from_dict(content["config"])
-    except Exception as error:  # UserError for fields and values; anything where it is no dict of them
+    except (UserError, TypeError, ValueError, AttributeError) as error:  # the last three where it is no dict of fields
         raise UserError(
-            f"{path}: its configuration is not of this dbnet ({_reason(error)}); update dbnet if it is of a newer one"
+            f"{path}: its configuration is not of this dbnet ({one_line(error)}); update dbnet if it is of a newer one"
         ) from None
     if content["format"] == 1 and content["config"].fusion == "asf":
         raise UserError(f"{path}: has the fusion asf of an older dbnet, which often failed to learn; train it anew")
@@ -99,17 +96,13 @@ def _check_archive(path: Path) -> None:
         raise ValueError(f"the checksum of {harmed} does not fit")
 
 
-def _reason(error: Exception) -> str:
-    """An error in at most 150 characters of one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".")[:150] if lines else type(error).__name__
-
-
 def load_weights(model: nn.Module, content: dict[str, Any], path: Path, config: Config) -> None:
     """Copy the weights of a loaded checkpoint into `model`. Raises UserError where they are of another architecture,
     or no finite numbers, with which every image would come back empty."""
     try:
         model.load_state_dict(content["model"])
+    except MemoryError:
+        raise
     except Exception:  # missing, unexpected or wrongly shaped tensors, or no state_dict at all
         theirs, ours = (
             f"{each.backbone}, {each.pyramid_channels} pyramid channels, fusion {each.fusion}"

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dbnet.errors import ImageError, UserError
+from dbnet.errors import ImageError, UserError, lacks_memory, library_errors, one_line
 from dbnet.files import check_regular
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -171,8 +171,10 @@ def _read_header(path: Path, file: IO[bytes]) -> _Header:
         empty = file.seek(0, SEEK_END) == 0
         known = ", ".join(_FORMATS)
         raise ImageError(f"{path}: {'the file is empty' if empty else f'not an image ({known})'}") from None
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's parsers raise many kinds on broken headers
-        raise ImageError(f"{path}: broken image header ({_one_line(error)})") from None
+        raise ImageError(f"{path}: broken image header ({one_line(error)})") from None
     width, height = image.size
     if image.format == "TIFF":  # Pillow turns it as it decodes; whether `size` is turned before depends on its version
         from PIL.TiffImagePlugin import TiffImageFile  # loaded by now, as it is for a TIFF only
@@ -248,7 +250,7 @@ def _check_size(path: Path, data: bytes, header: _Header, reduction: int) -> Non
 
 def _decode(path: Path, data: bytes, image: Image.Image, reduction: int) -> np.ndarray:
     """Pixels as stored, (height, width, 3) uint8 RGB. OpenCV decodes common modes, three times as fast as Pillow."""
-    try:
+    with library_errors(f"{path}: broken or truncated image", kind=ImageError):
         if image.format == "PNG":
             _check_png(data)
         complete = image.format == "PNG" or (image.format == "JPEG" and data.endswith(_JPEG_END))
@@ -261,21 +263,17 @@ def _decode(path: Path, data: bytes, image: Image.Image, reduction: int) -> np.n
             warnings.simplefilter("ignore")  # about faults that end in an error, or that a viewer would not mind
             image.draft(None, (image.width // reduction, image.height // reduction))
             return to_rgb(image)
-    except Exception as error:  # as above: whatever a decoder thinks of
-        raise ImageError(f"{path}: broken or truncated image ({_one_line(error)})") from None
 
 
 def _decode_plain(data: bytes, reduction: int) -> np.ndarray | None:
     """Pixels as OpenCV decodes them, or None where it cannot."""
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _REDUCED[reduction] | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error:
+    except cv2.error as error:
+        if lacks_memory(error):
+            raise
         return None
     return None if pixels is None else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from dbnet.config import NETWORK_FIELDS, Config
 from dbnet.dataset import ArrayLoader, Batches, ImageDataset, count_cores, count_workers, make_loader
-from dbnet.errors import ImageError, UserError
+from dbnet.errors import ImageError, UserError, library_errors, one_line
 from dbnet.files import write_whole
 from dbnet.geometry import Letterbox
 from dbnet.images import to_rgb
@@ -51,10 +51,8 @@ class OnnxNetwork:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors
         options.intra_op_num_threads = count_cores()  # by itself it takes those of the machine
-        try:
+        with library_errors(f"{path}: not an ONNX file, or a damaged one"):
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # of classes that ONNX Runtime does not name
-            raise UserError(f"{path}: not an ONNX file, or a damaged one ({_one_line(error)})") from None
         metadata = self.session.get_modelmeta().custom_metadata_map
         try:
             trained = Config.from_dict(json.loads(metadata[CONFIG_KEY]))
@@ -90,7 +88,7 @@ class OnnxNetwork:
         try:
             return self.session.run(None, {"images": images})[0]
         except Exception as error:  # of classes of ONNX Runtime's own, which dbnet.memory does not know
-            raise RuntimeError(_one_line(error)) from error
+            raise RuntimeError(one_line(error)) from error
 
 
 def write_onnx(path: Path, model: DBNet, config: Config) -> None:
@@ -131,10 +129,6 @@ def _import(name: str) -> Any:
         return import_module(name)
     except ImportError:
         raise UserError(f"{name} is not installed: pip install {name}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 if TYPE_CHECKING:
@@ -410,10 +404,8 @@ class _Pictures(ImageDataset):
 def _pixels(image: np.ndarray | Image.Image, bgr: bool) -> np.ndarray:
     """(height, width, 3) uint8 RGB, upright."""
     if isinstance(image, Image.Image):
-        try:
+        with library_errors(f"{image}: cannot be decoded"):  # Pillow decodes only now
             return to_rgb(ImageOps.exif_transpose(image))
-        except Exception as error:  # Pillow decodes only now, and says in many ways what it cannot
-            raise UserError(f"{image}: cannot be decoded ({' '.join(str(error).split())})") from None
     if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         kind = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
         raise UserError(f"takes a file, a Pillow image or (height, width, 3) uint8 RGB pixels, not {kind}")
