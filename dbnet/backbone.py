@@ -1,4 +1,4 @@
-"""Backbones: networks of torchvision and timm, seen as their features at strides 4, 8, 16 and 32."""
+"""Backbones: networks of torchvision and timm as extractors of features at strides 4, 8, 16 and 32."""
 
 import difflib
 from pathlib import Path
@@ -20,10 +20,10 @@ WAY_OUT = "use --weights none to train from scratch, or --weights FILE with a st
 class Backbone(nn.Module):
     """Four features of an image, (N, channels, H / stride, W / stride) at strides 4, 8, 16 and 32.
 
-    Input: (N, 3, H, W) RGB in 0..1, normalized by `mean` and `std`, which belong to the network's own weights.
-    `channels` holds the channels of each feature. They, the places of the strides and the layout are found by a look at
-    what the network makes of a small image. Raises UserError where there is no such network, where it gives no such
-    features, and where its weights cannot be had or do not fit.
+    Input: (N, 3, H, W) RGB in 0..1, normalized by `mean` and `std`, which belong to the weights of the network.
+    `channels` holds the channels of each feature. They, the layers of the strides and the memory layout are read from
+    the features of a small image. Raises UserError where there is no such network, where it has no such features, and
+    where its weights cannot be loaded.
     """
 
     def __init__(self, name: str, weights: str) -> None:
@@ -35,30 +35,29 @@ class Backbone(nn.Module):
             self.mean, self.std = pretrained["mean"], pretrained["std"]
         else:
             self.stages = _cut_into_stages(_load_torchvision(name, weights))
-        # Some networks of timm take images of one size only.
         with library_errors(f"--backbone {name}: does not take images of any size", "take another"):
             shapes = _probe(self.stages)
         missing = sorted(set(STRIDES) - {shape.stride for shape in shapes})
         if missing:
             strides = ", ".join(map(str, missing))
-            raise UserError(f"--backbone {name}: gives no features at stride {strides}; take another")
-        self.places = [_last(shapes, stride) for stride in STRIDES]
-        self.channels = [shapes[place].channels for place in self.places]
+            raise UserError(f"--backbone {name}: has no features at stride {strides}; take another")
+        self.layers = [_last(shapes, stride) for stride in STRIDES]
+        self.channels = [shapes[layer].channels for layer in self.layers]
         self.channels_last = shapes[-1].channels_last
-        # Without batch norms (ConvNeXt, Swin) what a stage gives is a sum of residuals that nothing has normalized.
+        # Without batch norms (ConvNeXt, Swin) a feature is a sum of residuals that nothing has normalized.
         normalized = any(isinstance(layer, nn.BatchNorm2d) for layer in self.stages.modules())
         self.norms = nn.ModuleList(nn.Identity() if normalized else ChannelNorm(count) for count in self.channels)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         features = self.stages(images)
-        features = [features[place] for place in self.places]
+        features = [features[layer] for layer in self.layers]
         if self.channels_last:
             features = [feature.permute(0, 3, 1, 2) for feature in features]
         return [norm(feature) for norm, feature in zip(self.norms, features, strict=True)]
 
 
 class Stages(nn.ModuleList):
-    """Layers that run one after the other and give all that they make."""
+    """Layers that run one after the other; the output is the list of all their outputs."""
 
     def forward(self, images: Tensor) -> list[Tensor]:
         features = []
@@ -80,18 +79,20 @@ def _load_torchvision(name: str, weights: str) -> nn.Module:
     names = [known for known in zoo.list_models(module=zoo) if known.startswith(FAMILIES)]
     if name not in names:
         raise UserError(
-            f"--backbone {name}: no such network{_near(name, names)}; takes a network of torchvision's families "
+            f"--backbone {name}: no such network{_similar(name, names)}; takes a network of torchvision's families "
             f"{', '.join(FAMILIES)} by its name there, or timm:NAME"
         )
+    classifier = zoo.get_model(name, weights=None)
+    if weights == "none":
+        return classifier
     if weights == "imagenet":
         pretrained = zoo.get_model_weights(name).DEFAULT
-        with library_errors(f"--weights imagenet: {pretrained.url} cannot be downloaded", WAY_OUT):
-            return zoo.get_model(name, weights=pretrained)
-    classifier = zoo.get_model(name, weights=None)
-    if weights != "none":
+        with library_errors(f"--weights imagenet: {pretrained.url} cannot be loaded", WAY_OUT):
+            state = pretrained.get_state_dict(check_hash=True, weights_only=True)
+    else:
         state = _read_weights(weights)
-        with library_errors(f"--weights {weights}: not those of {name}", WAY_OUT):
-            classifier.load_state_dict(state)
+    with library_errors(f"--weights {weights}: not those of {name}", WAY_OUT):
+        classifier.load_state_dict(state)
     return classifier
 
 
@@ -103,15 +104,15 @@ def _load_timm(name: str, weights: str) -> nn.Module:
         raise UserError(f"--backbone {name}: needs timm; pip install timm") from None
     network = name.removeprefix("timm:")
     if not timm.is_model(network):
-        near = _near(network.split(".")[0], timm.list_models())
-        raise UserError(f"--backbone {name}: timm {timm.__version__} has no such network{near}")
+        similar = _similar(network.split(".")[0], timm.list_models())
+        raise UserError(f"--backbone {name}: timm {timm.__version__} has no such network{similar}")
     options: dict[str, Any] = {"pretrained": weights != "none"}
     if weights not in ("none", "imagenet"):
         options["pretrained_cfg_overlay"] = {"state_dict": _read_weights(weights)}
         with library_errors(f"--weights {weights}: not those of {name}", WAY_OUT):
-            timm.create_model(network, **options)  # whole, because with features_only a misfit passes in silence
+            timm.create_model(network, **options)  # whole, because features_only ignores tensors that do not fit
     fix = "take another" if weights == "none" else WAY_OUT
-    with library_errors(f"--backbone {name} --weights {weights}: cannot be created", fix):
+    with library_errors(f"--backbone {name} --weights {weights}: cannot be loaded", fix):
         return timm.create_model(network, features_only=True, **options)
 
 
@@ -120,7 +121,7 @@ def _read_weights(path: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise UserError(f"--weights {path}: no such file; {WAY_OUT}")
     with library_errors(f"--weights {path}: not a state_dict", WAY_OUT):
-        if path.endswith(".safetensors"):  # what timm's own weights come in
+        if path.endswith(".safetensors"):  # the format of timm's own weights
             from safetensors.torch import load_file
 
             return load_file(path)
@@ -148,7 +149,7 @@ class _Shape(NamedTuple):
 
 @torch.no_grad()
 def _probe(network: nn.Module) -> list[_Shape]:
-    """What the network makes of a small image, wider than high so that the layout shows."""
+    """Shapes of the features of a small image, wider than high so that the memory layout shows."""
     height, width = 2 * STRIDES[-1], 3 * STRIDES[-1]
     shapes = []
     for feature in network.eval()(torch.zeros(1, 3, height, width)):
@@ -160,11 +161,11 @@ def _probe(network: nn.Module) -> list[_Shape]:
 
 
 def _last(shapes: list[_Shape], stride: int) -> int:
-    """The place of the last feature at `stride`."""
-    return max(place for place, shape in enumerate(shapes) if shape.stride == stride)
+    """Index of the last feature at `stride`."""
+    return max(index for index, shape in enumerate(shapes) if shape.stride == stride)
 
 
-def _near(name: str, names: list[str]) -> str:
-    """A hint at the names that are most like `name`."""
+def _similar(name: str, names: list[str]) -> str:
+    """A hint at the names most similar to `name`."""
     matches = difflib.get_close_matches(name, names)
     return f" (did you mean {', '.join(matches)}?)" if matches else ""

@@ -1,6 +1,7 @@
 """Backbones of torchvision and timm, the fusion of their features, and batch norms folded into convolutions."""
 
 import re
+import shutil
 import sys
 
 import huggingface_hub.constants
@@ -157,7 +158,7 @@ def test_fusion_is_chosen_by_the_configuration():
         ("timm:hrnet_w43", r"timm:hrnet_w43: timm .* no such network \(did you mean .*hrnet_w4[048]"),
         ("timm:convnext_atto.no_such_weights", r"timm:convnext_atto.no_such_weights .*take another$"),
         ("timm:vit_tiny_patch16_224", r"timm:vit_tiny_patch16_224: does not take images of any size"),
-        ("timm:xcit_nano_12_p16_224", r"timm:xcit_nano_12_p16_224: gives no features at stride 4, 8, 32"),
+        ("timm:xcit_nano_12_p16_224", r"timm:xcit_nano_12_p16_224: has no features at stride 4, 8, 32"),
     ],
 )
 def test_a_network_that_does_not_serve_is_refused_in_one_line(backbone, words):
@@ -187,6 +188,34 @@ def test_weights_come_from_a_file_and_a_wrong_one_says_what_to_do(backbone, tmp_
         path = next(tmp_path.glob(f"{name}.*"), tmp_path / "absent.pth")
         with pytest.raises(UserError, match=rf"{re.escape(path.name)}.*--weights none.*--weights FILE"):
             DBNet(config.changed(weights=str(path), backbone=wanted))
+
+
+def test_downloaded_weights_are_loaded_without_running_their_code(monkeypatch, tmp_path):
+    def download(url, destination, *_args, **_kwargs):
+        torch.save(contents[0], destination)
+
+    torch.manual_seed(1)
+    trained = zoo.get_model("resnet18", weights=None).state_dict()
+    contents = [trained]
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    config = PRESETS["baseline"].changed(pyramid_channels=32)
+    ours = DBNet(config).backbone.stages.state_dict()
+    assert all(any(torch.equal(tensor, theirs) for theirs in trained.values()) for tensor in list(ours.values())[:20])
+    contents[0] = re.compile("code")  # a pickle that names a function to call
+    shutil.rmtree(tmp_path / "hub")
+    with pytest.raises(UserError, match=r"--weights imagenet: https.*Weights only load failed.*--weights none"):
+        DBNet(config)
+
+
+def test_a_lack_of_memory_is_not_blamed_on_the_weights(monkeypatch, tmp_path):
+    def load(*_args, **_kwargs):
+        raise MemoryError
+
+    torch.save({}, tmp_path / "a.pth")
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(MemoryError):
+        DBNet(PRESETS["lite"].changed(weights=str(tmp_path / "a.pth")))
 
 
 @pytest.mark.parametrize("backbone", ["resnet34", "timm:convnext_atto"])
