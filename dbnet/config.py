@@ -71,6 +71,8 @@ class Config:
     labels/SPLIT/: icdar (x1,y1,...,x4,y4,transcription), polygons (any number of points), totaltext, labelme"""
     image_size: Annotated[int, Range(STRIDE, 8192)] = 640
     """length in pixels to which the longer side of every image is resized, rounded up to a multiple of 32"""
+    enlarge: Annotated[float, Range(1)] = 2.0
+    """largest factor by which a small image is enlarged for detection"""
     train_sizes: tuple[int, ...] = ()
     """image sizes for training, one drawn for each optimizer step (640,800,1024), none larger than image_size; without
     any, image_size"""

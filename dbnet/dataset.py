@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -25,7 +25,7 @@ from dbnet.augment import Augmentation
 from dbnet.augment import draw as draw_augmentation
 from dbnet.config import STRIDE, Config
 from dbnet.errors import ImageError, UserError
-from dbnet.geometry import Letterbox, clip_polygons, padded, split_polygons, visible_shares
+from dbnet.geometry import Letterbox, clip_polygons, inference_side, padded, split_polygons, visible_shares
 from dbnet.images import read_image, read_size
 from dbnet.memory import keep_freed_memory
 from dbnet.splits import read_split
@@ -184,9 +184,15 @@ class ImageDataset:
 
         Raises ImageError for an image that cannot be read.
         """
-        pixels, size = read_image(self.paths[place], self.config.image_size)
-        letterbox = Letterbox(*size, self.config.image_size)
+        side = self.side(place)
+        pixels, size = read_image(self.paths[place], side)
+        letterbox = Letterbox(*size, side)
         return letterbox.resize(pixels), letterbox
+
+    def side(self, place: int) -> int:
+        """Longer side in pixels of an image in the network; one that cannot be read counts as a square."""
+        size = self.size(place) or (self.config.image_size, self.config.image_size)
+        return inference_side(*size, self.config.image_size, self.config.enlarge)
 
     def augmentation(self, draw: Draw) -> Augmentation:
         """What happens to a sample beside resizing and padding: here, nothing."""
@@ -217,9 +223,17 @@ class ImageDataset:
 
         An image without a header is as good as a square.
         """
-        resized = Letterbox(*(self.size(draw.place) or (1, 1)), self.config.image_size).resized
+        resized = Letterbox(*(self.size(draw.place) or (1, 1)), self.side(draw.place)).resized
         height, width = self._canvas([self.augmentation(draw).size(*resized)], draw.side)
         return width - height
+
+    def padded_shapes(self, draw: Draw) -> list[tuple[int, int]]:
+        """(height, width) in pixels of a padded image, at image_size and at the further sizes."""
+        size = self.size(draw.place) or (1, 1)
+        sides = [
+            inference_side(*size, each, self.config.enlarge) for each in (self.config.image_size, *self.further_sizes)
+        ]
+        return [self._canvas([Letterbox(*size, side).resized], side) for side in sides]
 
     def _canvas(self, sizes: list[tuple[int, int]], side: int | None) -> tuple[int, int]:
         """(height, width) that holds images of these (width, height), none longer than `side` (config.image_size)."""
@@ -322,6 +336,9 @@ class TextDataset(ImageDataset):
         rng = np.random.default_rng((*seeds, draw.repeat) if draw.repeat else seeds)
         return draw_augmentation(self.config, rng, draw.side)
 
+    def side(self, place: int) -> int:
+        return self.config.image_size if self.train else super().side(place)
+
     def load(self, place: int) -> tuple[np.ndarray, Letterbox]:
         if not self.train:
             return super().load(place)
@@ -385,7 +402,8 @@ class Batches:
 
     The order depends on the seed and the epoch alone. Of several processes, each has every world_size-th batch. `start`
     batches of all of them are left out: those that an interrupted epoch has had. Where the data set pads tightly,
-    images of like shape share a batch. For training with config.train_sizes, one of them is drawn for each `accumulate`
+    images of like shape share a batch in training. Without a seed only images of one padded shape do, so that what is
+    found in an image does not depend on the others. With config.train_sizes, one of them is drawn for each `accumulate`
     batches, those of an optimizer step.
     """
 
@@ -430,9 +448,12 @@ class Batches:
         together = self.batch_size * _LIKE_SHAPES_AMONG
         for start in range(0, len(order), together):
             draws = [epoch[i] for i in order[start : start + together].tolist()]
-            if self.dataset.pad == "tight":
+            if self.dataset.pad == "tight" and self.batch_size > 1:
                 draws.sort(key=self.dataset.elongation)
-            batches = [draws[i : i + self.batch_size] for i in range(0, len(draws), self.batch_size)]
+            groups = [draws] if rng else [list(group) for _, group in groupby(draws, self.dataset.padded_shapes)]
+            batches = [
+                group[i : i + self.batch_size] for group in groups for i in range(0, len(group), self.batch_size)
+            ]
             if rng:
                 rng.shuffle(batches)
             yield from batches

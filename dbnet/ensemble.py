@@ -21,7 +21,7 @@ from dbnet.checkpoint import load_model
 from dbnet.config import Config
 from dbnet.device import pick_amp_dtype
 from dbnet.distributed import pick_device
-from dbnet.geometry import Letterbox, padded
+from dbnet.geometry import Letterbox, inference_side, padded, windows
 from dbnet.memory import BatchPlan
 
 TTA_SCALES = (1.0, 0.75, 1.25)
@@ -132,7 +132,11 @@ class Ensemble:
     def _mean_map(self, images: dict[int, Tensor], sizes: list[tuple[int, int]]) -> Tensor:
         """(N, height, width) uint8 on the device: the mean over the views of images that are given at each size."""
         amp_dtype = pick_amp_dtype(self.config, self.device)
-        resized = {side: [Letterbox(*size, side).resized for size in sizes] for side in self.sides}
+        enlarge = self.config.enlarge
+        resized = {
+            side: [Letterbox(*size, inference_side(*size, side, enlarge)).resized for size in sizes]
+            for side in self.sides
+        }
         first, shape = self.sides[0], images[self.sides[0]].shape[1:3]
         total: Tensor | None = None
         for view in self.views:
@@ -140,7 +144,7 @@ class Ensemble:
             if view.flip:
                 batch = mirrored(batch, resized[view.side])
             with torch.autocast(self.device.type, amp_dtype, enabled=amp_dtype is not None):
-                prob_map = view.model(batch).nan_to_num()
+                prob_map = look(view.model, batch, view.side).nan_to_num()
             if view.flip:
                 prob_map = mirrored(prob_map, resized[view.side])
             if view.side != first:
@@ -148,6 +152,21 @@ class Ensemble:
             total = prob_map if total is None else total.add_(prob_map)
         assert total is not None  # there is a view
         return (total * (255 / len(self.views))).round().to(torch.uint8)
+
+
+def look(model: nn.Module, images: Tensor, side: int) -> Tensor:
+    """(N, height, width) probabilities of (N, height, width, 3) images.
+
+    Images longer than `side` pixels are seen in windows along their longer side, whose maps are joined.
+    """
+    axis = 1 if images.shape[1] > images.shape[2] else 2
+    maps = [
+        model(images.narrow(axis, window.start, window.stop - window.start)).narrow(
+            axis, window.kept_from - window.start, window.kept_to - window.kept_from
+        )
+        for window in windows(images.shape[axis], side)
+    ]
+    return maps[0] if len(maps) == 1 else torch.cat(maps, axis)
 
 
 def mirrored(batch: Tensor, sizes: list[tuple[int, int]]) -> Tensor:

@@ -22,7 +22,7 @@ from dbnet.config import NETWORK_FIELDS, Config
 from dbnet.dataset import ArrayLoader, Batches, ImageDataset, count_cores, count_workers, make_loader
 from dbnet.errors import ImageError, UserError, library_errors, one_line
 from dbnet.files import write_whole
-from dbnet.geometry import Letterbox
+from dbnet.geometry import Letterbox, inference_side, windows
 from dbnet.images import to_rgb
 from dbnet.memory import BatchPlan, run_until_it_fits
 from dbnet.postprocess import extract_polygons
@@ -77,16 +77,26 @@ class OnnxNetwork:
         """As `inference.Network` says; the work is done when this returns."""
         prob_maps = np.concatenate(
             [
-                np.rint(255 * np.nan_to_num(self.probabilities(images[0][start : start + plan.micro_batch])))
+                np.rint(255 * np.nan_to_num(self.look(images[0][start : start + plan.micro_batch])))
                 for start in range(0, len(sizes), plan.micro_batch)
             ]
         ).astype(np.uint8)
         return lambda: prob_maps
 
+    def look(self, images: np.ndarray) -> np.ndarray:
+        """As `probabilities`; images longer than image_size are seen in windows, as `ensemble.look` does."""
+        axis = 1 if images.shape[1] > images.shape[2] else 2
+        images, maps = np.moveaxis(images, axis, 1), []
+        for window in windows(images.shape[1], self.config.image_size):
+            prob_maps = self.probabilities(np.moveaxis(images[:, window.start : window.stop], 1, axis))
+            kept = slice(window.kept_from - window.start, window.kept_to - window.start)
+            maps.append(np.moveaxis(prob_maps, axis, 1)[:, kept])
+        return np.moveaxis(np.concatenate(maps, axis=1), 1, axis)
+
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """(N, height, width) float32 of (N, height, width, 3) uint8 images. Raises RuntimeError."""
         try:
-            return self.session.run(None, {"images": images})[0]
+            return self.session.run(None, {"images": np.ascontiguousarray(images)})[0]
         except Exception as error:  # of classes of ONNX Runtime's own, which dbnet.memory does not know
             raise RuntimeError(one_line(error)) from error
 
@@ -245,6 +255,7 @@ class Pipeline:
         self.dataset, self.config = dataset, config
         self.on_gpu = str(device).startswith("cuda")
         self.workers = count_workers(config) if self.on_gpu else 0
+        self.batch_size = config.batch_size if self.on_gpu else 1  # a CPU gains nothing by more
         self.loader: Iterable[dict[str, Any]] | None = None
         self._reader = ThreadPoolExecutor(max_workers=1)
         self._extractors: Executor = ProcessPoolExecutor(self.workers) if self.workers else InlineExecutor()
@@ -256,7 +267,7 @@ class Pipeline:
         When memory runs out the batch is halved for the rest of the images. Raises ImageError for an image that cannot
         be read where config.strict is set; else its Detection has an `error`.
         """
-        plan = BatchPlan(self.config.batch_size)
+        plan = BatchPlan(self.batch_size)
         waiting: deque[Pending] = deque()
         launched: tuple[dict[str, Any], Callable[[], np.ndarray]] | None = None
         batches = iter(self._load(network.sides[1:]))
@@ -285,14 +296,14 @@ class Pipeline:
         """The batches, with the images at these sizes too."""
         if self.loader is None or self.dataset.further_sizes != further_sizes:
             self.dataset.further_sizes = further_sizes
-            batches = Batches(self.dataset, self.config.batch_size)
+            batches = Batches(self.dataset, self.batch_size)
             self.loader = make_loader(batches, self.workers, pin_memory=True) if self.on_gpu else ArrayLoader(batches)
         return self.loader
 
     def _extract(self, batch: dict[str, Any], prob_maps: Callable[[], np.ndarray]) -> Iterator[Pending]:
         """Start on the polygons of each image of a batch."""
         for index, size, prob_map in zip(batch["index"].tolist(), batch["size"].tolist(), prob_maps(), strict=True):
-            width, height = Letterbox(size[0], size[1], self.config.image_size).resized
+            width, height = resized_as(size, self.config).resized
             prob_map = prob_map[:height, :width]
             future = self._extractors.submit(polygons_of, prob_map, size, self.config)
             yield Pending(index, (size[0], size[1]), prob_map, future)
@@ -306,8 +317,16 @@ def polygons_of(prob_map: np.ndarray, size: tuple[int, int], config: Config) -> 
         size: (width, height) of the original image.
     """
     width, height = size
-    scale = 1 / Letterbox(width, height, config.image_size).scale
-    return extract_polygons(prob_map, config, tuple(scale), (width, height))
+    letterbox = resized_as(size, config)
+    looks = len(windows(letterbox.side, config.image_size))  # of a long image as many candidates in each window
+    config = config.changed(max_candidates=looks * config.max_candidates) if looks > 1 else config
+    return extract_polygons(prob_map, config, tuple(1 / letterbox.scale), (width, height))
+
+
+def resized_as(size: Sequence[int], config: Config) -> Letterbox:
+    """How an image of (width, height) pixels is resized for the network."""
+    width, height = size
+    return Letterbox(width, height, inference_side(width, height, config.image_size, config.enlarge))
 
 
 Picture = str | Path | np.ndarray | Image.Image
@@ -397,7 +416,7 @@ class _Pictures(ImageDataset):
         if place not in self.pixels:
             return super().load(place)
         pixels = self.pixels[place]
-        letterbox = Letterbox(pixels.shape[1], pixels.shape[0], self.config.image_size)
+        letterbox = resized_as(pixels.shape[1::-1], self.config)
         return letterbox.resize(pixels), letterbox
 
 

@@ -259,7 +259,7 @@ def test_a_broken_image_fails_alone_in_its_batch(rendered, small, tmp_path):
     data = Path(shutil.copytree(rendered, tmp_path / "data"))
     dataset = TextDataset(small.changed(data=str(data), pad="tight"), "train", train=True)
     dataset.paths[0].write_bytes(b"no image")
-    [batch] = make_loader(Batches(dataset, len(dataset)), 0, False)
+    [batch] = make_loader(Batches(dataset, len(dataset), seed=0), 0, False)
     assert [index for index, _ in batch["failed"]] == [0]
     assert len(batch["image"]) == len(dataset) - 1
 

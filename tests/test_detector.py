@@ -1,17 +1,25 @@
 """The Python API, and what an installed copy consists of."""
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import CPU
 
 from dbnet import Detector
 from dbnet.checkpoint import save_checkpoint
+from dbnet.config import Config
+from dbnet.dataset import Draw, ImageDataset
+from dbnet.ensemble import Ensemble
 from dbnet.errors import UserError
+from dbnet.geometry import windows
 from dbnet.images import read_image
+from dbnet.inference import Pipeline, shipped_weights
 from dbnet.model import DBNet
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,3 +103,49 @@ def test_threads_share_a_detector(checkpoint, files):
 def test_what_is_no_image_is_refused(checkpoint, image, words):
     with pytest.raises(UserError, match=words):
         Detector.load(checkpoint, device="cpu").detect(image)
+
+
+def test_an_image_has_the_same_result_whatever_the_batch(receipts, tmp_path):
+    config = Config.from_preset("lite", weights="none", thresh=0.5, box_thresh=0.0, image_size=96)  # squeeze and excite
+    torch.manual_seed(0)
+    network = Ensemble.of(DBNet(config).eval(), config, CPU)
+    paths = sorted((receipts / "images/val").iterdir())[:12]
+    found = {}
+    for batch_size in (1, 4, 12):
+        pipeline = Pipeline(ImageDataset(paths, config), config, "cpu")
+        pipeline.batch_size = batch_size  # as on a GPU
+        found[batch_size] = {each.index: each for each in pipeline.detect(network)}
+    shapes = [ImageDataset(paths, config).padded_shapes(Draw(place)) for place in range(12)]
+    assert 1 < len({tuple(each) for each in shapes}) < 12  # some batches hold several images, but not all
+    for batch_size in (4, 12):
+        for index, detection in found[1].items():
+            assert np.abs(found[batch_size][index].prob_map.astype(int) - detection.prob_map).max() <= 1
+    for batch_size in (1, 4):  # and what runs on a CPU is the same to the bit
+        pipeline = Pipeline(ImageDataset(paths, config), config.changed(batch_size=batch_size), "cpu")
+        for each in pipeline.detect(network):
+            assert np.array_equal(each.prob_map, found[1][each.index].prob_map)
+            assert all(map(np.array_equal, each.polygons, found[1][each.index].polygons))
+
+
+def test_a_long_strip_is_seen_in_windows_and_a_small_image_is_not_blown_up(receipts):
+    detector = Detector.load(shipped_weights(), device="cpu")
+    pages = [read_image(path)[0] for path in sorted((receipts / "images/val").iterdir())[:4]]
+    pages = [cv2.resize(page, (1000, round(1000 * page.shape[0] / page.shape[1]))) for page in pages]
+    strip = np.concatenate(pages)
+    alone = sum(len(detector.detect(page)) for page in pages)
+    found = detector.detect(strip)
+    assert len(found) >= 0.97 * alone
+    assert max(text.polygon[:, 1].max() for text in found) > 0.95 * strip.shape[0]
+    turned = detector.detect(np.ascontiguousarray(strip.transpose(1, 0, 2)))
+    assert max(text.polygon[:, 0].max() for text in turned) <= strip.shape[0]
+    assert detector.prob_map(pages[0][:100, :150]).shape == (200, 300)
+
+
+@pytest.mark.parametrize("length", [32, 800, 832, 1600, 7168])
+def test_windows_cover_an_image_once_and_reach_beyond_what_is_kept(length):
+    cut = windows(length, 800)
+    assert [window.kept_from for window in cut] == [0, *(window.kept_to for window in cut[:-1])]
+    assert cut[-1].kept_to == length and all(window.start % 32 == 0 for window in cut)
+    assert all(window.start <= window.kept_from < window.kept_to <= window.stop for window in cut)
+    for left, right in pairwise(cut):
+        assert left.stop - left.kept_to >= 48 and right.kept_from - right.start >= 48
