@@ -259,7 +259,7 @@ NETWORK_FIELDS = ("backbone", "weights", "pyramid_channels", "fusion", "binariza
 """Fields that decide the shape of the network: fixed in a checkpoint."""
 
 _READING_FIELDS = {
-    *("data", "format", "image_size", "workers", "strict", "batch_size", "device", "amp", "compile", "tta"),
+    *("data", "format", "image_size", "enlarge", "workers", "strict", "batch_size", "device", "amp", "compile", "tta"),
     *("use_polygon", "thresh", "box_thresh", "max_candidates", "min_size", "box_unclip_ratio", "polygon_unclip_ratio"),
 }
 """Fields that matter where a checkpoint is used: what the help of evaluate.py, predict.py and export.py shows."""

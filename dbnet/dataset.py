@@ -448,7 +448,7 @@ class Batches:
         together = self.batch_size * _LIKE_SHAPES_AMONG
         for start in range(0, len(order), together):
             draws = [epoch[i] for i in order[start : start + together].tolist()]
-            if self.dataset.pad == "tight" and self.batch_size > 1:
+            if self.dataset.pad == "tight" and (rng or self.batch_size > 1):
                 draws.sort(key=self.dataset.elongation)
             groups = [draws] if rng else [list(group) for _, group in groupby(draws, self.dataset.padded_shapes)]
             batches = [
