@@ -123,7 +123,7 @@ def run(args: argparse.Namespace, changes: dict[str, Any]) -> None:
     if not distributed.is_first():
         return
     if comparison:
-        comparison.compare(evaluation.per_image)
+        comparison.compare(evaluation)
     if args.json:
         write_json(args.json, evaluation.to_dict())
     if args.report:

@@ -139,15 +139,24 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
         rows = {name: found[path] for name, path in images.items()}
         write_detections(args.out, form, rows)
         journal.remove()
-        print_summary(args, form, rows, [unreadable[path] for path in paths if path in unreadable])
+        print_summary(
+            args, form, rows, [unreadable[path] for path in paths if path in unreadable], config.max_candidates
+        )
 
 
-def print_summary(args: Namespace, form: str, rows: dict[str, Annotation], unreadable: list[str]) -> None:
+def print_summary(
+    args: Namespace, form: str, rows: dict[str, Annotation], unreadable: list[str], max_candidates: int
+) -> None:
     """Say what was written where, and what could not be read."""
     for line in unreadable:
         print(f"no polygons: {line}")
     polygons = sum(len(annotation.polygons) for annotation in rows.values())
     print(f"{args.out}: {len(rows)} images, {polygons} polygons, {len(unreadable)} images could not be read")
+    full = [name for name, row in rows.items() if len(row.polygons) >= max_candidates]
+    if full:
+        print(
+            f"{len(full)} images have {max_candidates} polygons, {full[0]} first: raise --max-candidates for all text"
+        )
     if form == "icdar" and any(len(polygon) != 4 for row in rows.values() for polygon in row.polygons):
         print(f"{args.out}: has polygons of more than four points; where a form rejects them, add --use-polygon false")
     if args.overlays:

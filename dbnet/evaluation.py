@@ -1,5 +1,6 @@
 """Scores of detections against a split: what train.py validates with and evaluate.py prints."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,7 +22,7 @@ from dbnet.files import check_regular
 from dbnet.geometry import Polygons, common_areas, near_pairs
 from dbnet.images import read_size
 from dbnet.inference import Network, Pipeline
-from dbnet.metric import CLEval, DatasetScore, ImageScore, match_image
+from dbnet.metric import MAX_DETECTIONS, CLEval, DatasetScore, ImageScore, match_image
 from dbnet.splits import match_names, read_split
 
 MIN_POINTS = 3
@@ -153,7 +154,7 @@ CHANGED = 5  # images in the lists of the most improved and the most worsened
 _SAME = 5e-5  # of H-Mean: what its four digits do not show
 
 
-class Scores(NamedTuple):
+class PrecisionRecall(NamedTuple):
     """CLEval of an image, or means over images, 0..1."""
 
     precision: float
@@ -163,16 +164,22 @@ class Scores(NamedTuple):
 
 @dataclass
 class Comparison:
-    """Scores of an earlier evaluation, and those of this one for the images that both have."""
+    """Scores of an earlier evaluation beside those of this one, for the images that both have."""
 
     path: Path
     """file of the earlier scores"""
 
-    before: dict[str, Scores]
+    before: dict[str, PrecisionRecall]
     """all of them, by file name"""
 
-    after: dict[str, Scores] = field(default_factory=dict)
+    after: dict[str, PrecisionRecall] = field(default_factory=dict)
     """those of this evaluation, in the order of the split, for the names in `before`"""
+
+    labels: dict[str, str | None] = field(default_factory=dict)
+    """`label_fingerprint` of each image of the earlier evaluation; None where its file has none"""
+
+    other_labels: list[str] = field(default_factory=list)
+    """images in both whose labels are others now, or may be"""
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -180,7 +187,9 @@ class Comparison:
         check_regular(path)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(path, {name: _read_scores(image) for name, image in content["per_image"].items()})
+            images = content["per_image"]
+            before = {name: _read_scores(image) for name, image in images.items()}
+            return cls(path, before, labels={name: image.get("labels") for name, image in images.items()})
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -191,19 +200,20 @@ class Comparison:
         if self.before.keys().isdisjoint(names):
             raise UserError(f"{self.path}: has no image of this split; name scores of the same --data and --split")
 
-    def compare(self, scores: dict[str, ImageScore]) -> None:
+    def compare(self, evaluation: "Evaluation") -> None:
         """Take in the scores of this evaluation."""
         self.after = {
-            name: Scores(score.precision, score.recall, score.hmean)
-            for name, score in scores.items()
+            name: PrecisionRecall(score.precision, score.recall, score.hmean)
+            for name, score in evaluation.per_image.items()
             if name in self.before
         }
+        self.other_labels = [name for name in self.after if self.labels.get(name) != evaluation.labels[name]]
 
-    def means(self) -> tuple[Scores, Scores]:
+    def means(self) -> tuple[PrecisionRecall, PrecisionRecall]:
         """Before and after, over the images that both evaluations have."""
         columns_before = zip(*(self.before[name] for name in self.after), strict=True)
         columns_after = zip(*self.after.values(), strict=True)
-        return Scores(*map(fmean, columns_before)), Scores(*map(fmean, columns_after))
+        return PrecisionRecall(*map(fmean, columns_before)), PrecisionRecall(*map(fmean, columns_after))
 
     def better(self) -> list[tuple[str, float]]:
         """Images whose H-Mean rose and by how much, the most improved first."""
@@ -218,25 +228,38 @@ class Comparison:
         before, after = self.means()
         better, worse = self.better(), self.worse()
         lines = [f"\n{'':<9}  {'there':>6}    here   change   ({self.path}; {len(self.after)} images in both)"]
+        if self.other_labels:
+            lines.insert(0, f"\n{self.warning()}")
         for name, there, here in zip(("precision", "recall", "H-Mean"), before, after, strict=True):
             lines.append(f"{name:<9}  {there:6.4f}  {here:6.4f}  {here - there:+z7.4f}")
         same = len(self.after) - len(better) - len(worse)
         lines.append(f"\n{len(better)} images better, {len(worse)} worse, {same} as before")
         for title, changes in (("most improved", better[:CHANGED]), ("most worsened", worse[:CHANGED])):
             if changes:
-                width = max(len(title), *(len(name) for name, _ in changes))
+                width = max(len(title), *(len(printable(name)) for name, _ in changes))
                 lines.append(f"\n{title:<{width}}   there    here   H-Mean")
             for name, change in changes:
                 here = self.after[name].hmean
-                lines.append(f"{name:<{width}}  {here - change:6.4f}  {here:6.4f}  {change:+z7.4f}")
+                lines.append(f"{printable(name):<{width}}  {here - change:6.4f}  {here:6.4f}  {change:+z7.4f}")
         return "\n".join(lines)
+
+    def warning(self) -> str:
+        """A line for scores that were made on other labels; empty where the labels are the same."""
+        if not self.other_labels:
+            return ""
+        if not any(self.labels.values()):
+            return f"{self.path}: does not say which labels it was made on; if they were others, so are its scores"
+        return (
+            f"{self.path}: made on other labels for {len(self.other_labels)} of {len(self.after)} images, "
+            f"{printable(self.other_labels[0])} first; changes there are not those of the detections alone"
+        )
 
     def _changes(self) -> list[tuple[str, float]]:
         return [(name, scores.hmean - self.before[name].hmean) for name, scores in self.after.items()]
 
 
-def _read_scores(image: dict[str, Any]) -> Scores:
-    scores = Scores(image["precision"], image["recall"], image["hmean"])
+def _read_scores(image: dict[str, Any]) -> PrecisionRecall:
+    scores = PrecisionRecall(image["precision"], image["recall"], image["hmean"])
     if not all(isinstance(score, int | float) and 0 <= score <= 1 for score in scores):
         raise ValueError
     return scores
@@ -244,6 +267,7 @@ def _read_scores(image: dict[str, Any]) -> Scores:
 
 SCORES_MARK = "scores by dbnet"  # in every JSON of scores, which may be overwritten therefore
 WORST = 10  # images in the list of the worst
+RESAMPLINGS = 2000  # for the interval of the H-Mean
 
 
 @dataclass
@@ -268,6 +292,15 @@ class Evaluation:
     pictures: dict[str, Any] = field(default_factory=dict)
     """what a report shows of each file"""
 
+    labels: dict[str, str] = field(default_factory=dict)
+    """`label_fingerprint` of each file"""
+
+    unscored: dict[str, int] = field(default_factory=dict)
+    """detections of files that have more than the MAX_DETECTIONS that CLEval scores"""
+
+    at_limit: list[str] = field(default_factory=list)
+    """files with as many detections as max_candidates allows: there may be more text"""
+
     def update(
         self,
         name: str,
@@ -284,6 +317,9 @@ class Evaluation:
         match = match_image(words, detections, annotation.dont_care)
         self.per_image[name] = match.score
         self.iou_per_image[name] = score_iou(words, detections, annotation.dont_care)
+        self.labels[name] = label_fingerprint(annotation)
+        if len(detections.is_given) > MAX_DETECTIONS:
+            self.unscored[name] = len(detections.is_given)
         if size:
             self.chars_per_image[name] = chars_by_size(annotation.polygons, size, match.gt_chars())
         if error:
@@ -296,11 +332,27 @@ class Evaluation:
         self.highest = max(self.highest, other.highest)
         self.chars_per_image |= other.chars_per_image
         self.pictures |= other.pictures
+        self.labels |= other.labels
+        self.unscored |= other.unscored
+        self.at_limit = sorted({*self.at_limit, *other.at_limit})
         self.unreadable = sorted({*self.unreadable, *other.unreadable})
 
     def compute(self) -> DatasetScore:
         """Means over the images, and totals."""
         return CLEval(list(self.per_image.values())).compute()
+
+    def interval(self) -> tuple[float, float]:
+        """95% interval of the H-Mean: what other images of the same kind would give, by resampling these (bootstrap).
+
+        Both ends are the H-Mean itself where there are less than two images.
+        """
+        hmeans = np.array([score.hmean for score in self.per_image.values()])
+        if len(hmeans) < 2:
+            return (self.compute().hmean,) * 2
+        rng = np.random.default_rng(0)
+        means = [rng.choice(hmeans, len(hmeans)).mean() for _ in range(RESAMPLINGS)]
+        low, high = np.quantile(means, [0.025, 0.975]).tolist()
+        return low, high
 
     def total_iou(self) -> IoUScore:
         """IoU over the words and detections of all images."""
@@ -315,26 +367,29 @@ class Evaluation:
         return sorted(self.per_image.items(), key=lambda item: (item[1].hmean, item[0]))[:count]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: precision, recall, hmean, images and the other totals, `iou`, `by_size`, and
-        `per_image` with the `iou` of each."""
+        """Plain values for JSON: precision, recall, hmean with its interval, images and the other totals, `iou`,
+        `by_size`, and `per_image` with the `iou` and the fingerprint of the labels of each."""
         return {
             **asdict(self.compute()),
             "made_by": SCORES_MARK,
+            "hmean_interval": self.interval(),
             "iou": asdict(self.total_iou()),
             "by_size": self.by_size(),
             "unreadable": self.unreadable,
             "per_image": {
-                name: {**asdict(score), "iou": asdict(self.iou_per_image[name])}
+                name: {**asdict(score), "iou": asdict(self.iou_per_image[name]), "labels": self.labels[name]}
                 for name, score in self.per_image.items()
             },
         }
 
     def table(self) -> str:
         """Totals, recall by size of text and the worst images, as text."""
-        score, iou = self.compute(), self.total_iou()
+        score, iou, (low, high) = self.compute(), self.total_iou(), self.interval()
         lines = [
             *(f"counts 0: {line}" for line in self.unreadable),
-            f"\nprecision {score.precision:.4f}\nrecall    {score.recall:.4f}\nH-Mean    {score.hmean:.4f}\n",
+            *self._limit_lines(),
+            f"\nprecision {score.precision:.4f}\nrecall    {score.recall:.4f}\nH-Mean    {score.hmean:.4f}",
+            f"95% interval of the H-Mean, by resampling the images: {low:.4f} to {high:.4f}\n",
             f"{score.images} images, {score.words} words, {score.detections} detections, "
             f"{score.splits} splits, {score.merges} merges\n",
             f"IoU over 0.5: precision {iou.precision:.4f}, recall {iou.recall:.4f}, H-Mean {iou.hmean:.4f}\n",
@@ -350,6 +405,22 @@ class Evaluation:
             )
         return "\n".join(lines)
 
+    def _limit_lines(self) -> list[str]:
+        """A line for detections that are not scored, and one for those that max_candidates may have cut."""
+        lines = []
+        if self.unscored:
+            name, count = max(self.unscored.items(), key=lambda item: item[1])
+            lines.append(
+                f"{len(self.unscored)} images have more detections than the {MAX_DETECTIONS} that CLEval scores, "
+                f"{printable(name)} has {count}: the rest count as not there"
+            )
+        if self.at_limit:
+            lines.append(
+                f"{len(self.at_limit)} images have as many detections as --max-candidates allows, "
+                f"{printable(self.at_limit[0])} first: text may be missing; raise it"
+            )
+        return lines
+
     def _size_lines(self) -> list[str]:
         """CLEval's characters, and the share of them that was found, by height of text over the longer side."""
         rows = self.by_size()
@@ -362,6 +433,15 @@ class Evaluation:
         if without_size:
             lines.append(f"{without_size} images whose files are not there to tell their size are left out of these")
         return lines
+
+
+def label_fingerprint(annotation: Annotation) -> str:
+    """A short hash of an image's words as the metric sees them, whole pixels and don't care, in any order."""
+    words = [
+        [np.trunc(polygon).astype(int).tolist(), bool(ignore)]
+        for polygon, ignore in zip(annotation.polygons, annotation.dont_care, strict=True)
+    ]
+    return hashlib.sha256(json.dumps(sorted(words)).encode()).hexdigest()[:12]
 
 
 def evaluate(
@@ -395,6 +475,8 @@ def evaluate(
         evaluation.update(name, annotation, detection.polygons, detection.error, size)
         if detection.prob_map is not None:
             evaluation.highest = max(evaluation.highest, int(detection.prob_map.max(initial=0)) / 255)
+        if len(detection.polygons) >= pipeline.config.max_candidates:
+            evaluation.at_limit.append(name)
         if picture:
             found = detection.polygons, detection.scores, detection.prob_map
             evaluation.pictures[name] = picture(dataset.paths[detection.index], annotation, *found)
@@ -441,7 +523,7 @@ def evaluate_submission(
             evaluation.pictures[name] = picture(images[name], annotation, polygons)
     missing = [name for name in annotations if name not in submission]
     if missing:
-        print(f"{len(missing)} images of the split have no row and count 0, {missing[0]} first")
+        print(f"{len(missing)} images of the split have no row and count 0, {printable(missing[0])} first")
     return evaluation
 
 

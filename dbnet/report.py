@@ -217,6 +217,7 @@ def _describe(comparison: Comparison) -> dict[str, Any]:
         "worse": len(comparison.worse()),
         "before": before,
         "after": after,
+        "warning": comparison.warning(),
     }
 
 

@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import shutil
-from dataclasses import asdict
 from html.parser import HTMLParser
 from io import BytesIO
 from itertools import pairwise
@@ -16,9 +15,7 @@ import pytest
 from PIL import Image
 
 from dbnet.annotations import Annotation
-from dbnet.errors import UserError
-from dbnet.evaluation import SIZE_EDGES, Comparison, Evaluation, Scores
-from dbnet.metric import ImageScore
+from dbnet.evaluation import SIZE_EDGES, Comparison, Evaluation, PrecisionRecall
 from dbnet.report import MAP_BYTES, PICTURE_BYTES, encode_map, encode_picture, picture_of, write_report
 from dbnet.splits import read_split
 from dbnet.synth.scene import write_dataset
@@ -65,14 +62,10 @@ def report_of(folder, images, title="a checkpoint on val", comparison=None):
         evaluation.update(name, annotation, polygons)
         evaluation.pictures[name] = picture_of(path, annotation, polygons, *more)
     if comparison:
-        comparison.compare(evaluation.per_image)
+        comparison.compare(evaluation)
     page = folder / "report.html"
     write_report(page, evaluation, title, {"thresh": 0.3}, comparison)
     return page
-
-
-def image_score(hmean):
-    return ImageScore(hmean, hmean, hmean, *[0] * 11)
 
 
 def white(width, height):
@@ -138,7 +131,7 @@ def test_the_page_needs_nothing_from_outside(tmp_path):
 def test_names_cannot_break_out_of_the_data(tmp_path):
     images = {name: (white(20, 20), Annotation([box(1, 1, 9, 5)], [False]), []) for name in HOSTILE}
     title = "</script><script>window.hacked=1</script>"
-    page = Page(report_of(tmp_path, images, title, Comparison(Path("<b>/x"), {HOSTILE[0]: Scores(1, 1, 1)})))
+    page = Page(report_of(tmp_path, images, title, Comparison(Path("<b>/x"), {HOSTILE[0]: PrecisionRecall(1, 1, 1)})))
     assert page.programs == 1
     assert page.data["title"] == title
     assert [image["name"] for image in page.data["images"]] == HOSTILE
@@ -175,45 +168,6 @@ def test_real_receipts_stay_under_150_kilobytes_each(receipts, tmp_path):
     page = report_of(tmp_path, images)
     assert page.stat().st_size / 8 < 150_000
     assert Image.open(BytesIO(base64.b64decode(Page(page).elements["jpeg-0"]))).height == 1024
-
-
-# ------------------------------------------------------------------------------------------------------ comparison
-
-
-def test_comparison_is_of_the_images_in_both(tmp_path):
-    file = tmp_path / "scores.json"
-    earlier = {"a": image_score(0.5), "b": image_score(0.9), "c": image_score(0.7), "gone": image_score(0)}
-    file.write_text(json.dumps({"per_image": {name: asdict(score) for name, score in earlier.items()}}))
-    comparison = Comparison.read(file)
-    here = {"new": image_score(0.1), "a": image_score(1.0), "b": image_score(0.8), "c": image_score(0.70001)}
-    comparison.check_shares(here)
-    comparison.compare(here)
-    assert list(comparison.after) == ["a", "b", "c"]
-    assert comparison.better() == [("a", pytest.approx(0.5))]
-    assert comparison.worse() == [("b", pytest.approx(-0.1))]
-    before, after = comparison.means()
-    assert (before.hmean, after.hmean) == (pytest.approx(0.7), pytest.approx((1 + 0.8 + 0.70001) / 3))
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"per_image": []}', '{"per_image": {"a": {"precision": 1}}}', "\xff"]
-)
-def test_a_file_without_scores_is_refused(tmp_path, text):
-    file = tmp_path / "other.json"
-    file.write_text(text, encoding="latin-1")
-    with pytest.raises(UserError, match=r"other\.json.*--json"):
-        Comparison.read(file)
-
-
-def test_scores_out_of_range_or_of_other_images_are_refused(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
-        Comparison.read(tmp_path / "missing.json")
-    file = tmp_path / "other.json"
-    file.write_text(json.dumps({"per_image": {"a": {"precision": 1, "recall": 1, "hmean": float("nan")}}}))
-    with pytest.raises(UserError, match="no scores by image"):
-        Comparison.read(file)
-    with pytest.raises(UserError, match="no image of this split"):
-        Comparison(file, {"a": Scores(1, 1, 1)}).check_shares(["b"])
 
 
 # --------------------------------------------------------------------------------------------------------- browser
@@ -284,7 +238,7 @@ def rendered_report(tmp_path_factory):
         prob_map[100:200] = 200
         shutil.copy(path, folder / path.name)
         images[path.name] = (None, annotation, detections, [0.5] * len(detections), prob_map)
-    comparison = Comparison(folder / "earlier.json", dict.fromkeys(images, Scores(0.9, 0.9, 0.9)))
+    comparison = Comparison(folder / "earlier.json", dict.fromkeys(images, PrecisionRecall(0.9, 0.9, 0.9)))
     page = report_of(folder, images, comparison=comparison)
     return page, {image["name"]: image for image in Page(page).data["images"]}
 
