@@ -139,3 +139,17 @@ def test_numbers_beyond_any_float_are_refused_like_others():
         Config(max_candidates=math.inf)
     with pytest.raises(UserError, match="--image-size"):
         Config(image_size=10**400)
+
+
+@pytest.mark.parametrize(
+    "words", [("evaluate.py",), ("predict.py",), ("export.py",), ("-m", "dbnet.synth"), ("train.py",)]
+)
+def test_help_answers_without_importing_a_library(words):
+    if words == ("train.py",):
+        pytest.xfail("train.py still imports PyTorch first")
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *words, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.startswith("usage: ")
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "dbnet.config" in imported and not imported & {"torch", "numpy", "cv2", "PIL", "scipy", "tqdm", "shapely"}

@@ -30,7 +30,7 @@ MODULES = {
     "evaluate.py": "evaluate",
     "predict.py": "predict",
     "export.py": "export",
-    "dbnet.synth": "dbnet.synth.scene",
+    "dbnet.synth": "dbnet.synth.__main__",
 }
 
 TWO_MACHINES = (

@@ -25,7 +25,6 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from dbnet.config import ArgumentParser
 from dbnet.dataset import count_cores
 from dbnet.errors import UserError
 from dbnet.synth.receipt import (
@@ -426,25 +425,3 @@ def write_dataset(
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from None
     return sum(len(entry["words"]) for split in SPLITS for entry in images[split].values())
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser("Write a data set of synthetic receipts.")
-    parser.prog = "python -m dbnet.synth"
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make; must be absent or empty")
-    for split, count in zip(SPLITS, (200, 20, 10), strict=True):
-        parser.add_argument(
-            f"--{split}", type=int, default=count, metavar="N", help=f"{split} images (default {count})"
-        )
-    parser.add_argument("--size", type=int, default=640, help="long side of the images in pixels (default 640)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same data set (default 0)")
-    parser.add_argument(
-        "--font", action="append", default=[], metavar="FILE", help="a .ttf or .otf to print with; repeatable"
-    )
-    parser.add_argument("--lines", action="store_true", help="label lines of a column, not words")
-    parser.add_argument("--varied", action="store_true", help="also dark paper, tight lines, dirt, turned pages, ...")
-    args = parser.parse_args(arguments)
-    counts = (args.train, args.val, args.test)
-    words = write_dataset(args.out, *counts, args.size, args.seed, args.font, lines=args.lines, varied=args.varied)
-    images = f"{args.train} train, {args.val} val, {args.test} test images"
-    print(f"{args.out}: {images} with {words} {'lines' if args.lines else 'words'}")
