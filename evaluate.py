@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--split", default="val", help="split of the data set (val)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all scores as JSON")
     parser.add_argument("--report", type=Path, metavar="FILE.html", help="write a page that shows every image")
+    parser.add_argument("--lang", choices=("auto", "en", "ko"), default="auto", help="its language (the browser's)")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="JSON of another evaluation to compare with")
     parser.add_argument("--tune", action="store_true", help="search the best thresholds, unclip ratio and min_size")
     parser.add_argument("--save", action="store_true", help="with --tune: keep the best ones in the checkpoint")
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace, changes: dict[str, Any]) -> None:
     if args.json:
         write_json(args.json, evaluation.to_dict())
     if args.report:
-        write_report(args.report, evaluation, f"{names} on {args.split}", settings, comparison)
+        write_report(args.report, evaluation, f"{names} on {args.split}", settings, comparison, args.lang)
     print(evaluation.table())
     if comparison:
         print(comparison.table())

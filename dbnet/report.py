@@ -119,19 +119,27 @@ def picture_of(
 
 
 def write_report(
-    path: Path, evaluation: Evaluation, title: str, settings: dict[str, Any], comparison: Comparison | None = None
+    path: Path,
+    evaluation: Evaluation,
+    title: str,
+    settings: dict[str, Any],
+    comparison: Comparison | None = None,
+    language: str = "auto",
 ) -> None:
     """Write the page of an evaluation whose `pictures` are made by `picture_of`, whole or not at all.
 
     `title` says what was scored, `settings` how, by name. With a `comparison` the page shows the changes since the
-    earlier scores. Raises UserError where it cannot be written.
+    earlier scores. `language` is en, ko or auto, the language of the browser. Raises UserError where it cannot be
+    written.
     """
     pictures = evaluation.pictures
     data = {
         "title": title,
+        "language": language,
         "settings": {name: str(value) for name, value in settings.items()},
         "outcomes": _OUTCOMES,
         "totals": asdict(evaluation.compute()),
+        "interval": evaluation.interval(),
         "sizes": _recall_by_size(list(pictures.values())),
         "comparison": _describe(comparison) if comparison else None,
         "images": [
@@ -217,7 +225,8 @@ def _describe(comparison: Comparison) -> dict[str, Any]:
         "worse": len(comparison.worse()),
         "before": before,
         "after": after,
-        "warning": comparison.warning(),
+        "other_labels": len(comparison.other_labels),
+        "labels_known": any(comparison.labels.values()),
     }
 
 

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import shutil
 from html.parser import HTMLParser
 from io import BytesIO
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dbnet import evaluation
 from dbnet.annotations import Annotation
 from dbnet.evaluation import SIZE_EDGES, Comparison, Evaluation, PrecisionRecall
 from dbnet.report import MAP_BYTES, PICTURE_BYTES, encode_map, encode_picture, picture_of, write_report
@@ -241,6 +243,111 @@ def rendered_report(tmp_path_factory):
     comparison = Comparison(folder / "earlier.json", dict.fromkeys(images, PrecisionRecall(0.9, 0.9, 0.9)))
     page = report_of(folder, images, comparison=comparison)
     return page, {image["name"]: image for image in Page(page).data["images"]}
+
+
+@pytest.fixture
+def screen(browser):
+    """Open a page at a width in pixels and in a colour scheme."""
+
+    def open_page(page, width, fragment="", scheme="light"):
+        size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        browser.get("about:blank")
+        browser.get(page.as_uri() + fragment)
+        return browser
+
+    yield open_page
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert browser.get_log("browser") == []
+
+
+BEYOND = """
+    const within = element => element.closest("#table, #stage, .card > svg");
+    const wide = [...document.querySelectorAll("body *")].filter(element => !within(element)
+        && element.checkVisibility() && element.getBoundingClientRect().right > innerWidth + 1);
+    return [document.documentElement.scrollWidth - innerWidth, wide.map(element => element.outerHTML.slice(0, 80))];
+"""
+CONTRASTS = """
+    const channels = color => color.match(/[\\d.]+/g).map(Number);
+    const linear = v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+    const luminance = ([r, g, b]) => [r, g, b].map(v => linear(v / 255))
+        .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+    const behind = element => {
+        for (let each = element; each; each = each.parentElement) {
+            const color = channels(getComputedStyle(each).backgroundColor);
+            if (color.length === 3 || color[3] === 1) return color;
+        }
+        return [255, 255, 255];
+    };
+    return [...document.querySelectorAll("body *")].filter(element => element.checkVisibility() && !element.disabled
+        && [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim())).map(element => {
+        let opacity = 1;
+        for (let each = element; each; each = each.parentElement) opacity *= getComputedStyle(each).opacity;
+        const back = behind(element);
+        const text = channels(getComputedStyle(element).color).map((v, i) => opacity * v + (1 - opacity) * back[i]);
+        const [low, high] = [luminance(text), luminance(back)].sort((a, b) => a - b);
+        return [(high + .05) / (low + .05), element.outerHTML.slice(0, 80)];
+    });
+"""
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_fits_a_telephone_and_a_desk(screen, rendered_report, width):
+    page, images = rendered_report
+    browser = screen(page, width)
+    assert browser.execute_script(BEYOND) == [0, []]
+    if width == 390:
+        assert browser.find_element("id", "filters").size["height"] < 70 and not find(browser, "#search")
+        click(browser, "#show-filters")
+        assert browser.execute_script(BEYOND) == [0, []]
+        click(browser, "#with-missed")
+        assert find(browser, "#count") == ["4 of 5 images"]
+    click(browser, "#show-table")
+    assert browser.execute_script(BEYOND) == [0, []]
+    browser = screen(page, width, f"#image={next(iter(images))}")
+    assert browser.execute_script(BEYOND) == [0, []]
+    place = browser.find_element("id", "place")
+    assert place.text == "5 of 5" and place.rect["x"] + place.rect["width"] <= width
+    assert browser.find_element("id", "stage").size["height"] > 300
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_has_a_contrast_of_at_least_4_5(screen, rendered_report, scheme):
+    page, images = rendered_report
+    browser = screen(page, 1280, scheme=scheme)
+    found = browser.execute_script(CONTRASTS)
+    click(browser, "#show-table")
+    assert len(find(browser, "td.zero")) > 0
+    found += browser.execute_script(CONTRASTS)
+    found += screen(page, 1280, f"#image={list(images)[3]}", scheme).execute_script(CONTRASTS)
+    assert len(found) > 100 and [text for contrast, text in found if contrast < 4.5] == []
+
+
+def test_the_page_speaks_korean_and_explains_its_units(screen, rendered_report):
+    page, images = rendered_report
+    english = screen(page, 1280)
+    assert {"words found in pieces", "detections of several words"} <= set(find(english, "#totals small"))
+    assert any("longer side of its image" in note for note in find(english, ".note"))
+    korean = page.with_name("korean.html")
+    korean.write_text(page.read_text().replace('"language":"auto"', '"language":"ko"'))
+    for fragment in ("", f"#image={list(images)[3]}"):
+        browser = screen(korean, 1280, fragment)
+        assert browser.execute_script("return document.documentElement.lang") == "ko"
+        script = "return document.body.innerText + [...document.querySelectorAll('[aria-label]')].map(e => e.ariaLabel)"
+        text = browser.execute_script(script)
+        for name in (*images, "a checkpoint on val", "thresh", str(page.with_name("earlier.json")), "H-Mean", "Esc"):
+            text = text.replace(name, "")
+        assert re.findall(r"[A-Za-z]{3,}", text) == []
+
+
+def test_every_text_of_the_page_is_translated():
+    page = Path(evaluation.__file__).with_name("report.html").read_text()
+    translated = page[page.index("const KOREAN") : page.index("const language")]
+    korean = set(re.findall(r'"([^"]+)":', translated))
+    assert set(re.findall(r'\bt\("([^"]*)"', page)) - korean == {"95%: {0} – {1}"}
 
 
 def test_gallery_is_worst_first_and_the_table_sorts(opened, rendered_report):
