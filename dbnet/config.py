@@ -333,7 +333,7 @@ SLIM = V1.changed(
     backbone="mobilenet_v3_large", pyramid_channels=96, pad="tight", batch_size=4, accumulate=1, rotate90_p=0.0
 )
 LITE = SLIM.changed(image_size=800, flip_p=0.0, scale=2.0, rotate=2.0, perspective=0.03, ema=0.998)
-DEMO = SLIM.changed(data="demo/data", weights="none", image_size=448, epochs=7)
+DEMO = SLIM.changed(data="demo/data", weights="none", image_size=640, epochs=2, lr=5e-4, flip_p=0.0, box_thresh=0.4)
 BEST = V3.changed(
     backbone="timm:hrnet_w44",
     fusion="asf",

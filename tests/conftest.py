@@ -43,4 +43,7 @@ def small(rendered: Path) -> Config:
         accumulate=1,
         workers=0,
         epochs=1,
+        lr=1e-3,
+        flip_p=0.5,
+        box_thresh=0.25,
     )
