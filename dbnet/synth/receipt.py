@@ -4,6 +4,7 @@
 the sheet on paper and photographs it.
 """
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,80 +26,28 @@ FONT_NAMES = ("DejaVuSans", "DejaVuSerif", "Liberation", "FreeSans", "FreeMono",
 # ---- the text of a receipt
 
 
-def phrases(text: str) -> tuple[str, ...]:
-    return tuple(text.split("|"))
-
-
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words of receipts in one language."""
+    """The words of receipts in one language, of vocabularies.json."""
 
-    shops: tuple[str, ...]
-    places: tuple[str, ...]
-    items: tuple[str, ...]
-    notes: tuple[str, ...]
-    columns: tuple[tuple[str, ...], ...]
+    shops: list[str]
+    places: list[str]
+    items: list[str]
+    notes: list[str]
+    columns: list[list[str]]
     """Alternative headings of the table of items: name, quantity, unit price, amount."""
-    fields: tuple[str, ...]
+    fields: list[str]
     """Labels of header lines: a counter, a cashier, a number."""
-    sums: tuple[tuple[str, ...], ...]
+    sums: list[list[str]]
     """Alternative labels of subtotal, tax, total, payment and change."""
-    syllables: tuple[str, ...]
+    syllables: list[str]
     """Parts of made-up names, so that the words are not always the same."""
     cents: bool
-    currencies: tuple[str, ...]
+    currencies: list[str]
 
 
-LATIN = Vocabulary(
-    shops=phrases("Market|Cafe|Bakery|Trading Sdn Bhd|Hardware & Tools|Pharmacy|Books|Enterprise|Mini Mart|Grill"),
-    places=phrases("Main Street|Jalan Besar|Park Avenue|Station Rd.|Taman Maju|Lot 12-A|High St|5th Floor"),
-    items=phrases(
-        "Milk 1L|Brown Bread|Coffee (L)|AA Battery x4|Green Tea|Olive Oil 500ml|Rice 5kg|Chicken Set|A4 Paper|Notebook|"
-        "USB Cable 2m|Eggs 10pcs|Orange Juice|Soap|LED Bulb 9W|Paint Brush 2in|Iced Latte|Plastic Bag|Tape 48mm|Set #3"
-    ),
-    notes=phrases(
-        "Thank you, please come again!|Goods sold are not returnable|Exchange within 7 days with receipt|Customer copy|"
-        "Strictly no cash refund|Prices include service tax|Follow us at www.shop.example|*** Have a nice day :) ***|"
-        "Please keep this receipt for your records|Opening hours 08:00 - 22:00"
-    ),
-    columns=(phrases("Item|Qty|Price|Amount"), phrases("Description|Qty|U/P|Total"), phrases("ITEM|#|@|AMT(RM)")),
-    fields=phrases("Cashier:|Counter|Bill No:|Table|Ref.|Invoice #|Terminal ID|Member|GST ID :|Order"),
-    sums=(
-        phrases("Subtotal|Sub Total :|Total Excl. Tax"),
-        phrases("Tax|GST 6% :|VAT 20%|Service Charge (10%)"),
-        phrases("TOTAL|Grand Total :|Amount Due|Total (Inclusive of GST)"),
-        phrases("Cash|VISA|Card Payment :|MASTERCARD **** 4021"),
-        phrases("Change|CHANGE DUE :|Balance|Rounding Adj."),
-    ),
-    syllables=phrases("ba|ker|lin|mo|sa|ton|vi|rel|dun|hu|an|go|tes|pra|il|wen|cho|ris|mar|el|fu"),
-    cents=True,
-    currencies=("", "", "$", "RM", "EUR ", "£"),
-)
-
-KOREAN = Vocabulary(
-    shops=phrases("마트|편의점|식당|커피|베이커리|약국|서점|치킨|문구|정육점|분식|주식회사"),
-    places=phrases("서울특별시 강남구|경기도 성남시 분당구|부산광역시 해운대구|테헤란로 152|중앙로 27번길 3|1층 101호"),
-    items=phrases(
-        "아메리카노(R)|카페라떼|김치찌개|삼겹살 200g|바나나우유|새우깡|신선한 계란 10구|햇반 210g|생수 2L|두부|비빔밥|"
-        "공기밥|콜라 500ml|종량제봉투 20L|A4 용지|칫솔 세트|참치 김밥|식빵|사과 1봉|소주"
-    ),
-    notes=phrases(
-        "감사합니다 또 오세요|교환 및 환불은 7일 이내 영수증 지참|신용카드 매출전표|고객용|부가세 포함 금액입니다|"
-        "포인트 적립은 당일에 한합니다|현금영수증 (소득공제)|이용해 주셔서 감사합니다|문의 고객센터 1588-0000"
-    ),
-    columns=(phrases("상품명|수량|단가|금액"), phrases("메뉴|수량|단가|금액"), phrases("품명|수량|가격|합계")),
-    fields=phrases("대표자:|담당자|영수증번호|POS:|테이블|사업자번호:|승인번호|가맹점|주문번호"),
-    sums=(
-        phrases("과세물품가액|공급가액|소계"),
-        phrases("부가세|부 가 세|세액"),
-        phrases("합계|총 금 액|결제금액|합 계 금 액"),
-        phrases("신용카드|현금|받은금액|카드 결제"),
-        phrases("거스름돈|할인금액|포인트"),
-    ),
-    syllables=phrases("가|나|다|라|한|솔|미|정|우|리|동|네|행|복|빛|새|봄|별|해|온"),
-    cents=False,
-    currencies=("", "", "₩"),
-)
+_VOCABULARIES = json.loads(Path(__file__).with_name("vocabularies.json").read_text(encoding="utf-8"))
+LATIN, KOREAN = (Vocabulary(**_VOCABULARIES[name]) for name in ("latin", "korean"))
 
 
 @dataclass(frozen=True)
@@ -119,8 +68,8 @@ class Row:
     scale: float = 1.0
     bold: bool = False
     inverted: bool = False
-    graphic: Callable[[np.random.Generator, int, int], np.ndarray] | None = None
-    """Called with (rng, height, width); returns ink (height, width) uint8, 255 = printed."""
+    graphic: Callable[[np.random.Generator, np.ndarray], None] | None = None
+    """Draws into empty ink (height, width) uint8: 255 where something is printed."""
 
 
 def pick(rng: np.random.Generator, options: Sequence):
@@ -235,53 +184,49 @@ def compose_receipt(rng: np.random.Generator, words: Vocabulary, line_count: flo
     return rows
 
 
-# ---- ink: (height, width) uint8, 255 where something is printed
+# ---- graphics, drawn into empty ink (height, width)
 
 
-def draw_rule(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    ink = np.zeros((height, width), np.uint8)
+def draw_rule(rng: np.random.Generator, ink: np.ndarray) -> None:
+    height = len(ink)
     for y in np.linspace(height * 0.4, height * 0.6, rng.integers(1, 3)).astype(int):
         ink[y : y + max(1, height // 12)] = 255
-    return ink
 
 
-def draw_dashes(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def draw_dashes(rng: np.random.Generator, ink: np.ndarray) -> None:
+    height, width = ink.shape
     period = max(4, round(height * rng.uniform(0.4, 1.2)))
     dashes = np.arange(width) % period < period * rng.uniform(0.3, 0.8)
-    return draw_rule(rng, height, width) * dashes.astype(np.uint8)
+    draw_rule(rng, ink)
+    ink *= dashes
 
 
-def draw_barcode(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def draw_barcode(rng: np.random.Generator, ink: np.ndarray) -> None:
+    width = ink.shape[1]
     bars = np.repeat(rng.random(int(rng.integers(50, 96))) < 0.5, max(1, width // 130)).astype(np.uint8) * 255
-    ink = np.zeros((height, width), np.uint8)
     left = (width - min(len(bars), width)) // 2
     ink[:, left : left + len(bars)] = bars[:width]
-    return ink
 
 
-def draw_marks(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A row of asterisks, dashes or equals signs: print that is no text."""
-    scale = height / 30
-    ink = np.zeros((height, width), np.uint8)
-    row = pick(rng, "*-=_.#") * math.ceil(width / (18 * scale))
-    cv2.putText(ink, row, (0, height * 3 // 4), cv2.FONT_HERSHEY_SIMPLEX, scale, 255, 1 + height // 24, cv2.LINE_AA)
-    return ink
+def draw_marks(rng: np.random.Generator, ink: np.ndarray) -> None:
+    """A row of asterisks, dashes or the like: print that is no text."""
+    height, width = ink.shape
+    row = pick(rng, "*-=_.#") * math.ceil(width / (0.6 * height))
+    start, thickness = (0, height * 3 // 4), 1 + height // 24
+    cv2.putText(ink, row, start, cv2.FONT_HERSHEY_SIMPLEX, height / 30, 255, thickness, cv2.LINE_AA)
 
 
-def draw_matrix_code(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def draw_matrix_code(rng: np.random.Generator, ink: np.ndarray) -> None:
     modules = (rng.random((25, 25)) < 0.5).astype(np.uint8) * 255
     finder = np.pad(np.pad(np.full((3, 3), 255, np.uint8), 1), 1, constant_values=255)
     modules[:7, :7] = modules[:7, -7:] = modules[-7:, :7] = finder
-    side = min(height, width)
-    ink = np.zeros((height, width), np.uint8)
-    left = (width - side) // 2
+    side, left = min(ink.shape), (ink.shape[1] - min(ink.shape)) // 2
     ink[:side, left : left + side] = cv2.resize(modules, (side, side), interpolation=cv2.INTER_NEAREST)
-    return ink
 
 
-def draw_logo(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def draw_logo(rng: np.random.Generator, ink: np.ndarray) -> None:
     """A few filled and hollow shapes on top of each other around the middle."""
-    ink = np.zeros((height, width), np.uint8)
+    height, width = ink.shape
     for shade in (255, 0, 255)[: rng.integers(1, 4)]:
         axes = (int(height * rng.uniform(0.2, 0.9)), int(height * rng.uniform(0.15, 0.45)))
         centre = (width // 2 + int(rng.normal(0, height / 4)), height // 2)
@@ -291,7 +236,6 @@ def draw_logo(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
             angles = np.sort(rng.uniform(0, 2 * math.pi, rng.integers(3, 8)))
             points = np.array(centre) + np.stack([np.cos(angles) * axes[0], np.sin(angles) * axes[1]], 1)
             cv2.fillPoly(ink, [points.astype(np.int32)], shade, cv2.LINE_AA)
-    return ink
 
 
 @dataclass(frozen=True)
@@ -463,7 +407,9 @@ def print_sheet(
         if bottom + margin > height:
             break
         if row.graphic:
-            sheet.ink[top:bottom, margin:-margin] = row.graphic(rng, bottom - top, width - 2 * margin)
+            graphic = np.zeros((bottom - top, width - 2 * margin), np.uint8)
+            row.graphic(rng, graphic)
+            sheet.ink[top:bottom, margin:-margin] = graphic
         elif row.cells:
             rest = print_row(sheet, row, face, row_size, (margin, top, width - margin, bottom))
             if rest and len(row.cells) == 1:
