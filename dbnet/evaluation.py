@@ -25,7 +25,7 @@ from dbnet.inference import Network, Pipeline
 from dbnet.metric import MAX_DETECTIONS, CLEval, DatasetScore, ImageScore, match_image
 from dbnet.splits import match_names, read_split
 
-MIN_POINTS = 3
+IOU_MIN_POINTS = 3
 """Polygons with fewer points have no area."""
 
 MIN_IOU = 0.5
@@ -61,12 +61,12 @@ def score_iou(
     """Match the (n, 2) detections of an image with its (n, 2) words.
 
     Words are served in their order, each takes the first free detection that matches. Coordinates are truncated to
-    integers, and a polygon that crosses itself is mended, as for CLEval. One without area is counted, and matches
+    integers, outlines that cross themselves are even-odd. A polygon without area is counted, and matches
     nothing. `dont_care` says for each word whether it shall neither be found nor missed, None for none.
 
     Raises ValueError as `metric.score_image` does.
     """
-    gts, dets = Polygons.read(gt_polygons, MIN_POINTS), Polygons.read(det_polygons, MIN_POINTS)
+    gts, dets = Polygons.read(gt_polygons, IOU_MIN_POINTS), Polygons.read(det_polygons, IOU_MIN_POINTS)
     is_valid = ~np.asarray(dont_care if dont_care is not None else np.zeros(len(gts.is_given)), bool)
     gt_counts, det_counts = is_valid[gts.is_given], np.ones(len(dets), bool)
     gt, det = near_pairs(gts, dets)
@@ -313,7 +313,7 @@ class Evaluation:
 
         `size` is the width and height of the original, None where they are not known.
         """
-        words, detections = (Polygons.read(each, MIN_POINTS) for each in (annotation.polygons, list(polygons)))
+        words, detections = (Polygons.read(each, IOU_MIN_POINTS) for each in (annotation.polygons, list(polygons)))
         match = match_image(words, detections, annotation.dont_care)
         self.per_image[name] = match.score
         self.iou_per_image[name] = score_iou(words, detections, annotation.dont_care)

@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike
 
 from dbnet.config import STRIDE
 
-COORDINATE_LIMIT = 100_000_000
-"""Pixels, either way: no image that can be read is longer (`dbnet.images.MAX_PIXELS`)."""
+MAX_COORDINATE = 100_000_000
+"""Pixels, in both directions: longer than any image that can be read (`dbnet.images.MAX_PIXELS`)."""
 
 WHOLE_UP_TO = 4
 """Times that an image may be as long as it is broad for the network to look at it as a whole."""
@@ -24,8 +24,14 @@ PAGE_BREADTH = 0.65
 """Shorter side of a longer image in the network, as a share of image_size: a page of paper in each window. Of eight
 receipts in a strip 98% are found so of what is found in each alone, and 96% with 0.5 (benchmarks/RESULTS.md)."""
 
-MAX_TANGLED_POINTS = 64
-"""Points of an outline that crosses itself: with n of them it can do so n^2 / 2 times, each a point of its geometry."""
+MAX_CROSSINGS = 500
+"""Self-crossings up to which the area of an outline is exact. Their number can grow with the square of the points."""
+
+GRID = 64
+"""Rows and columns of the grid that samples the area of an outline with more crossings, within two or three percent."""
+
+MAX_EDGES = 1 << 22
+"""Pairs of a point and an edge that `contains` compares at once, to bound its memory."""
 
 
 @dataclass(frozen=True)
@@ -120,31 +126,57 @@ def padded(length: int) -> int:
 
 
 def fault_of(polygon: np.ndarray) -> str | None:
-    """What keeps an (n, 2) float64 polygon of a file from being scored or learned, in words; None for nothing."""
+    """The reason why an (n, 2) float64 polygon of a file cannot be scored or learned; None if it can."""
     if not np.isfinite(polygon).all():
         return "a coordinate is not a finite number"
-    if np.abs(polygon).max(initial=0) > COORDINATE_LIMIT:
-        return f"a coordinate is beyond {COORDINATE_LIMIT} pixels"
-    if len(polygon) > MAX_TANGLED_POINTS:
-        import shapely  # rarely needed
-
-        if not shapely.is_simple(shapely.linearrings(polygon)):
-            return f"an outline of {len(polygon)} points, more than {MAX_TANGLED_POINTS}, crosses itself"
+    if np.abs(polygon).max(initial=0) > MAX_COORDINATE:
+        return f"a coordinate is beyond {MAX_COORDINATE} pixels"
     return None
+
+
+def uncross_quads(points: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Reorder the corners of quadrilaterals that cross themselves, so that they run around the box that they mean.
+
+    Corners listed as top left, top right, bottom left, bottom right become top left, top right, bottom right, bottom
+    left; the first corner stays the first. Other polygons stay as they are.
+
+    Args:
+        points: (total, 2), polygon after polygon.
+        counts: (polygons,) number of points of each.
+
+    Returns:
+        The points, and (polygons,) bool, which polygons were reordered.
+    """
+    index = np.flatnonzero(counts == 4)
+    corners = (np.cumsum(counts) - counts)[index] + np.arange(4)[:, None]
+    a, b, c, d = points.T[:, corners].transpose(1, 0, 2)
+    swap_last, swap_middle = _segments_cross(b, c, d, a), _segments_cross(a, b, c, d)
+    points = points.copy()
+    for swapped, (one, other) in ((swap_last, (2, 3)), (swap_middle, (1, 2))):
+        one, other = corners[one, swapped], corners[other, swapped]
+        points[one], points[other] = points[other], points[one]
+    reordered = np.zeros(len(counts), bool)
+    reordered[index] = swap_last | swap_middle
+    return points, reordered
+
+
+def _segments_cross(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """(k,) whether the segments ab and cd cross each other between their ends; (2, k) points."""
+    separates_cd = cross(b - a, c - a) * cross(b - a, d - a) < 0
+    separates_ab = cross(d - c, a - c) * cross(d - c, b - c) < 0
+    return separates_cd & separates_ab
 
 
 def clip_polygons(
     points: np.ndarray, counts: np.ndarray, width: int, height: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Move points outside of the image to its border; drop polygons that are degenerate then.
+    """Move points outside the image to its border; drop polygons that are degenerate then.
 
-    Args:
-        points: (total, 2), polygon after polygon.
-        counts: (polygons,) how many points each has.
+    Arguments as in `uncross_quads`.
 
     Returns:
-        points and counts of the polygons kept, and (polygons,) bool, which those are. Dropped are polygons of fewer
-        than three points or of less than a square pixel.
+        Points and counts of the polygons kept, and (polygons,) bool, which polygons were kept. Dropped are polygons of
+        fewer than three points or of less than a square pixel.
     """
     clipped = np.clip(points, 0, (width, height))
     kept = (counts >= 3) & (areas(clipped, counts) >= 1)
@@ -152,52 +184,65 @@ def clip_polygons(
 
 
 def visible_shares(points: np.ndarray, counts: np.ndarray, width: int, height: int) -> np.ndarray:
-    """(polygons,) how much of each polygon's area is left, 0..1, when its points are moved to the border of the image.
+    """(polygons,) share of each polygon's area, 0..1, that is left when its points are moved to the image border.
 
-    Arguments as in clip_polygons, every polygon with an area. For polygons that stand upright this is the share of
-    their area inside the image.
+    Arguments as in `uncross_quads`; every polygon has an area. For upright rectangles this is the share of their area
+    inside the image.
     """
     return areas(np.clip(points, 0, (width, height)), counts) / areas(points, counts)
 
 
 def areas(points: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(polygons,) areas in square pixels, whichever way each runs (shoelace formula); arguments as in clip_polygons."""
+    """(polygons,) areas in square pixels by the shoelace formula; arguments as in `uncross_quads`.
+
+    In an outline that crosses itself, parts that turn in opposite directions cancel.
+    """
     x, y = points.T
     next_x, next_y = points[_next_point(counts)].T
     return np.abs(_sums(x * next_y - y * next_x, counts)) / 2
 
 
 def perimeters(points: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(polygons,) lengths of the closed outlines in pixels; arguments as in clip_polygons."""
+    """(polygons,) lengths of the closed outlines in pixels; arguments as in `uncross_quads`."""
     return _sums(np.sqrt(np.square(points[_next_point(counts)] - points).sum(axis=1)), counts)
 
 
+def offset_distances(points: np.ndarray, counts: np.ndarray, ratio: float) -> np.ndarray:
+    """(polygons,) distances area x ratio / perimeter in pixels; 0 without a perimeter. Arguments as in `uncross_quads`.
+
+    With the ratio 1 - r^2 it is the distance D of the targets (DBNet equation 10), with the unclip ratio the distance
+    D' of post-processing (equation 11).
+    """
+    lengths = perimeters(points, counts)
+    return areas(points, counts) * ratio / np.where(lengths > 0, lengths, np.inf)
+
+
 def _next_point(counts: np.ndarray) -> np.ndarray:
-    """(total,) for each point the index of the next one of its polygon, the first after the last."""
+    """(total,) index of the point that follows each point on its polygon; the first follows the last."""
     following = np.arange(1, counts.sum() + 1)
     ends = np.cumsum(counts)
-    is_there = counts > 0
-    following[ends[is_there] - 1] = (ends - counts)[is_there]
+    has_points = counts > 0
+    following[ends[has_points] - 1] = (ends - counts)[has_points]
     return following
 
 
 def _sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(polygons,) sums of a value for each point, polygon by polygon."""
+    """(polygons,) sums over each polygon of one value for each point."""
     sums = np.zeros(len(counts))
-    is_there = counts > 0
-    if is_there.any():
-        sums[is_there] = np.add.reduceat(values, (np.cumsum(counts) - counts)[is_there])
+    has_points = counts > 0
+    if has_points.any():
+        sums[has_points] = np.add.reduceat(values, (np.cumsum(counts) - counts)[has_points])
     return sums
 
 
 def split_polygons(points: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
-    """A list of (n, 2) arrays; arguments as in clip_polygons."""
+    """A list of (n, 2) arrays; arguments as in `uncross_quads`."""
     ends = np.cumsum(counts).tolist()
     return [points[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 UNEVEN_WEIGHTS = np.array([0.2403, 0.2601, 0.2487, 0.2509])
-"""Of the corners of a quadrilateral, for a point inside it."""
+"""Weights of a quadrilateral's corners whose mean is a point inside it."""
 
 UNIT_SQUARE = np.array([[0, 1, 1, 0], [0, 0, 1, 1]])[:, :, None]
 
@@ -209,28 +254,28 @@ class Polygons:
     points: np.ndarray
     """(2, total) float64 of integers, polygon after polygon."""
     starts: np.ndarray
-    """(len,) where in `points` each polygon begins."""
+    """(len,) index in `points` at which each polygon begins."""
     counts: np.ndarray
-    """(len,) how many points each has."""
+    """(len,) number of points of each."""
     is_quad: np.ndarray
-    """(len,) which are strictly convex quadrilaterals: nearly all words are, and they need no general geometry."""
+    """(len,) strictly convex quadrilaterals: nearly all words are, and they need no general geometry."""
     quads: np.ndarray
-    """(2, 4, len) those, turning from the x axis to the y axis; a unit square where `is_quad` is False."""
+    """(2, 4, len) their corners, turning from the x axis to the y axis; a unit square where `is_quad` is False."""
     low: np.ndarray
     """(2, len) least x and y of each."""
     high: np.ndarray
     """(2, len) greatest x and y of each."""
 
     is_given: np.ndarray
-    """for each polygon that was given, whether it is one of these, in their order"""
+    """(given polygons,) bool: which of the polygons passed to `read` have enough points and are among these."""
 
     @classmethod
     def read(cls, polygons: "Sequence[ArrayLike] | Polygons", min_points: int) -> "Polygons":
-        """Those of the (n, 2) polygons that have `min_points`, 3 or more; what has been read is not read again.
+        """Read those of the (n, 2) polygons that have `min_points`, 3 or more; `Polygons` are not read again.
 
         Coordinates are truncated to integers.
 
-        Raises ValueError if a polygon is not (n, 2) or has a coordinate that is not finite or beyond all images.
+        Raises ValueError if a polygon is not (n, 2) or has a coordinate that is not finite or beyond MAX_COORDINATE.
         """
         if isinstance(polygons, Polygons):
             return polygons if (polygons.counts >= min_points).all() else polygons._of_points(min_points)
@@ -242,12 +287,12 @@ class Polygons:
         if points.ndim != 2 or points.shape[1] != 2:
             raise ValueError("a polygon must be an (n, 2) array of points")
         points = np.trunc(points.T, order="C")
-        if not (np.abs(points) <= COORDINATE_LIMIT).all():  # nan is not either
-            raise ValueError(f"a polygon has a coordinate that is not finite, or beyond {COORDINATE_LIMIT}")
+        if not (np.abs(points) <= MAX_COORDINATE).all():  # False for nan as well
+            raise ValueError(f"a polygon has a coordinate that is not finite, or beyond {MAX_COORDINATE}")
         return cls._of_outlines(points, counts[is_given], is_given)
 
     def _of_points(self, min_points: int) -> "Polygons":
-        """Only those that have so many points."""
+        """Only the polygons of at least so many points."""
         keeps = self.counts >= min_points
         is_given = self.is_given.copy()
         is_given[is_given] = keeps
@@ -265,14 +310,14 @@ class Polygons:
 
     @cached_property
     def previous(self) -> np.ndarray:
-        """(2, total) before each point the one that comes before it on its polygon, the last before the first."""
+        """(2, total) the point before each point on its polygon; the last is before the first."""
         before = np.arange(-1, self.points.shape[1] - 1)
         before[self.starts] += self.counts
         return self.points.take(before, axis=1)
 
     @cached_property
     def is_upright(self) -> np.ndarray:
-        """(len,) which are rectangles along the axes."""
+        """(len,) rectangles along the axes."""
         return self.is_quad & (edges_of(self.quads) == 0).any(axis=0).all(axis=0)
 
     @cached_property
@@ -291,22 +336,36 @@ class Polygons:
 
     @cached_property
     def shapes(self) -> np.ndarray:
-        """(len,) valid shapely geometries: `buffer(0)` mends what crosses itself and empties what has no area."""
+        """(len,) valid shapely geometries; of an outline that crosses itself its even-odd inside."""
         shapes = self._rings.copy()
-        shapes[~self.is_simple] = shapely.buffer(shapes[~self.is_simple], 0)
+        for index in np.flatnonzero(~self.is_simple).tolist():
+            shapes[index] = self._even_odd_shape(index)
         return shapes
+
+    def _even_odd_shape(self, index: int) -> shapely.Geometry:
+        """What a ray from outside reaches by crossing the outline an odd number of times."""
+        points = self.points[:, self.starts[index] : self.starts[index] + self.counts[index]].T
+        if estimated_crossings(points) > MAX_CROSSINGS:
+            return _even_odd_cells(points)
+        faces = shapely.get_parts(shapely.polygonize([shapely.node(shapely.linearrings(points))]))
+        inner_points = shapely.get_coordinates(shapely.point_on_surface(faces)).T
+        return shapely.union_all(faces[contains(self, np.full(len(faces), index), inner_points)])
+
+    @cached_property
+    def outline_areas(self) -> np.ndarray:
+        """(len,) areas in square pixels by the shoelace formula, in which opposite turns cancel."""
+        return areas(self.points.T, self.counts)
 
     @cached_property
     def areas(self) -> np.ndarray:
-        """(len,) in square pixels, of what crosses itself that of its shape."""
-        areas = np.abs(np.add.reduceat(cross(self.previous, self.points), self.starts)) / 2
-        if not self.is_simple.all():
-            areas[~self.is_simple] = shapely.area(self.shapes[~self.is_simple])
-        return areas
+        """(len,) areas in square pixels; of an outline that crosses itself that of its even-odd inside."""
+        if self.is_simple.all():
+            return self.outline_areas
+        return np.where(self.is_simple, self.outline_areas, shapely.area(self.shapes))
 
 
 def _find_quads(points: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`is_quad` and `quads` of `Polygons`. Four turns the same way are a convex quadrilateral."""
+    """`is_quad` and `quads` of `Polygons`. Four turns in the same direction are a convex quadrilateral."""
     quads = points.take(starts + np.arange(4)[:, None], axis=1, mode="clip")  # the last may have fewer than four
     edges = edges_of(quads)
     turns = cross(edges, next_corners(edges))
@@ -317,10 +376,36 @@ def _find_quads(points: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> t
     return is_quad, quads
 
 
+def estimated_crossings(points: np.ndarray) -> float:
+    """How often the outline of (n, 2) points crosses itself: counted on 64 of its edges at most, in time ~ n."""
+    edges = shapely.linestrings(np.stack([points, np.roll(points, -1, axis=0)], axis=1))
+    sample = np.random.default_rng(0).permutation(len(edges))[:64]
+    meetings = len(shapely.STRtree(edges).query(edges[sample], predicate="intersects")[0])
+    return (meetings - 3 * len(sample)) / 2 * len(edges) / len(sample)  # an edge meets itself and its two neighbours
+
+
+def _even_odd_cells(points: np.ndarray) -> shapely.Geometry:
+    """The cells of a GRID x GRID grid over the (n, 2) outline whose centres are inside by the even-odd rule.
+
+    A ray from the left along each row of centres crosses edges; a centre is inside after an odd number of crossings.
+    """
+    low, high = points.min(axis=0), points.max(axis=0)
+    begin = (points - low) * (GRID / np.maximum(high - low, 1)) - 0.5  # in cells: the centres are at 0 .. GRID - 1
+    end = np.roll(begin, -1, axis=0)
+    rows = np.arange(GRID)[:, None]
+    row, edge = np.nonzero((begin[:, 1] > rows) != (end[:, 1] > rows))
+    slope = (end[edge, 0] - begin[edge, 0]) / (end[edge, 1] - begin[edge, 1])
+    column = np.ceil(begin[edge, 0] + (row - begin[edge, 1]) * slope).astype(int)
+    crossings = np.bincount(row * (GRID + 1) + column, minlength=GRID * (GRID + 1)).reshape(GRID, GRID + 1)
+    row, column = np.nonzero(np.cumsum(crossings, axis=1)[:, :GRID] % 2)
+    x, y = np.linspace(low, high, GRID + 1).T
+    return shapely.coverage_union_all(shapely.box(x[column], y[row], x[column + 1], y[row + 1]))
+
+
 def near_pairs(some: Polygons, others: Polygons) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the pairs whose bounding boxes meet, (k,) and (k,), in the order of `some`, then of `others`."""
     level = (some.low[1, :, None] <= others.high[1]) & (others.low[1] <= some.high[1, :, None])
-    first, second = np.nonzero(level)  # of a page of lines, few: the others need not be compared any further
+    first, second = np.nonzero(level)  # of a page of lines these are few, so that x is compared for few
     meets = some.low[0].take(first) <= others.high[0].take(second)
     meets &= others.low[0].take(second) <= some.high[0].take(first)
     return first[meets], second[meets]
@@ -332,6 +417,10 @@ def contains(polygons: Polygons, select: np.ndarray, points: np.ndarray) -> np.n
     It does where a ray along x crosses its outline an odd number of times. So a point on a left or top edge is inside
     and one on a right or bottom edge is not, as in the competition's scorer.
     """
+    if len(select) > 1 and polygons.counts[select].sum() > MAX_EDGES:
+        half = len(select) // 2
+        halves = (select[:half], points[:, :half]), (select[half:], points[:, half:])
+        return np.concatenate([contains(polygons, *each) for each in halves])
     is_near = (polygons.low.take(select, axis=1) <= points) & (polygons.high.take(select, axis=1) >= points)
     near = np.flatnonzero(is_near[0] & is_near[1])
 
@@ -339,20 +428,15 @@ def contains(polygons: Polygons, select: np.ndarray, points: np.ndarray) -> np.n
     column = near[column]
     y, begin_y, end_y = points[1, column], polygons.previous[1, edge], polygons.points[1, edge]
     straddles = np.flatnonzero((end_y > y) != (begin_y > y))
-    column, edge, y, begin_y, end_y = (
-        column[straddles],
-        edge[straddles],
-        y[straddles],
-        begin_y[straddles],
-        end_y[straddles],
-    )
+    column, edge = column[straddles], edge[straddles]
+    y, begin_y, end_y = y[straddles], begin_y[straddles], end_y[straddles]
     begin_x, end_x = polygons.previous[0, edge], polygons.points[0, edge]
     crosses = points[0, column] < (begin_x - end_x) * (y - end_y) / (begin_y - end_y) + end_x
     return np.bincount(column[crosses], minlength=len(select)) % 2 == 1
 
 
 def _points_of(polygons: Polygons, select: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For all points of the polygons at the (k,) indices `select`: which of the k it is, and where in `points`."""
+    """For all points of the polygons at the (k,) indices `select`: position in `select`, and index in `points`."""
     counts = polygons.counts[select]
     return np.repeat(np.arange(len(select)), counts), np.repeat(polygons.starts[select], counts) + ranges(counts)
 
@@ -360,95 +444,21 @@ def _points_of(polygons: Polygons, select: np.ndarray) -> tuple[np.ndarray, np.n
 def common_areas(some: Polygons, others: Polygons, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """(k,) areas in square pixels common to the polygons at the (k,) indices `first` of some and `second` of others.
 
-    In closed form where some have four convex corners, as nearly all words do, and others do not cross themselves; the
-    quickest where some are upright rectangles, as most words of a scan are.
+    In closed form where `some` are convex quadrilaterals, as nearly all words are, and `others` do not cross
+    themselves: shapely takes twice the time for a page of words. Outlines that cross themselves are even-odd.
     """
-    is_quad = some.is_quad[first] & others.is_simple[second]
-    is_upright = is_quad & some.is_upright[first]
-    are_quads = is_quad & ~is_upright & others.is_quad[second]
+    in_closed_form = some.is_quad[first] & others.is_simple[second]
     common = np.empty(len(first))
-    for which, areas_of in (
-        (is_upright, _common_areas_with_upright),
-        (are_quads, _common_areas_of_quads),
-        (is_quad & ~is_upright & ~are_quads, _common_areas_with_quads),
-        (~is_quad, _common_areas_of_shapes),
-    ):
-        if which.any():
-            common[which] = areas_of(some, others, first[which], second[which])
+    if in_closed_form.any():
+        common[in_closed_form] = _common_areas_with_quads(some, others, first[in_closed_form], second[in_closed_form])
+    if not in_closed_form.all():
+        shapes, other_shapes = some.shapes[first[~in_closed_form]], others.shapes[second[~in_closed_form]]
+        common[~in_closed_form] = shapely.area(shapely.intersection(shapes, other_shapes))
     return common
 
 
-# The ways in which `common_areas` computes them; arguments and results are its own.
-
-
-def _common_areas_with_upright(some: Polygons, others: Polygons, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Of upright rectangles and simple polygons.
-
-    By Green's theorem the sum over the polygon's edges, between the rectangle's top and bottom, of the integral along y
-    of how far the edge lies past the rectangle's left side: not less than 0, and not more than its width.
-    """
-    which, point = _points_of(others, second)
-    low, high = some.low.take(first, axis=1).take(which, axis=1), some.high.take(first, axis=1).take(which, axis=1)
-    begin, end = others.previous.take(point, axis=1), others.points.take(point, axis=1)
-    step, width = end - begin, high[0] - low[0]
-    y = np.clip([begin[1], end[1]], low[1], high[1])
-    x = (y - begin[1]) * np.divide(step[0], step[1], out=np.zeros_like(width), where=step[1] != 0) + begin[0] - low[0]
-    run = x[1] - x[0]
-    between, beyond = np.clip(x, 0, width), np.maximum(x, width)
-    area = (between[1] + between[0]) / 2 * (between[1] - between[0]) + width * (beyond[1] - beyond[0])
-    mean_distance = np.divide(area, run, out=between[0], where=run != 0)
-    return np.abs(np.bincount(which, mean_distance * (y[1] - y[0]), minlength=len(first)))
-
-
-def _common_areas_of_shapes(some: Polygons, others: Polygons, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Of any polygons, one pair after the other."""
-    return shapely.area(shapely.intersection(some.shapes[first], others.shapes[second]))
-
-
-def _common_areas_of_quads(some: Polygons, others: Polygons, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Of convex quadrilaterals.
-
-    The outline of what is common is the parts of each outline inside the other polygon; its area is, by Green's
-    theorem, half the sum of cross(begin, end) over those parts. A part that both outlines share counts once.
-    """
-    quads, clips = some.quads.take(first, axis=2), others.quads.take(second, axis=2)
-    origin = clips[:, :1]
-    quads, clips = quads - origin, clips - origin
-    of_quads = _area_under_clipped_edges(quads, clips, keep_shared=True)
-    of_clips = _area_under_clipped_edges(clips, quads, keep_shared=False)
-    return np.maximum(of_quads + of_clips, 0)
-
-
-def _area_under_clipped_edges(polygons: np.ndarray, clips: np.ndarray, keep_shared: bool) -> np.ndarray:
-    """(k,) sums of cross(begin, end) / 2 over the parts of the edges of (2, n, k) polygons inside (2, m, k) clips."""
-    steps = edges_of(polygons)
-    enter, leave = _clip(polygons, steps, clips[:, :, None], edges_of(clips)[:, :, None], keep_shared)
-    return ((leave - enter) * cross(polygons, steps)).sum(axis=0) / 2
-
-
-def _clip(
-    begin: np.ndarray, step: np.ndarray, corners: np.ndarray, lines: np.ndarray, keep_shared: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """From and to which t in 0..1 the points begin + t step are inside a convex shape; both the same where none is.
-
-    Cyrus-Beck: each line of the shape cuts t off from below or above. `begin` and `step` are (2, ...). The shape's
-    `corners`, and the directions of its `lines` from there, which have the inside on the side on which y lies from x,
-    are (2, m, ...). An edge along a line is outside, except, with `keep_shared`, where both run the same way.
-    """
-    height = cross(lines, begin[:, None] - corners)
-    climb = cross(lines, step[:, None])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        crossing = -height / climb
-    enter = np.where(climb > 0, crossing, 0).max(axis=0, initial=0)
-    leave = np.where(climb < 0, crossing, 1).min(axis=0, initial=1)
-    is_outside = (climb == 0) & (height <= 0)
-    if keep_shared:
-        is_outside &= (height < 0) | (dot(lines, step[:, None]) < 0)
-    return enter, np.where(is_outside.any(axis=0), enter, np.maximum(leave, enter))
-
-
 def _common_areas_with_quads(some: Polygons, others: Polygons, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Of convex quadrilaterals and simple polygons.
+    """`common_areas` of convex quadrilaterals and simple polygons.
 
     Seen from a point inside the quadrilateral, each part of the polygon's outline that lies inside it takes the
     place of the sector of the quadrilateral behind it. What is left of the quadrilateral, or of nothing where the
@@ -478,8 +488,25 @@ def _common_areas_with_quads(some: Polygons, others: Polygons, first: np.ndarray
     return np.abs(common + np.bincount(which[is_seen], gained, minlength=len(first)))
 
 
+def _clip(begin: np.ndarray, step: np.ndarray, corners: np.ndarray, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """From and to which t in 0..1 the points begin + t step are inside a convex shape; both the same where none is.
+
+    Cyrus-Beck: each line of the shape cuts t off from below or above. `begin` and `step` are (2, ...). The shape's
+    `corners`, and the directions of its `lines` from there, which have the inside on the side on which y lies from x,
+    are (2, m, ...). An edge along a line is outside.
+    """
+    height = cross(lines, begin[:, None] - corners)
+    climb = cross(lines, step[:, None])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        crossing = -height / climb
+    enter = np.where(climb > 0, crossing, 0).max(axis=0, initial=0)
+    leave = np.where(climb < 0, crossing, 1).min(axis=0, initial=1)
+    is_outside = ((climb == 0) & (height <= 0)).any(axis=0)
+    return enter, np.where(is_outside, enter, np.maximum(leave, enter))
+
+
 def next_corners(polygons: np.ndarray) -> np.ndarray:
-    """(2, n, ...) corners -> (2, n, ...), after each the next, the first after the last."""
+    """(2, n, ...) corners -> (2, n, ...) the corner after each; the first is after the last."""
     return np.concatenate([polygons[:, 1:], polygons[:, :1]], axis=1)
 
 

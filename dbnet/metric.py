@@ -26,7 +26,7 @@ from scipy.spatial import ConvexHull, QhullError
 
 from dbnet.geometry import Polygons, common_areas, contains, cross, dot, edges_of, near_pairs, ranges
 
-MIN_POINTS = 4
+CLEVAL_MIN_POINTS = 4
 """Polygons with fewer points are skipped."""
 
 MAX_DETECTIONS = 500
@@ -99,7 +99,7 @@ class Outcome(StrEnum):
     DONT_CARE = "dont_care"
     """A don't-care ground truth, or a detection mainly on such: neither right nor wrong."""
     UNSCORED = "unscored"
-    """Of fewer than MIN_POINTS points, or after the first MAX_DETECTIONS detections."""
+    """Of fewer than CLEVAL_MIN_POINTS points, or after the first MAX_DETECTIONS detections."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def _measure(
     dont_care: Sequence[bool] | None,
 ) -> "_Page":
     """All that there is to say about polygons and pairs of them, whichever detections count in the end."""
-    gts, dets = Polygons.read(gt_polygons, MIN_POINTS), Polygons.read(det_polygons, MIN_POINTS)
+    gts, dets = Polygons.read(gt_polygons, CLEVAL_MIN_POINTS), Polygons.read(det_polygons, CLEVAL_MIN_POINTS)
     given = len(gts.is_given)
     if dont_care is not None and len(dont_care) != given:
         raise ValueError(f"dont_care has {len(dont_care)} flags for {given} ground truths")
@@ -471,7 +471,7 @@ def _area_precisions(
     if not is_valid.all():
         dont_care = _cut_out_of_dont_care(gts.shapes, gt_valid)
         common[~is_valid] = shapely.area(shapely.intersection(dont_care[gt[~is_valid]], dets.shapes[det[~is_valid]]))
-    det_area = dets.areas[det]
+    det_area = dets.outline_areas[det]  # as the competition divides: opposite lobes of an outline cancel
     return np.divide(common, det_area, out=np.zeros(len(gt)), where=det_area > 0).astype(np.float32)
 
 

@@ -1,7 +1,9 @@
-"""What tests share: scripts in processes forked from one that has imported PyTorch, small trainings, checks."""
+"""What tests share: scripts in processes forked from one that has imported PyTorch, small trainings, hostile input."""
 
+import faulthandler
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -11,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from functools import cache
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
@@ -19,12 +22,13 @@ import numpy as np
 import pytest
 import shapely
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 import train
 from dbnet.checkpoint import load_checkpoint
 from dbnet.dataset import Batches, TextDataset, make_loader
-from dbnet.errors import run_script
+from dbnet.errors import UserError, printable, run_script
 from dbnet.memory import BatchPlan
 from dbnet.model import DBNet
 from dbnet.training import (
@@ -219,3 +223,84 @@ def save_some(folder, config, epochs):
     for epoch in epochs:
         training.epoch = epoch
         saver.save(training)
+
+
+CASE_SECONDS = 5  # of processor time for a hostile case, so that a busy machine fails nothing
+
+hostile = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+@contextmanager
+def in_time():
+    """Fail a case that takes longer than it may; end the whole process for one that does not even return from C."""
+
+    def give_up(*_):
+        raise AssertionError(f"over {CASE_SECONDS} s")
+
+    previous = signal.signal(signal.SIGPROF, give_up)
+    signal.setitimer(signal.ITIMER_PROF, CASE_SECONDS)
+    faulthandler.dump_traceback_later(60 * CASE_SECONDS, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, previous)
+
+
+def answered(path, read, *arguments):
+    """The result of `read` for a file, or None if it rejects the file with one line that names it."""
+    with in_time():
+        try:
+            return read(path, *arguments)
+        except UserError as error:
+            message = str(error)
+    assert printable(str(path)) in message and message == printable(message), message
+    return None
+
+
+@st.composite
+def damages(draw):
+    """A function that cuts bytes short, flips some of their bits, or takes a piece out or doubles it."""
+    kind = draw(st.sampled_from(["cut", "flip", "flip", "drop", "double"]))
+    places = draw(st.lists(st.floats(0, 1, exclude_max=True), min_size=2, max_size=5))
+    bit = draw(st.integers(0, 7))
+
+    def damage(data):
+        at = [int(place * len(data)) for place in places]
+        if kind == "cut":
+            return data[: at[0]]
+        if kind == "flip":
+            flipped = bytearray(data)
+            for place in at[1:]:
+                flipped[place] ^= 1 << bit
+            return bytes(flipped)
+        first, last = sorted(at[:2])
+        return data[:first] + data[last:] if kind == "drop" else data[:last] + data[first:]
+
+    damage.kind = kind
+    return damage
+
+
+@st.composite
+def wild_polygons(draw):
+    """(n, 2) of 0 to 1,000 points: simple or crossing itself, of any size and direction, degenerate, or no numbers."""
+    kind = draw(st.sampled_from(["star", "star", "scribble", "line", "repeated", "huge", "nan", "inf"]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    count = draw(st.integers(0, 12) | st.sampled_from([63, 64, 65, 300, 1000]))
+    points = rng.uniform(-40, 140, (count, 2))
+    if kind == "star":
+        angles = np.sort(rng.uniform(0, 2 * math.pi, count))
+        radii = rng.uniform(5, draw(st.sampled_from([20, 100, 1e4])), count)
+        points = np.stack([np.cos(angles), np.sin(angles)], axis=1) * radii[:, None] + rng.uniform(0, 100, 2)
+    if kind == "line":
+        points[:, 1] = 2 * points[:, 0]
+    if kind == "repeated":
+        points = points[rng.integers(0, max(1, count // 3), count)] if count else points
+    if kind == "huge":
+        points *= 10.0 ** draw(st.integers(1, 300))
+    if kind in ("nan", "inf") and count:
+        points[rng.integers(count), rng.integers(2)] = float(kind) * draw(st.sampled_from([1, -1]))
+    if draw(st.booleans()):
+        points = np.rint(points)
+    return points[:: draw(st.sampled_from([1, -1]))]

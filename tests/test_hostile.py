@@ -6,14 +6,12 @@
 import ast
 import base64
 import builtins
-import faulthandler
 import importlib
 import io
 import json
 import math
 import os
 import pickle
-import signal
 import string
 import struct
 import subprocess
@@ -21,88 +19,28 @@ import sys
 import unicodedata
 import zipfile
 import zlib
-from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from support import CASE_SECONDS, answered, damages, hostile
 
 from dbnet.annotations import read_annotations, read_submission, write_submission
 from dbnet.checkpoint import load_checkpoint, load_model, save_checkpoint
 from dbnet.config import PRESETS, Config
-from dbnet.errors import ImageError, UserError, printable
+from dbnet.errors import ImageError, UserError
 from dbnet.files import write_whole
-from dbnet.geometry import MAX_TANGLED_POINTS, Letterbox, clip_polygons, fault_of
+from dbnet.geometry import Letterbox
 from dbnet.images import read_image, read_size
-from dbnet.metric import score_image
 from dbnet.model import DBNet
-from dbnet.postprocess import extract_polygons
-from dbnet.targets import make_targets, polygon_mask
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).resolve().parent / "data"
-SECONDS = 5  # of processor time for a case, so that a busy machine fails nothing
-
-hostile = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-
-
-@contextmanager
-def in_time():
-    """Fail a case that takes longer than it may; end the whole process for one that does not even return from C."""
-
-    def give_up(*_):
-        raise AssertionError(f"over {SECONDS} s")
-
-    previous = signal.signal(signal.SIGPROF, give_up)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    faulthandler.dump_traceback_later(60 * SECONDS, exit=True, file=sys.__stderr__)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, previous)
-
-
-def answered(path, read, *arguments):
-    """What `read` makes of a file, or None where it refuses it in one line that names it."""
-    with in_time():
-        try:
-            return read(path, *arguments)
-        except UserError as error:
-            message = str(error)
-    assert printable(str(path)) in message and message == printable(message), message
-    return None
-
-
-@st.composite
-def damages(draw):
-    """A function that cuts bytes short, flips some of their bits, or takes a piece out or doubles it."""
-    kind = draw(st.sampled_from(["cut", "flip", "flip", "drop", "double"]))
-    places = draw(st.lists(st.floats(0, 1, exclude_max=True), min_size=2, max_size=5))
-    bit = draw(st.integers(0, 7))
-
-    def damage(data):
-        at = [int(place * len(data)) for place in places]
-        if kind == "cut":
-            return data[: at[0]]
-        if kind == "flip":
-            flipped = bytearray(data)
-            for place in at[1:]:
-                flipped[place] ^= 1 << bit
-            return bytes(flipped)
-        first, last = sorted(at[:2])
-        return data[:first] + data[last:] if kind == "drop" else data[:last] + data[first:]
-
-    damage.kind = kind
-    return damage
-
-
 # ------------------------------------------------------------------------------------------------------- images
 
 
@@ -284,7 +222,7 @@ def test_bombs_are_refused_before_they_take_memory_or_time(tmp_path):
     words = [sys.executable, "-c", MEASURE, *paths]
     measured = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert len(measured) == 2, measured
-    assert int(measured[0]) < 60 and float(measured[1]) < SECONDS
+    assert int(measured[0]) < 60 and float(measured[1]) < CASE_SECONDS
 
 
 # ------------------------------------------------------------------------------------------- annotations and CSVs
@@ -417,103 +355,6 @@ def test_names_of_255_bytes_are_written_whole_or_not_at_all(tmp_path):
     with write_whole(path, "w") as file:
         file.write("x")
     assert [found.name for found in tmp_path.iterdir()] == [NAMES[-1]]
-
-
-# ------------------------------------------------------------------------------------------------------- polygons
-
-
-@st.composite
-def wild_polygons(draw):
-    """(n, 2) of 0 to 1,000 points: simple or crossing itself, of any size and direction, degenerate, or no numbers."""
-    kind = draw(st.sampled_from(["star", "star", "scribble", "line", "repeated", "huge", "nan", "inf"]))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    count = draw(st.integers(0, 12) | st.sampled_from([63, 64, 65, 300, 1000]))
-    points = rng.uniform(-40, 140, (count, 2))
-    if kind == "star":
-        angles = np.sort(rng.uniform(0, 2 * math.pi, count))
-        radii = rng.uniform(5, draw(st.sampled_from([20, 100, 1e4])), count)
-        points = np.stack([np.cos(angles), np.sin(angles)], axis=1) * radii[:, None] + rng.uniform(0, 100, 2)
-    if kind == "line":
-        points[:, 1] = 2 * points[:, 0]
-    if kind == "repeated":
-        points = points[rng.integers(0, max(1, count // 3), count)] if count else points
-    if kind == "huge":
-        points *= 10.0 ** draw(st.integers(1, 300))
-    if kind in ("nan", "inf") and count:
-        points[rng.integers(count), rng.integers(2)] = float(kind) * draw(st.sampled_from([1, -1]))
-    if draw(st.booleans()):
-        points = np.rint(points)
-    return points[:: draw(st.sampled_from([1, -1]))]
-
-
-@hostile
-@given(st.lists(wild_polygons(), max_size=4), st.lists(wild_polygons(), max_size=4), st.integers(0, 15))
-def test_any_polygons_make_targets_and_scores_in_range(gt, det, flags):
-    with in_time():
-        prob_map, thresh_map = make_targets(gt, 60, 80)  # as they come
-        polygon_mask(gt, 60, 80)
-    assert prob_map.max() <= 1 and 0.299 < thresh_map.min() <= thresh_map.max() < 0.701
-    gt, det = ([polygon for polygon in page if fault_of(polygon) is None] for page in (gt, det))
-    points, counts = np.concatenate([np.empty((0, 2)), *gt]), np.array([len(polygon) for polygon in gt], int)
-    with in_time():
-        clipped, kept_counts, kept = clip_polygons(points, counts, 80, 60)
-        score = score_image(gt, det + gt, [bool(flags >> i & 1) for i in range(len(gt))])
-    assert (clipped >= 0).all() and (clipped <= (80, 60)).all() and len(kept_counts) == kept.sum()
-    assert all(0 <= value <= 1 for value in (score.precision, score.recall, score.hmean))
-    assert score.chars_tp <= min(score.chars_gt, score.chars_det)
-
-
-def test_an_outline_that_crosses_itself_without_end_is_refused_where_it_is_read(tmp_path):
-    scribble = np.random.default_rng(0).integers(0, 1000, (1000, 2)).tolist()
-    json_path, csv_path = tmp_path / "val.json", tmp_path / "a.csv"
-    json_path.write_text(json.dumps({"images": {"a.png": {"words": {"7": {"points": scribble}}}}}))
-    csv_path.write_text(f"filename,polygons\na.png,{' '.join(f'{x} {y}' for x, y in scribble)}\n")
-    for path, read in ((json_path, read_annotations), (csv_path, read_submission)):
-        with pytest.raises(UserError, match=r"(word 7|row 2): an outline of 1000 points.*crosses itself"):
-            read(path)
-    assert fault_of(np.array(scribble[:MAX_TANGLED_POINTS], float)) is None
-
-
-def probability_map(kind, seed, side):
-    rng = np.random.default_rng(seed)
-    if kind in ("zero", "one", "nan"):
-        return np.full((side, side // 2), {"zero": 0, "one": 1, "nan": math.nan}[kind], np.float32)
-    noise = rng.random((side, side // 2)).astype(np.float32)
-    if kind == "coarse":
-        noise = cv2.resize(noise[: side // 4, : side // 8], (side // 2, side), interpolation=cv2.INTER_CUBIC).clip(0, 1)
-    if kind == "holes":
-        noise[rng.random(noise.shape) < 0.3] = np.nan
-    if kind == "dots":
-        noise = np.zeros_like(noise)
-        noise[::2, ::2] = 1
-    if kind == "stripes":
-        noise = np.zeros_like(noise)
-        noise[::2] = 1
-    return noise
-
-
-@hostile
-@given(
-    st.sampled_from(["zero", "one", "nan", "noise", "coarse", "holes", "dots", "stripes"]),
-    st.integers(0, 2**32),
-    st.sampled_from([8, 64, 160, 512]),
-    st.booleans(),
-    st.booleans(),
-    st.sampled_from([(0.3, 0.25), (0, 0), (1, 1), (0.5, 0.9)]),
-)
-def test_any_map_gives_polygons_in_the_image_best_first(kind, seed, side, use_polygon, as_bytes, thresholds):
-    prob_map = probability_map(kind, seed, side)
-    if as_bytes:
-        prob_map = (np.nan_to_num(prob_map) * 255).astype(np.uint8)
-    thresh, box_thresh = thresholds
-    config = PRESETS["v1"].changed(use_polygon=use_polygon, thresh=float(thresh), box_thresh=float(box_thresh))
-    with in_time():
-        polygons, scores = extract_polygons(prob_map, config, (3.0, 2.0), (3 * side // 2, 2 * side))
-    assert len(polygons) == len(scores) <= config.max_candidates
-    assert scores == sorted(scores, reverse=True) and all(box_thresh <= score <= 1 + 1e-6 for score in scores)
-    assert all((polygon >= 0).all() and (polygon <= (3 * side // 2, 2 * side)).all() for polygon in polygons)
-    if kind in ("zero", "nan"):
-        assert not polygons
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints

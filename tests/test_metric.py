@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import convex_quads
+from support import convex_quads, hostile, in_time, wild_polygons
 
 from dbnet import metric
-from dbnet.geometry import Polygons
+from dbnet.annotations import read_annotations, read_submission
+from dbnet.geometry import Polygons, common_areas, fault_of
 from dbnet.metric import MAX_DETECTIONS, CLEval, match_image, score_image, score_selections
 
-CASES = Path(__file__).resolve().parents[2] / "shared" / "cases" / "cleval.json"
+CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
 
 
 def box(x, y, width, height):
@@ -41,11 +42,12 @@ def word_pages(draw):
 # ---------------------------------------------------------------------------------------------- the competition's
 
 
-def test_agrees_with_the_competitions_scorer():
-    if not CASES.exists():
-        pytest.skip(f"the cases with known answers are not at {CASES}")
+@pytest.mark.parametrize("cases", ["cleval.json", "outlines/cleval.json"])
+def test_agrees_with_the_competitions_scorer(cases):
+    if not (CASES / cases).exists():
+        pytest.skip(f"the cases with known answers are not at {CASES / cases}")
     disagreements = []
-    for case in json.loads(CASES.read_text()):
+    for case in json.loads((CASES / cases).read_text()):
         gt, det = ([np.reshape(flat, (-1, 2)) for flat in case[key]] for key in ("gt", "det"))
         score = score_image(gt, det, case.get("dont_care"))
         for name, expected in case["expected"].items():
@@ -216,6 +218,46 @@ def test_flags_stay_with_their_words_when_a_polygon_before_them_is_skipped():
     assert score_image([line, WORD, FAR], [WORD], [False, False, True]).recall == 1
 
 
+# ------------------------------------------------------------------------------- outlines that cross themselves
+
+ZIGZAG = np.array([[10, 10], [110, 10], [10, 30], [110, 30]])  # the corners of a box in the wrong order: a bow tie
+
+
+def test_a_word_whose_outline_crosses_itself_counts_with_both_lobes():
+    score = score_image([ZIGZAG], [box(10, 10, 100, 20)])
+    assert (score.precision, score.recall, score.hmean) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(("height", "is_match"), [(8, True), (9, False)])
+def test_common_area_with_a_word_of_two_lobes_must_be_three_tenths(height, is_match):
+    """Both lobes cover 24 of the detection's 80 or 90 pixels; one of them alone is not enough."""
+    lobes = np.array([[0, 0], [6, 8], [6, 0], [0, 8]])
+    score = score_image([lobes], [box(0, 0, 10, height)])
+    assert (score.chars_tp > 0) == is_match
+
+
+def test_the_area_of_a_detection_is_that_of_the_shoelace_formula_in_which_opposite_lobes_cancel():
+    """As the competition's scorer divides: a detection whose lobes are alike has no area and matches nothing."""
+    assert score_image([box(10, 10, 100, 20)], [ZIGZAG]).chars_tp == 0
+    uneven = np.array([[10, 10], [110, 10], [110, 30], [20, 9]])  # a small lobe on the left
+    assert score_image([box(10, 10, 100, 20)], [uneven]).chars_tp == 2
+
+
+def test_a_detection_on_a_dont_care_word_that_crosses_itself_is_no_false_positive():
+    """The detection lies in one of the two lobes, the one that mending by a buffer of 0 loses."""
+    lobes = np.array([[0, 0], [100, 100], [100, 0], [0, 100]])
+    for detection in (box(5, 40, 20, 20), box(75, 40, 20, 20)):
+        assert score_image([lobes], [detection], [True]).fp_chars == 0
+    assert score_image([lobes], [box(40, 5, 20, 20)], [True]).fp_chars > 0
+
+
+def test_an_outline_that_crosses_itself_costs_nothing_for_the_others():
+    words = [box(100 * k, 0, 80, 20) for k in range(5)]
+    polygons = Polygons.read([*words, ZIGZAG + 1000], 4)
+    common_areas(polygons, polygons, np.arange(5), np.arange(5))
+    assert "shapes" not in polygons.__dict__  # no geometry is built
+
+
 # ---------------------------------------------------------------------------------------------------------- edges
 
 
@@ -306,7 +348,7 @@ upright_boxes = st.builds(box, *[st.integers(0, 400)] * 2, *[st.integers(1, 400)
 @given(upright_boxes | convex_quads(), st.integers(0, 3), st.booleans())
 def test_quadrilaterals_have_the_length_that_their_edges_in_the_order_of_qhull_give(quad, first, is_reversed):
     quad = np.roll(quad, first, axis=0)[:: -1 if is_reversed else 1]
-    polygons = Polygons.read([quad], metric.MIN_POINTS)
+    polygons = Polygons.read([quad], metric.CLEVAL_MIN_POINTS)
     by_hull = metric._aspect_ratios_by_hull(polygons, np.array([0]))
     for length_of_ratio in (metric._word_length, metric._false_positive_length):
         assert metric._lengths(polygons, np.array([0]), length_of_ratio) == length_of_ratio(by_hull)
@@ -331,3 +373,29 @@ def test_of_a_selection_the_first_500_are_scored():
     [all_of_them, later] = score_selections([WORD], [FAR] * 500 + [WORD] * 3, None, [np.ones(503, bool), chosen])
     assert (all_of_them.detections, all_of_them.chars_tp) == (500, 0)
     assert (later.detections, later.chars_tp) == (500, 4)
+
+
+# ------------------------------------------------------------------------------------------------------ hostile input
+
+
+@hostile
+@given(st.lists(wild_polygons(), max_size=4), st.lists(wild_polygons(), max_size=4), st.integers(0, 15))
+def test_any_polygons_of_files_score_in_range_and_in_time(gt, det, flags):
+    gt, det = ([polygon for polygon in page if fault_of(polygon) is None] for page in (gt, det))
+    with in_time():
+        score = score_image(gt, det + gt, [bool(flags >> i & 1) for i in range(len(gt))])
+    assert all(0 <= value <= 1 for value in (score.precision, score.recall, score.hmean))
+    assert score.chars_tp <= min(score.chars_gt, score.chars_det)
+
+
+@pytest.mark.parametrize("count", [1_000, 20_000])
+def test_an_outline_that_crosses_itself_without_end_is_read_and_scored_in_time(tmp_path, count):
+    scribble = np.random.default_rng(0).integers(0, 1000, (count, 2)).tolist()
+    json_path, csv_path = tmp_path / "val.json", tmp_path / "a.csv"
+    json_path.write_text(json.dumps({"images": {"a.png": {"words": {"7": {"points": scribble}}}}}))
+    csv_path.write_text(f"filename,polygons\na.png,{' '.join(f'{x} {y}' for x, y in scribble)}\n")
+    with in_time():
+        [word], [detection] = read_annotations(json_path)["a.png"].polygons, read_submission(csv_path)["a.png"]
+        assert np.array_equal(word, scribble) and np.array_equal(detection, scribble)
+        score_image([word, WORD], [detection, WORD, word], [False, False])
+        score_image([word, WORD], [detection, WORD, word], [True, False])

@@ -7,7 +7,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support import convex_quads
 
-from dbnet.geometry import Polygons, common_areas, contains, near_pairs
+from dbnet import geometry
+from dbnet.geometry import (
+    MAX_CROSSINGS,
+    Polygons,
+    common_areas,
+    contains,
+    estimated_crossings,
+    near_pairs,
+    uncross_quads,
+)
 
 
 @st.composite
@@ -55,14 +64,100 @@ def test_contains_agrees_with_shapely_off_the_outline(polygon, x, y):
     assert contains(polygons, np.array([0]), np.array([[x], [y]]))[0] == shapely.Polygon(polygon).contains(point)
 
 
-def test_what_crosses_itself_or_has_no_area_is_mended():
-    bow_tie, flat = [[0, 0], [10, 10], [10, 0], [0, 10]], [[0, 0], [5, 0], [9, 0]]
-    polygons = Polygons.read([bow_tie, [[1, 1], [2, 2]], flat], 3)
-    assert polygons.is_given.tolist() == [True, False, True]
-    assert polygons.is_simple.tolist() == [False, False]
-    assert polygons.areas.tolist() == shapely.area(polygons.shapes).tolist()
-    assert polygons.areas[1] == 0
-    assert 0 < polygons.areas[0] <= 50
+def raster(polygon, side, pixels):
+    """(pixels, pixels) bool: which centres of a fine raster of side x side are inside by the even-odd rule."""
+    centres = (np.arange(pixels) + 0.5) * side / pixels
+    inside = np.zeros((pixels, pixels), bool)
+    for (begin_x, begin_y), (end_x, end_y) in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
+        rows = (begin_y > centres) != (end_y > centres)
+        crossing = begin_x + (centres[rows] - begin_y) * (end_x - begin_x) / (end_y - begin_y or 1)
+        inside[rows] ^= centres < crossing[:, None]
+    return inside
+
+
+small = st.integers(0, 12)
+tangles = st.lists(st.tuples(small, small), min_size=3, max_size=9).map(np.array)  # often crossing, touching, repeated
+
+
+@settings(max_examples=100, deadline=None)
+@given(tangles, tangles)
+def test_areas_of_outlines_that_cross_themselves_are_even_odd(one, other):
+    a, b, pair = Polygons.read([one], 3), Polygons.read([other], 3), np.array([0])
+    inside_one, inside_other = raster(one, 12, 600), raster(other, 12, 600)
+    assert a.areas[0] == pytest.approx(inside_one.mean() * 144, abs=0.1)
+    assert common_areas(a, b, pair, pair)[0] == pytest.approx((inside_one & inside_other).mean() * 144, abs=0.1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(any_polygons, any_polygons)
+def test_the_closed_form_gives_what_shapely_gives(one, other):
+    a, b, pair = Polygons.read([one], 3), Polygons.read([other], 3), np.array([0])
+    by_shapely = shapely.area(shapely.intersection(a.shapes, b.shapes))
+    assert common_areas(a, b, pair, pair) == pytest.approx(by_shapely, abs=1e-6)
+
+
+BOW_TIE = [[0, 0], [10, 10], [10, 0], [0, 10]]
+TWICE_AROUND = [[0, 0], [10, 0], [10, 10], [0, 10]] * 2
+SPIKE = [[0, 0], [10, 0], [10, 10], [10, 20], [10, 10], [0, 10]]
+TOUCHING = [[0, 0], [10, 0], [10, 10], [5, 0], [0, 10]]
+EDGE_TWICE = [[0, 0], [10, 0], [10, 10], [20, 10], [20, 0], [10, 0], [10, 10], [0, 10]]
+
+
+@pytest.mark.parametrize(
+    ("outline", "area"),
+    [(BOW_TIE, 50), (TWICE_AROUND, 0), (SPIKE, 100), (TOUCHING, 50), (EDGE_TWICE, 200), ([[3, 3]] * 5, 0)],
+    ids=["bow tie", "twice around", "spike", "touching", "edge twice", "point"],
+)
+def test_an_outline_that_meets_itself_has_the_area_of_its_even_odd_inside(outline, area):
+    polygons = Polygons.read([outline, outline[::-1]], 3)
+    assert not polygons.is_simple.any()
+    assert polygons.areas == pytest.approx(np.array([area, area]))
+    assert shapely.area(polygons.shapes) == pytest.approx(polygons.areas)
+
+
+def star(corners, step, radius=1000):
+    angles = np.arange(corners) * step * 2 * np.pi / corners
+    return np.rint(np.stack([np.cos(angles), np.sin(angles)], axis=1) * radius)
+
+
+def test_a_star_has_the_area_of_its_tips_and_not_of_its_middle():
+    pentagram = Polygons.read([star(5, 2)], 3)
+    inner = 1000 * np.cos(2 * np.pi / 5) / np.cos(np.pi / 5)  # radius of the pentagon in the middle
+    whole, middle = 5 * 1000 * inner * np.sin(np.pi / 5), 2.5 * inner**2 * np.sin(2 * np.pi / 5)
+    assert pentagram.areas[0] == pytest.approx(whole - middle, rel=0.01)
+    assert not contains(pentagram, np.array([0]), np.zeros((2, 1)))[0]
+
+
+def test_an_outline_with_countless_crossings_has_its_area_sampled():
+    scribble = np.random.default_rng(0).integers(0, 300, (400, 2))
+    assert estimated_crossings(scribble.astype(float)) > MAX_CROSSINGS > estimated_crossings(star(9, 4))
+    area = raster(scribble, 300, 900).mean() * 300**2
+    assert Polygons.read([scribble], 3).areas[0] == pytest.approx(area, rel=0.05)
+
+
+def test_many_points_are_compared_block_by_block(monkeypatch):
+    polygons, columns = Polygons.read([BOW_TIE, TOUCHING], 3), np.indices((2, 12, 12)).reshape(3, -1)
+    at_once = contains(polygons, columns[0], columns[1:])
+    monkeypatch.setattr(geometry, "MAX_EDGES", 50)
+    assert (contains(polygons, columns[0], columns[1:]) == at_once).all()
+
+
+def test_corners_listed_in_a_zigzag_become_the_box_that_they_mean():
+    box = np.array([[0, 0], [40, 3], [41, 13], [1, 10]])
+    triangle, arrow = box[:3], np.array([[0, 0], [10, 5], [0, 10], [4, 5]])
+    polygons = [box[[0, 1, 3, 2]], triangle, box, box[[0, 2, 1, 3]], np.zeros((0, 2)), arrow]
+    points, reordered = uncross_quads(np.concatenate(polygons), np.array([len(polygon) for polygon in polygons]))
+    assert reordered.tolist() == [True, False, False, True, False, False]
+    assert points.tolist() == np.concatenate([box, triangle, box, box, arrow]).tolist()
+
+
+@given(convex_quads(), st.permutations(range(4)))
+@settings(deadline=None)
+def test_corners_of_a_box_in_any_order_run_around_it(box, order):
+    points, reordered = uncross_quads(box[order], np.array([4]))
+    assert shapely.Polygon(points).equals(shapely.Polygon(box))
+    assert reordered[0] == (not shapely.Polygon(box[order]).is_valid)
+    assert points[0].tolist() == box[order][0].tolist()
 
 
 def test_coordinates_are_truncated_and_must_be_on_an_image():

@@ -1,6 +1,7 @@
 """Probability maps to polygons (DBNet, section 3.5): the baseline's answers, round trips, and maps without sense."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from shapely import STRtree, make_valid
 from shapely.geometry import Polygon
+from support import hostile, in_time
 
+from dbnet.config import PRESETS
 from dbnet.postprocess import OFFSET_ERROR, extract_polygons, offset_polygons, region_score, unclip_distances
 from dbnet.targets import make_targets
 
@@ -248,3 +251,48 @@ def test_a_region_whose_offset_closes_around_a_hole_is_dropped():
 def test_a_map_of_the_wrong_shape_is_refused():
     with pytest.raises(ValueError, match="height, width"):
         extract_polygons(np.zeros((1, 8, 8), np.float32), settings_of())
+
+
+# --------------------------------------------------------------------------------------------------- hostile input
+
+
+def probability_map(kind, seed, side):
+    rng = np.random.default_rng(seed)
+    if kind in ("zero", "one", "nan"):
+        return np.full((side, side // 2), {"zero": 0, "one": 1, "nan": math.nan}[kind], np.float32)
+    noise = rng.random((side, side // 2)).astype(np.float32)
+    if kind == "coarse":
+        noise = cv2.resize(noise[: side // 4, : side // 8], (side // 2, side), interpolation=cv2.INTER_CUBIC).clip(0, 1)
+    if kind == "holes":
+        noise[rng.random(noise.shape) < 0.3] = np.nan
+    if kind == "dots":
+        noise = np.zeros_like(noise)
+        noise[::2, ::2] = 1
+    if kind == "stripes":
+        noise = np.zeros_like(noise)
+        noise[::2] = 1
+    return noise
+
+
+@hostile
+@given(
+    st.sampled_from(["zero", "one", "nan", "noise", "coarse", "holes", "dots", "stripes"]),
+    st.integers(0, 2**32),
+    st.sampled_from([8, 64, 160, 512]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([(0.3, 0.25), (0, 0), (1, 1), (0.5, 0.9)]),
+)
+def test_any_map_gives_polygons_in_the_image_best_first(kind, seed, side, use_polygon, as_bytes, thresholds):
+    prob_map = probability_map(kind, seed, side)
+    if as_bytes:
+        prob_map = (np.nan_to_num(prob_map) * 255).astype(np.uint8)
+    thresh, box_thresh = thresholds
+    config = PRESETS["v1"].changed(use_polygon=use_polygon, thresh=float(thresh), box_thresh=float(box_thresh))
+    with in_time():
+        polygons, scores = extract_polygons(prob_map, config, (3.0, 2.0), (3 * side // 2, 2 * side))
+    assert len(polygons) == len(scores) <= config.max_candidates
+    assert scores == sorted(scores, reverse=True) and all(box_thresh <= score <= 1 + 1e-6 for score in scores)
+    assert all((polygon >= 0).all() and (polygon <= (3 * side // 2, 2 * side)).all() for polygon in polygons)
+    if kind in ("zero", "nan"):
+        assert not polygons

@@ -10,7 +10,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support import hostile, in_time, wild_polygons
 
+from dbnet.geometry import clip_polygons, fault_of, uncross_quads
 from dbnet.targets import draw_targets, make_targets, polygon_mask, shrink_distances, thresh_mask
 
 STEP = 0.4 / 255  # of a threshold map of 0.3 to 0.7
@@ -174,3 +176,26 @@ def test_polygon_mask_covers_the_polygons_and_nothing_else():
     expected[2:7, :5] = 1
     expected[1:4, 8:10] = 1
     np.testing.assert_array_equal(mask, expected)
+
+
+# ------------------------------------------------------------------------------------------------------ hostile input
+
+
+@hostile
+@given(st.lists(wild_polygons(), max_size=4))
+def test_any_polygons_make_targets_in_range_and_in_time(polygons):
+    with in_time():
+        prob_map, thresh_map = make_targets(polygons, 60, 80)  # unchecked, as no file is read
+        polygon_mask(polygons, 60, 80)
+    assert prob_map.max() <= 1 and 0.299 < thresh_map.min() <= thresh_map.max() < 0.701
+
+
+@hostile
+@given(st.lists(wild_polygons(), max_size=4))
+def test_any_polygons_of_files_are_clipped_to_the_image(polygons):
+    polygons = [polygon for polygon in polygons if fault_of(polygon) is None]
+    counts = np.array([len(polygon) for polygon in polygons], int)
+    with in_time():
+        points, _ = uncross_quads(np.concatenate([np.empty((0, 2)), *polygons]), counts)
+        clipped, kept_counts, kept = clip_polygons(points, counts, 80, 60)
+    assert (clipped >= 0).all() and (clipped <= (80, 60)).all() and len(kept_counts) == kept.sum()
