@@ -1,39 +1,59 @@
-"""Image files to pixels: any common format and mode, upright, as 8-bit RGB, and never larger than memory bears."""
+"""Image files to pixels: all common formats, pages of PDF and TIFF files; upright, 8-bit RGB, within a limit of memory.
 
+A page is a path of the form FILE.pdf#page=NUMBER or FILE.tif#page=NUMBER, numbered from 1.
+"""
+
+import errno
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.util import find_spec
 from io import SEEK_END, BytesIO
 from pathlib import Path
-from threading import Lock
-from typing import IO, TYPE_CHECKING, NamedTuple
+from threading import Lock, Timer
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
-from dbnet.errors import ImageError, UserError, lacks_memory, library_errors, one_line
+from dbnet.errors import ImageError, UserError, lacks_memory, library_errors
 from dbnet.files import check_regular
 
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-PAGED_SUFFIXES = (".pdf",)
-EXTRA_SUFFIXES = {".pdf": "pip install pypdfium2"}
+if TYPE_CHECKING:
+    from pypdfium2 import PdfDocument
+
 MAX_PIXELS = 100_000_000  # after reduced decoding: 300 MB of RGB
 MAX_BYTES = 1 << 30  # of a file: 100 megapixels that are not compressed are fewer
+DPI = 200  # of a page of a PDF: its points have no pixels
 
+PAGED_SUFFIXES = (".pdf", ".tif", ".tiff")
+EXTRA_SUFFIXES = {  # that need what may not be installed
+    ".pdf": "pip install pypdfium2",
+    ".heic": "pip install pillow-heif",
+    ".heif": "pip install pillow-heif",
+    ".avif": "pip install 'pillow>=11.3'",
+}
+
+_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow knows more, and runs Ghostscript for some of them
 _JPEGS = ("JPEG", "MPO")  # MPO: several JPEGs in a row, as phones write them
 _EXIF_ORIENTATION = 0x0112
 _TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
-_JPEG_SCAN = b"\xff\xda"
-_JPEG_END = b"\xff\xd9"
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_JPEG_SCAN, _JPEG_END = 0xDA, 0xD9
 _MAX_SCANS = 20  # of a JPEG of MAX_PIXELS; of a smaller one as many more as take the same time. Ten are usual
+_MAX_SEGMENTS = 100_000  # of a JPEG
 _PNG_SIGNATURE = 8  # bytes
 _STRIP_ROWS = 256
+_HEADER_ROOM = 1 << 28  # bytes that opening an image may take
 _REDUCED = {
     1: cv2.IMREAD_COLOR,
     2: cv2.IMREAD_REDUCED_COLOR_2,
@@ -51,6 +71,7 @@ _UPRIGHT = {
     7: (True, True, True),
     8: (True, False, True),
 }
+_PAGE = re.compile(r"(.+\.(?:pdf|tiff?))#page=([0-9]{1,9})", re.IGNORECASE | re.DOTALL)
 
 
 class _Header(NamedTuple):
@@ -60,78 +81,126 @@ class _Header(NamedTuple):
     """not loaded yet"""
 
     orientation: int
-    """by EXIF, 1 to 8, as far as the decoder leaves it to us"""
+    """by EXIF, 1 to 8; 1 where the decoder turns the image itself"""
 
     size: tuple[int, int]
     """(width, height) upright, in pixels"""
 
 
 def readable_suffixes() -> tuple[str, ...]:
-    """The suffixes of image files that can be read with what is installed, in lower case."""
-    return SUFFIXES if find_spec("pypdfium2") is None else (*SUFFIXES, ".pdf")
+    """The suffixes of the files that can be read with what is installed, in lower case."""
+    readable = {
+        ".pdf": find_spec("pypdfium2") is not None,
+        ".heic": find_spec("pillow_heif") is not None,
+        ".heif": find_spec("pillow_heif") is not None,
+        ".avif": "avif" in features.get_supported_modules(),
+    }
+    return (*_SUFFIXES, *(suffix for suffix, is_readable in readable.items() if is_readable))
 
 
 def name_stem(name: str) -> str:
-    """What a file about an image is called but for its suffix: the image's name without its own, with _ for the folders
-    in it; a page's whole name."""
+    """The name of a file about an image, without suffix: the image's without its own, or a page's whole; folders become
+    a part of it."""
     name = name.replace("/", "_")
-    return name if in_pdf(Path(name)) else Path(name).stem
+    return name if is_page(Path(name)) or name.lower().endswith(".pdf") else Path(name).stem
 
 
-def read_image(path: Path, side: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
+def is_page(path: Path) -> bool:
+    """Whether a path is that of a page in a file, by its name."""
+    return _PAGE.fullmatch(path.name) is not None
+
+
+def file_of(path: Path) -> Path:
+    """The file that a page is in; any other path as it is."""
+    page = _PAGE.fullmatch(path.name)
+    return path.with_name(page[1]) if page else path
+
+
+def list_pages(path: Path) -> list[Path]:
+    """A path for each page of a PDF or TIFF file, in order; of a TIFF with one page, its own.
+
+    Prints how many of a PDF's pages cannot be opened and are left out. Raises ImageError for a file that cannot be
+    opened, and UserError where pypdfium2 is needed and not installed.
+    """
+    if path.suffix.lower() == ".pdf":
+        answer, _ = _ask_renderer(path, page=None)
+        numbers, claimed = answer["pages"], answer["claimed"]
+        if not numbers:
+            raise ImageError(f"{path}: has no page that can be opened")
+        if len(numbers) < claimed:
+            print(f"{path}: says that it has {claimed} pages; {len(numbers)} can be opened")
+    else:
+        check_regular(path, ImageError)
+        with _reading(path), path.open("rb") as file, library_errors(f"{path}: broken page", kind=ImageError):
+            image = _read_header(path, file).image
+            count = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+        if count == 1:
+            return [path]
+        numbers = list(range(1, count + 1))
+    return [path.with_name(f"{path.name}#page={number}") for number in numbers]
+
+
+def read_image(path: Path, image_size: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
     """Read an image as a viewer shows it.
 
-    What a file is called does not matter, what it holds does: JPEG, PNG, WebP, GIF, BMP or TIFF. Of an animation or of
-    several pages it is the first picture. A cut file is refused in all formats, a changed one where the format has
-    checksums (PNG); damage within a JPEG shows in its pixels alone.
+    The content of a file decides its format, not its name: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, or HEIC with
+    pillow-heif. Of an animation, or of a TIFF of which no page is named, it is the first picture. A cut file is
+    rejected in all formats, a changed one where the format has checksums (PNG); damage in a JPEG shows in its pixels.
 
     Args:
-        path: a file of any mode: grey, palette, alpha (put on white), CMYK, 16 bits a channel; or a page of a PDF,
-            FILE.pdf#page=NUMBER.
-        side: the longer side in pixels that the caller is going to reduce the image to; a JPEG of at least twice that
-            is decoded at a half, a quarter or an eighth, which takes a fraction of the time and memory.
+        path: a file of any mode: grey, palette, alpha (put on white), CMYK, 16 bits a channel; or a page.
+        image_size: longer side in pixels to which the caller resizes the image; a JPEG of at least twice that is
+            decoded at a half, a quarter or an eighth, which takes a fraction of the time and memory, and a page of a
+            PDF is rendered no larger.
 
     Returns:
         pixels: (height, width, 3) uint8 RGB, upright by the EXIF orientation, possibly reduced as said above.
-        size: (width, height) of the full image, upright: the pixels that annotations are given in.
+        size: (width, height) of the full image, upright: the pixels of its annotations.
 
     Raises:
         ImageError: the file is missing, empty, truncated, no image, or too large to decode.
+        MemoryError: there is not enough memory for this image.
     """
-    if in_pdf(path):
-        return read_page(path, side, MAX_PIXELS)
-    check_regular(path, ImageError)
-    try:
-        with path.open("rb") as file:
-            header = _read_header(path, file)
-            length = file.seek(0, SEEK_END)
-            if length > MAX_BYTES:
-                raise ImageError(f"{path}: a file of {length / 1e9:.1f} GB; compress it, or reduce it first")
-            file.seek(0)
-            data = file.read()
-            reduction = _reduction(header.image, side)
-            _check_size(path, data, header, reduction)
-            pixels = _decode(path, data, header.image, reduction)
-    except OSError as error:
-        raise ImageError(f"{path}: cannot be read ({error.strerror})") from None
-    transpose, flip_x, flip_y = _UPRIGHT[header.orientation]
-    if transpose:
-        pixels = cv2.transpose(pixels)
-    if flip_x or flip_y:
-        pixels = cv2.flip(pixels, -1 if flip_x and flip_y else int(flip_x))
-    return pixels, header.size
+    check_regular(file_of(path), ImageError)
+    with _reading(path):
+        if _is_in_pdf(path):
+            return _render_page(path, image_size)
+        if is_page(path):
+            with _tiff_page(path) as header:
+                _check_size(path, header, scans=1, reduction=1)
+                pixels = _decode(path, b"", header, reduction=1, is_complete=False)
+        else:
+            with path.open("rb") as file:
+                header = _read_header(path, file)
+                length = file.seek(0, SEEK_END)
+                if length > MAX_BYTES:
+                    raise ImageError(f"{path}: a file of {length / 1e9:.1f} GB; compress it, or reduce it first")
+                file.seek(0)
+                data = file.read()
+                reduction = _reduction(header.image, image_size)
+                scans, is_complete = _jpeg_scans(path, data) if header.image.format in _JPEGS else (1, False)
+                _check_size(path, header, scans, reduction)
+                pixels = _decode(path, data, header, reduction, is_complete)
+        transpose, flip_x, flip_y = _UPRIGHT[header.orientation]
+        if transpose:
+            pixels = cv2.transpose(pixels)
+        if flip_x or flip_y:
+            pixels = cv2.flip(pixels, -1 if flip_x and flip_y else int(flip_x))
+        return pixels, header.size
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """(width, height) in pixels of an image as a viewer shows it, from its header alone. Raises ImageError."""
-    if in_pdf(path):
-        return read_page_size(path, MAX_PIXELS)
-    check_regular(path, ImageError)
-    try:
+    """(width, height) in pixels of an image as a viewer shows it, from its header. Raises as `read_image` does."""
+    check_regular(file_of(path), ImageError)
+    with _reading(path):
+        if _is_in_pdf(path):
+            answer, _ = _ask_renderer(path, page=_page_number(path), scale=0)
+            return tuple(answer["size"])
+        if is_page(path):
+            with _tiff_page(path) as header:
+                return header.size
         with path.open("rb") as file:
             return _read_header(path, file).size
-    except OSError as error:
-        raise ImageError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
@@ -148,7 +217,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _on_white(image: Image.Image) -> np.ndarray:
-    """Transparency put on white, strip by strip: as a whole it would take five times the memory of the outcome."""
+    """Put transparency on white, strip by strip: as a whole it takes five times the memory of the result."""
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     for top in range(0, image.height, _STRIP_ROWS):
         bottom = min(top + _STRIP_ROWS, image.height)
@@ -158,26 +227,69 @@ def _on_white(image: Image.Image) -> np.ndarray:
     return pixels
 
 
-def _read_header(path: Path, file: IO[bytes]) -> _Header:
-    """Open an image; nothing is decoded yet, so a bomb has not gone off."""
+# ---- headers and limits
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Name the path in errors of the system, and tell those of the file from a shortage of memory or descriptors."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's decompression bomb warning: MAX_PIXELS decides here
-            image = Image.open(file, formats=_FORMATS)
-            orientation = _orientation(image, file)
-    except Image.DecompressionBombError:
-        raise ImageError(f"{path}: too large to decode; reduce it first") from None
+        yield
+    except (MemoryError, cv2.error, OSError) as error:
+        if lacks_memory(error):
+            raise MemoryError(str(path)) from error
+        if not isinstance(error, OSError):
+            raise
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            hint = "raise the limit (ulimit -n 4096), or lower --workers"
+            raise UserError(f"{path}: cannot be opened ({error.strerror}); {hint}") from None
+        raise ImageError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _read_header(path: Path, file: IO[bytes]) -> _Header:
+    """Read the header only: nothing is decoded yet."""
+    empty = file.seek(0, SEEK_END) == 0
+    file.seek(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's decompression bomb warning: MAX_PIXELS decides here
+        with library_errors(f"{path}: broken image header", kind=ImageError):
+            try:
+                image: Image.Image = Image.open(file, formats=_FORMATS)
+            except Image.DecompressionBombError:
+                raise ImageError(f"{path}: too large to decode; reduce it first") from None
+            except UnidentifiedImageError:
+                if empty:
+                    raise ImageError(f"{path}: the file is empty") from None
+                image = _open_heif(path, file)
+            except Exception:
+                _check_room(_HEADER_ROOM)  # WebP files are unpacked here
+                raise
+            return _header_of(image, file)
+
+
+def _open_heif(path: Path, file: IO[bytes]) -> Image.Image:
+    """Open what phones write beside JPEG. Raises ImageError for what is not, or cannot be read here."""
+    file.seek(0)
+    if file.read(12)[4:8] != b"ftyp":
+        raise ImageError(f"{path}: not an image ({', '.join(_FORMATS)}, AVIF, HEIC)")
+    file.seek(0)
+    if find_spec("pillow_heif") is not None:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    Image.init()
+    try:
+        return Image.open(file, formats=[known for known in ("HEIF", "AVIF") if known in Image.OPEN])
     except UnidentifiedImageError:
-        empty = file.seek(0, SEEK_END) == 0
-        known = ", ".join(_FORMATS)
-        raise ImageError(f"{path}: {'the file is empty' if empty else f'not an image ({known})'}") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's parsers raise many kinds on broken headers
-        raise ImageError(f"{path}: broken image header ({one_line(error)})") from None
+        raise ImageError(f"{path}: reading HEIC files needs pillow-heif: pip install pillow-heif") from None
+
+
+def _header_of(image: Image.Image, file: IO[bytes]) -> _Header:
+    """The header of an opened image."""
+    orientation = _orientation(image, file)
     width, height = image.size
     if image.format == "TIFF":  # Pillow turns it as it decodes; whether `size` is turned before depends on its version
-        from PIL.TiffImagePlugin import TiffImageFile  # loaded by now, as it is for a TIFF only
+        from PIL.TiffImagePlugin import TiffImageFile  # already loaded: only with a TIFF
 
         assert isinstance(image, TiffImageFile)
         width, height = image.tag_v2[_TIFF_WIDTH], image.tag_v2[_TIFF_HEIGHT]
@@ -186,83 +298,90 @@ def _read_header(path: Path, file: IO[bytes]) -> _Header:
 
 
 def _orientation(image: Image.Image, file: IO[bytes]) -> int:
-    """EXIF orientation, 1 to 8; 1 where there is none or no such one.
+    """EXIF orientation, 1 to 8; 1 where there is none or an invalid one.
 
-    In a PNG it may come after the pixels. Pillow's own way to it decodes them, which is slow and defuses no bomb.
+    In a PNG it may come after the pixels; Pillow finds it there only by decoding them, which takes time and memory.
     """
     exif = Image.Image.getexif(image)
     if image.format == "PNG" and "exif" not in image.info:
-        for kind, start, length in _png_chunks(file):
-            if kind == b"eXIf":
-                file.seek(start)
-                exif.load(file.read(length))
+        start, kind = _PNG_SIGNATURE, b""
+        while kind not in (b"eXIf", b"IEND"):
+            file.seek(start)
+            length, kind = int.from_bytes(file.read(4), "big"), file.read(4)
+            if len(kind) < 4:
+                break
+            start += length + 12
+        if kind == b"eXIf":
+            exif.load(file.read(length))
     orientation = exif.get(_EXIF_ORIENTATION, 1)
     return int(orientation) if orientation in _UPRIGHT else 1
 
 
-def _png_chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, start of the data and length of the data of each chunk of a PNG, up to its end."""
-    start, kind = _PNG_SIGNATURE, b""
-    while kind != b"IEND":
-        file.seek(start)
-        head = file.read(8)
-        if len(head) < 8:
-            return
-        length, kind = int.from_bytes(head[:4], "big"), head[4:]
-        yield kind, start + 8, length
-        start += length + 12
-
-
-def _check_png(data: bytes) -> None:
-    """Raise ValueError unless the chunks of a PNG are complete and unharmed: decoders let different faults pass."""
-    view, kind = memoryview(data), b""
-    for kind, start, length in _png_chunks(BytesIO(data)):
-        end = start + length
-        if zlib.crc32(view[start - 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
-            raise ValueError(f"the checksum of its chunk {kind.decode('latin-1')} does not fit")
-    if kind != b"IEND":
-        raise ValueError("it ends too early")
-
-
-def _reduction(image: Image.Image, side: int | None) -> int:
-    """The power of two up to 8 by which a JPEG can be decoded smaller and still be at least `side` long."""
-    if image.format not in _JPEGS or side is None:
+def _reduction(image: Image.Image, image_size: int | None) -> int:
+    """The power of two up to 8 by which a JPEG can be decoded smaller and still be at least `image_size` long."""
+    if image.format not in _JPEGS or image_size is None:
         return 1
-    times = max(image.size) // side
+    times = max(image.size) // image_size
     return next(step for step in (8, 4, 2, 1) if times >= step or step == 1)
 
 
-def _check_size(path: Path, data: bytes, header: _Header, reduction: int) -> None:
-    """Raise ImageError for an image that would take too much memory or time to decode.
+def _jpeg_scans(path: Path, data: bytes) -> tuple[int, bool]:
+    """How many scans the first image of a JPEG file has, and whether its end is there.
 
-    A JPEG of several scans, a progressive one say, is held whole in memory however it is reduced, and each scan is a
-    pass over all of it: a small file can ask for thousands.
+    Thumbnails lie within its segments; other images, and the videos of phones, lie behind its end.
+    """
+    position = scans = 0
+    for _ in range(_MAX_SEGMENTS):
+        marker = _JPEG_MARKER.search(data, position + 2)
+        if not marker or marker[0][1] == _JPEG_END:
+            return scans, marker is not None
+        scans += marker[0][1] == _JPEG_SCAN
+        position = marker.end() - 2 + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    raise ImageError(f"{path}: a JPEG of more than {_MAX_SEGMENTS} segments; save it again")
+
+
+def _check_size(path: Path, header: _Header, scans: int, reduction: int) -> None:
+    """Raise ImageError for an image that takes too much memory or time to decode.
+
+    A JPEG of several scans, a progressive one for example, is held whole in memory even if it is reduced, and each scan
+    is a pass over all of it: a small file can ask for thousands.
     """
     width, height = header.size
-    scans = data.count(_JPEG_SCAN) if header.image.format in _JPEGS else 1
-    if width * height > MAX_PIXELS * (reduction**2 if scans == 1 else 1):
+    if width * height > MAX_PIXELS * (reduction**2 if scans <= 1 else 1):
         raise ImageError(
             f"{path}: {width} x {height} pixels is over the limit of {MAX_PIXELS // 10**6} megapixels; reduce it first"
         )
     if width * height * scans > MAX_PIXELS * _MAX_SCANS:
-        raise ImageError(f"{path}: a JPEG of {scans} scans takes too long to decode; save it anew")
+        raise ImageError(f"{path}: a JPEG of {scans} scans takes too long to decode; save it again")
 
 
-def _decode(path: Path, data: bytes, image: Image.Image, reduction: int) -> np.ndarray:
+# ---- decoding
+
+
+def _decode(path: Path, data: bytes, header: _Header, reduction: int, is_complete: bool) -> np.ndarray:
     """Pixels as stored, (height, width, 3) uint8 RGB. OpenCV decodes common modes, three times as fast as Pillow."""
-    with library_errors(f"{path}: broken or truncated image", kind=ImageError):
-        if image.format == "PNG":
-            _check_png(data)
-        complete = image.format == "PNG" or (image.format == "JPEG" and data.endswith(_JPEG_END))
-        plain = image.mode in ("RGB", "L") and "transparency" not in image.info
-        if complete and plain and not getattr(image, "is_animated", False):
-            pixels = _decode_plain(data, reduction)
-            if pixels is not None:
-                return pixels
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about faults that end in an error, or that a viewer would not mind
+    image = header.image
+    with library_errors(f"{path}: broken or truncated image", kind=ImageError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, on faults that end in an error or that a viewer ignores
+        try:
+            if image.format == "PNG":
+                Image.open(BytesIO(data)).verify()  # decoders ignore some damage
+                is_complete = True
+            plain = image.mode in ("RGB", "L") and "transparency" not in image.info
+            if is_complete and image.format != "MPO" and plain and not getattr(image, "is_animated", False):
+                pixels = _decode_plain(data, reduction)
+                if pixels is not None:
+                    return pixels
             image.draft(None, (image.width // reduction, image.height // reduction))
             return to_rgb(image)
+        except Exception:
+            _check_room(2 * 4 * image.width * image.height // reduction**2)
+            raise
+
+
+def _check_room(size: int) -> None:
+    """Raise MemoryError unless so many bytes can be allocated: some decoders report that as a broken image."""
+    np.empty(size, np.uint8)
 
 
 def _decode_plain(data: bytes, reduction: int) -> np.ndarray | None:
@@ -276,103 +395,231 @@ def _decode_plain(data: bytes, reduction: int) -> np.ndarray | None:
     return None if pixels is None else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
 
 
-if TYPE_CHECKING:
-    from pypdfium2 import PdfDocument
+# ---- pages of TIFF files
 
-DPI = 200  # of a page whose polygons are given in pixels; a PDF itself has none
+_one_tiff = Lock()
 
-_PAGE = re.compile(r"(.+\.pdf)#page=([0-9]{1,9})", re.IGNORECASE | re.DOTALL)
+
+@contextmanager
+def _tiff_page(path: Path) -> Iterator[_Header]:
+    """The header of a page, and its image until the end of the block."""
+    file, number = file_of(path), _page_number(path)
+    status = file.stat()
+    with _one_tiff:
+        image = _open_tiff(file, (status.st_mtime_ns, status.st_size), os.getpid())
+        try:
+            with library_errors(f"{path}: broken page", kind=ImageError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                count = getattr(image, "n_frames", 1)
+                if not 1 <= number <= count:
+                    raise ImageError(f"{path}: no such page; the file has {count}")
+                if image.tell() == number - 1:  # it may have been decoded, and turned: its header is read again
+                    image.seek(1 if number == 1 < count else 0)
+                image.seek(number - 1)
+                header = _header_of(image, BytesIO())
+            yield header
+        except BaseException:
+            count = 1
+            raise
+        finally:
+            if count == 1:
+                _open_tiff.cache_clear()
+
+
+@lru_cache(maxsize=1)
+def _open_tiff(file: Path, stamp: tuple[int, int], process: int) -> Image.Image:
+    """The TIFF file used last stays open, with the places of its pages, which each opening has to look for one by one:
+    else the time for a file grows with the square of its pages. A forked process opens it again."""
+    opened = file.open("rb")
+    image = _read_header(file, opened).image
+    if image.format != "TIFF":
+        raise ImageError(f"{file}: a {image.format} without pages; name it without #page=")
+    return image
+
+
+# ---- pages of PDF files: rendered in a process of its own, since PDFium aborts its process for some files
+
+_PAGE_SECONDS = 60  # until a page counts as one that does not end
+_RENDERER_BYTES = 3 << 30  # that the rendering process may take in addition to what it has after starting
+_MAX_PAGES_TRIED = 100_000
 _POINT = 1 / 72  # inch, the unit of a PDF
-_one_at_a_time = Lock()  # PDFium is not safe to call from several threads, whatever the documents
 
 
-def in_pdf(path: Path) -> bool:
-    """Whether the path is that of a PDF file or of a page in one, by its name."""
-    return path.suffix.lower() == ".pdf" or _PAGE.fullmatch(path.name) is not None
+class _Renderer:
+    """A process that renders pages: a JSON line asks, a JSON line answers, pixels follow."""
+
+    def __init__(self) -> None:
+        code = f"import sys; sys.path[:] = {sys.path!r}; from dbnet.images import _serve_pages; _serve_pages()"
+        self.lock = Lock()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+
+    def ask(self, question: dict[str, Any]) -> tuple[dict[str, Any], bytearray] | None:
+        """The answer and its pixels; None where the process has ended, or had to be ended after _PAGE_SECONDS."""
+        assert self.process.stdin and self.process.stdout
+        timer = Timer(_PAGE_SECONDS, self.process.kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            self.process.stdin.write(json.dumps(question).encode() + b"\n")
+            self.process.stdin.flush()
+            answer = json.loads(self.process.stdout.readline())
+            pixels = bytearray(math.prod(answer.get("shape", [0])))
+            view = memoryview(pixels)
+            while view:
+                read = self.process.stdout.readinto(view)  # type: ignore[attr-defined]
+                if not read:
+                    return None
+                view = view[read:]
+            return answer, pixels
+        except (OSError, ValueError):
+            return None
+        finally:
+            timer.cancel()
 
 
-def file_of(path: Path) -> Path:
-    """The PDF file that a page is in; any other path as it is."""
+_renderers: dict[int, _Renderer] = {}
+
+
+def _is_in_pdf(path: Path) -> bool:
+    return file_of(path).suffix.lower() == ".pdf"
+
+
+def _page_number(path: Path) -> int:
+    """The number of a page. Raises ImageError for a whole PDF file."""
     page = _PAGE.fullmatch(path.name)
-    return path.with_name(page[1]) if page else path
+    if not page:
+        pages = len(list_pages(path))
+        raise ImageError(f"{path}: a PDF of {pages} pages; name one, e.g. {path.name}#page=1")
+    return int(page[2])
 
 
-def list_pages(path: Path) -> list[Path]:
-    """A path for each page of a PDF file, in order: `path` with `#page=1` and so on.
-
-    Raises ImageError for a file that cannot be opened, and UserError where pypdfium2 is not installed.
-    """
-    with _open(path) as document:
-        return [path.with_name(f"{path.name}#page={number}") for number in range(1, len(document) + 1)]
+def _render_page(path: Path, image_size: int | None) -> tuple[np.ndarray, tuple[int, int]]:
+    """A page with its annotations and filled-in forms, on white, at DPI or, if that is smaller, at `image_size`; and
+    its (width, height) at DPI. A page of more than MAX_PIXELS has fewer dots per inch."""
+    answer, pixels = _ask_renderer(path, page=_page_number(path), scale=1, image_size=image_size)
+    return np.frombuffer(pixels, np.uint8).reshape(answer["shape"]), tuple(answer["size"])
 
 
-def read_page(path: Path, side: int | None, max_pixels: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Render a page, with its annotations and filled-in forms, on white.
-
-    Args:
-        path: `FILE.pdf#page=NUMBER`, numbered from 1.
-        side: longer side in pixels to render at where that is less than the page's full size; None for the full size.
-        max_pixels: that the full size does not exceed; a larger page has fewer dots per inch.
-
-    Returns:
-        pixels: (height, width, 3) uint8 RGB.
-        size: (width, height) of the page in pixels at full size, i.e. at 200 dpi.
-
-    Raises:
-        ImageError: the file is no PDF that can be opened, or has no such page.
-    """
-    with _open_page(path) as (document, index):
-        scale, size = _full_size(document, index, max_pixels)
-        if side is not None:
-            scale *= min(1, side / max(size))
-        return document[index].render(scale=scale, rev_byteorder=True).to_numpy().copy(), size
-
-
-def read_page_size(path: Path, max_pixels: int) -> tuple[int, int]:
-    """(width, height) of a page as `read_page` gives it, without rendering. Raises as it does."""
-    with _open_page(path) as (document, index):
-        return _full_size(document, index, max_pixels)[1]
-
-
-def _full_size(document: "PdfDocument", index: int, max_pixels: int) -> tuple[float, tuple[int, int]]:
-    """Pixels for a point, and the page's (width, height) in pixels."""
-    width, height = document.get_page_size(index)
-    scale = min(DPI * _POINT, math.sqrt(max_pixels / (width * height)))
-    return scale, (math.ceil(width * scale), math.ceil(height * scale))
-
-
-@contextmanager
-def _open_page(path: Path) -> "Iterator[tuple[PdfDocument, int]]":
-    """The document that a page is in, and the page's place there, from 0."""
-    page = _PAGE.fullmatch(path.name)
-    with _open(path) as document:
-        if not page:
-            raise ImageError(f"{path}: a PDF of {len(document)} pages; name one, e.g. {path.name}#page=1")
-        if not 1 <= int(page[2]) <= len(document):
-            raise ImageError(f"{path}: no such page; the file has {len(document)}")
-        yield document, int(page[2]) - 1
-
-
-@contextmanager
-def _open(path: Path) -> "Iterator[PdfDocument]":
-    """The document that `path`, a file or a page in it, names; messages name the path."""
-    try:
-        import pypdfium2
-    except ImportError:
-        raise UserError(f"{path}: reading PDF files needs pypdfium2: pip install pypdfium2") from None
+def _ask_renderer(path: Path, **question: Any) -> tuple[dict[str, Any], bytearray]:
+    """What `_serve_pages` answers on a PDF. Raises ImageError, or UserError where pypdfium2 is not installed."""
+    if find_spec("pypdfium2") is None:
+        raise UserError(f"{path}: reading PDF files needs pypdfium2: pip install pypdfium2")
     file = file_of(path)
     check_regular(file, ImageError)
-    with _one_at_a_time:
+    with _reading(path):
+        with file.open("rb"):  # for the system's own reason where it cannot be opened
+            pass
+        process = os.getpid()  # a forked process has a renderer of its own
+        renderer = _renderers.get(process) or _renderers.setdefault(process, _Renderer())
+        with renderer.lock:
+            answer = renderer.ask({"file": os.path.abspath(file), "max_pixels": MAX_PIXELS, **question})
+        if answer is None:
+            renderer.process.kill()
+            renderer.process.wait()
+            _renderers.pop(process, None)
+            raise ImageError(
+                f"{path}: takes more than {_PAGE_SECONDS} s or {_RENDERER_BYTES >> 30} GB to render, or breaks PDFium"
+            )
+    if "error" in answer[0]:
+        raise ImageError(f"{path}: {answer[0]['error']}")
+    return answer
+
+
+def _serve_pages() -> None:
+    """Answer questions on PDF files from stdin until it closes; the last file stays open between them.
+
+    A question is {"file", "max_pixels", "page"}: page null asks for the numbers of the pages that can be opened, a
+    number for its "size" at full resolution and, with "scale" 1, for its pixels, no larger than "image_size".
+    """
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that no library writes into an answer
+    _limit_memory(_RENDERER_BYTES)
+    opened: tuple[Any, PdfDocument | None] = None, None
+    for line in sys.stdin.buffer:
+        question = json.loads(line)
+        pixels = b""
         try:
-            with file.open("rb"):  # for the system's own reason where it cannot
-                document = pypdfium2.PdfDocument(file)
-            try:
-                document.init_forms()
-                yield document
-            finally:
-                document.close()
+            status = os.stat(question["file"])
+            key = question["file"], status.st_mtime_ns, status.st_size
+            if opened[0] != key:
+                if opened[1]:
+                    opened[1].close()
+                opened = None, None
+                opened = key, _open_pdf(question["file"])
+            answer, pixels = _answer(opened[1], question)
         except OSError as error:
-            raise ImageError(f"{path}: cannot be read ({error.strerror})") from None
-        except (pypdfium2.PdfiumError, ArithmeticError, ValueError) as error:
-            reason = " ".join(str(error).split()).rstrip(".")
-            raise ImageError(f"{path}: cannot be read as a PDF ({reason})") from None
+            answer = {"error": f"cannot be read ({error.strerror})"}
+        except Exception as error:  # of pypdfium2, of many kinds; a lack of memory ends this process alone
+            if lacks_memory(error):
+                raise
+            answer = {"error": f"cannot be read as a PDF ({' '.join(str(error).split()).rstrip('.')})"}
+        output.write(json.dumps(answer).encode() + b"\n")
+        output.write(pixels)
+        output.flush()
+
+
+def _open_pdf(file: str) -> "PdfDocument":
+    """The document, with its forms."""
+    import pypdfium2
+
+    document = pypdfium2.PdfDocument(file)
+    document.init_forms()
+    return document
+
+
+def _answer(document: Any, question: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """The answer of `_serve_pages` and the pixels that follow it."""
+    number, count = question["page"], len(document)
+    if number is None:
+        return {"claimed": count, "pages": _openable_pages(document)}, b""
+    if not 1 <= number <= count:
+        return {"error": f"no such page; the file has {count}"}, b""
+    width, height = document.get_page_size(number - 1)
+    scale = min(DPI * _POINT, math.sqrt(question["max_pixels"] / (width * height)))
+    size = math.ceil(width * scale), math.ceil(height * scale)
+    if not question["scale"]:
+        return {"size": size}, b""
+    if question["image_size"]:
+        scale *= min(1, question["image_size"] / max(size))
+    page = document[number - 1]
+    try:
+        pixels = page.render(scale=scale, rev_byteorder=True).to_numpy()
+    finally:
+        page.close()
+    return {"size": size, "shape": pixels.shape}, np.ascontiguousarray(pixels).tobytes()
+
+
+def _openable_pages(document: Any) -> list[int]:
+    """The numbers of the pages that can be opened, from 1. A file may claim a million pages that are not there, so all
+    are tried where the last cannot be opened, up to a limit."""
+    import pypdfium2
+
+    def opens(index: int) -> bool:
+        try:
+            document[index].close()
+        except pypdfium2.PdfiumError:
+            return False
+        return True
+
+    count = len(document)
+    if count and opens(count - 1):
+        return list(range(1, count + 1))
+    return [index + 1 for index in range(min(count, _MAX_PAGES_TRIED)) if opens(index)]
+
+
+def _limit_memory(more: int) -> None:
+    """Let this process take no more than so many bytes more, where the system has such limits."""
+    try:
+        import resource
+    except ImportError:
+        return
+    statm = Path("/proc/self/statm")
+    used = int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else 1 << 30
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = used + more if hard == resource.RLIM_INFINITY else min(used + more, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

@@ -191,7 +191,9 @@ def _pages_or_itself(path: Path) -> list[Path]:
         return [path]
     try:
         return list_pages(path)
-    except ImageError:
+    except ImageError as error:
+        if path.suffix.lower() != ".pdf":  # a TIFF is still read, but its first page alone
+            print(f"{error}; only the first page is read")
         return [path]
 
 

@@ -143,7 +143,7 @@ def test_of_several_pictures_the_first_is_read(place, kind):
 def test_the_jpegs_of_phones_are_decoded_at_reduced_size_and_arithmetic_ones_at_all(tmp_path):
     path = tmp_path / "a.jpg"
     picture(1000, 700).save(path, "MPO", save_all=True, append_images=FRAMES[:1])
-    pixels, size = read_image(path, side=240)
+    pixels, size = read_image(path, image_size=240)
     assert pixels.shape == (175, 250, 3) and size == (1000, 700)
     path.write_bytes(ARITHMETIC_JPEG)
     assert (read_image(path)[0] == 200).all()

@@ -1,15 +1,21 @@
 """Image files of every kind, upright and 8-bit, or one line that says what is wrong."""
 
+import errno
 import io
+import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from support import ROOT
 
-from dbnet.errors import ImageError
-from dbnet.images import read_image
+from dbnet.errors import ImageError, UserError
+from dbnet.images import _jpeg_scans, read_image, read_size, readable_suffixes
+from dbnet.splits import list_images
 
 WIDTH, HEIGHT = 60, 40
 
@@ -72,7 +78,7 @@ def test_exif_orientation_is_applied_as_a_viewer_does(tmp_path, picture, orienta
 def test_a_large_jpeg_is_decoded_smaller_but_keeps_its_size(tmp_path):
     path = tmp_path / "a.jpg"
     Image.new("RGB", (1000, 700), "gray").save(path)
-    pixels, size = read_image(path, side=240)
+    pixels, size = read_image(path, image_size=240)
     assert size == (1000, 700)
     assert pixels.shape == (175, 250, 3)
 
@@ -112,3 +118,128 @@ def test_a_png_too_large_to_decode_is_refused(tmp_path):
     Image.new("1", (20_000, 20_000)).save(path)
     with pytest.raises(ImageError, match=r"a\.png: .*reduce it first"):
         read_image(path)
+
+
+# ---- formats, by content and by suffix
+
+
+@pytest.mark.parametrize(
+    "name", ["a.JPG", "b.jpeg", "c.jfif", "d.Png", "e.webp", "f.BMP", "g.tif", "h.TIFF", "i.gif", "j.avif"]
+)
+def test_every_kind_of_image_is_listed_and_read(tmp_path, picture, name):
+    if name.endswith(".avif") and ".avif" not in readable_suffixes():
+        pytest.skip("this Pillow reads no AVIF")
+    kind = {".jfif": "JPEG"}.get(Path(name).suffix)
+    picture.save(tmp_path / name, kind)
+    assert list(list_images(tmp_path)) == [name]
+    pixels, size = read_image(tmp_path / name)
+    assert size == read_size(tmp_path / name) == picture.size and pixels.shape == (*picture.size[::-1], 3)
+    assert np.abs(pixels.astype(int) - np.asarray(picture)).mean() < 12
+
+
+def test_heic_photos_are_read_upright_with_pillow_heif(tmp_path, picture):
+    heif = pytest.importorskip("pillow_heif")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    heif.from_pillow(picture).save(tmp_path / "a.HEIC", exif=exif.tobytes(), quality=90)
+    assert list(list_images(tmp_path)) == ["a.HEIC"]
+    pixels, size = read_image(tmp_path / "a.HEIC")
+    assert pixels.shape[1::-1] == size == read_size(tmp_path / "a.HEIC")
+
+
+def test_without_pillow_heif_photos_are_counted_and_the_package_is_named(tmp_path, picture, monkeypatch, capsys):
+    monkeypatch.setattr("dbnet.images.find_spec", lambda name: None)
+    monkeypatch.setitem(Image.OPEN, "HEIF", (Image.OPEN["PNG"][0], lambda start: False))
+    picture.save(tmp_path / "a.png")
+    for name in ("b.heic", "c.HEIC", "d.mp4"):
+        (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    assert list(list_images(tmp_path)) == ["a.png"]
+    out = capsys.readouterr().out
+    assert f"{tmp_path}: passed over 2 .heic (pip install pillow-heif to read them), 1 .mp4" in out
+    with pytest.raises(ImageError, match=r"b\.heic: reading HEIC files needs pillow-heif: pip install pillow-heif"):
+        read_image(tmp_path / "b.heic")
+
+
+# ---- JPEGs of phones
+
+
+def with_thumbnail_and_video(photo, thumbnail):
+    """A JPEG with another one in its EXIF, and behind its end a video that holds the markers of JPEG."""
+    segment = b"Exif\0\0" + thumbnail
+    app1 = b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment
+    return photo[:2] + app1 + photo[2:] + b"\0\0\0\x18ftypmp42" + b"\xff\xda\xff\xd8" * 50
+
+
+@pytest.mark.parametrize("is_progressive", [False, True])
+def test_only_the_scans_of_the_photo_itself_count(tmp_path, picture, monkeypatch, is_progressive):
+    """A large photo is decoded at reduced size, which needs little memory only if it has one scan."""
+    photo, thumbnail = io.BytesIO(), io.BytesIO()
+    picture.resize((400, 300)).save(photo, "JPEG", progressive=is_progressive)
+    picture.resize((40, 30)).save(thumbnail, "JPEG")
+    path = tmp_path / "a.jpg"
+    path.write_bytes(with_thumbnail_and_video(photo.getvalue(), thumbnail.getvalue()))
+    scans, is_complete = _jpeg_scans(path, path.read_bytes())
+    assert is_complete and (scans > 1) == is_progressive
+    plain = tmp_path / "b.jpg"
+    plain.write_bytes(photo.getvalue())
+    assert np.array_equal(read_image(path)[0], read_image(plain)[0])
+    monkeypatch.setattr("dbnet.images.MAX_PIXELS", 400 * 300 - 1)
+    if is_progressive:
+        with pytest.raises(ImageError, match="over the limit"):
+            read_image(path, image_size=100)
+    else:
+        assert read_image(path, image_size=100)[0].shape == (75, 100, 3)
+    path.write_bytes(path.read_bytes()[: len(photo.getvalue()) // 2])
+    with pytest.raises(ImageError, match=r"(?i)truncated"):
+        read_image(path, image_size=100)
+
+
+# ---- too little memory is no fault of an image
+
+
+NO_MEMORY = """
+import resource, sys
+from pathlib import Path
+from dbnet.images import ImageError, read_image
+path = Path(sys.argv[1])
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+read_image(path, 64 if path.suffix == ".jpg" else None)
+resource.setrlimit(resource.RLIMIT_AS, (used + (60 << 20), resource.RLIM_INFINITY))
+try:
+    read_image(path)
+except MemoryError as error:
+    assert path.name in str(error)
+    print("no memory")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of memory and /proc")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.png", {}),
+        ("a.jpg", {}),
+        ("a.jpg", {"progressive": True}),
+        ("a.webp", {"lossless": True}),
+        ("a.bmp", {}),
+        ("a.tif", {"compression": "tiff_lzw"}),
+        ("a.gif", {}),
+    ],
+)
+def test_a_lack_of_memory_is_not_taken_for_a_broken_image(tmp_path, name, options):
+    Image.new("RGB", (6000, 5000), "gray").save(tmp_path / name, **options)
+    words = [sys.executable, "-c", NO_MEMORY, tmp_path / name]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "no memory\n", result.stderr
+
+
+def test_too_few_descriptors_are_not_taken_for_a_broken_image(tmp_path, picture, monkeypatch):
+    picture.save(tmp_path / "a.png")
+
+    def fail(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(UserError, match=r"a\.png: cannot be opened \(Too many open files\); raise") as caught:
+        read_image(tmp_path / "a.png")
+    assert not isinstance(caught.value, ImageError)

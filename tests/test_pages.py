@@ -1,6 +1,9 @@
-"""Pages of PDF files as images, and the places that `--images` names."""
+"""Pages of PDF and TIFF files as images."""
 
+import json
+import os
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dbnet.dataset import Batches, ImageDataset, make_loader
+from dbnet import images
+from dbnet.config import Config
+from dbnet.dataset import Batches, ImageDataset, TextDataset, make_loader
 from dbnet.errors import ImageError, UserError
 from dbnet.images import DPI, list_pages, name_stem, read_image, read_size
-from dbnet.splits import find_images_at
+from dbnet.splits import find_images_at, read_split
 
 WIDTH, HEIGHT = 300, 200
 
@@ -45,10 +50,10 @@ def test_pages_are_read_like_images(pdf):
 
 
 def test_a_page_is_rendered_no_larger_than_needed(pdf):
-    pixels, size = read_image(page(pdf, 3), side=150)
+    pixels, size = read_image(page(pdf, 3), image_size=150)
     assert size == (3000, 2000) and pixels.shape == (100, 150, 3)
     assert abs(int(pixels[50, 50, 0]) - 128) < 4
-    pixels, _ = read_image(page(pdf, 1), side=1000)
+    pixels, _ = read_image(page(pdf, 1), image_size=1000)
     assert pixels.shape == (HEIGHT, WIDTH, 3)
 
 
@@ -116,3 +121,160 @@ def test_files_about_a_page_do_not_overwrite_each_other():
 def test_a_page_is_a_place_and_its_file_is_all_of_them(pdf):
     assert list(find_images_at([page(pdf, 2)]).values()) == [page(pdf, 2)]
     assert list(find_images_at([pdf.parent / "*.pdf"]).values()) == list_pages(pdf)
+
+
+# ---- hostile PDF files
+
+
+def pdf_of_objects(*objects):
+    """A PDF of these objects, numbered from 1; the first is the catalog."""
+    data, places = b"%PDF-1.7\n", []
+    for number, content in enumerate(objects, start=1):
+        places.append(len(data))
+        data += f"{number} 0 obj\n{content}\nendobj\n".encode()
+    table = "".join(f"{place:010d} 00000 n \n" for place in places)
+    start, size = len(data), len(objects) + 1
+    return (
+        data
+        + f"xref\n0 {size}\n0000000000 65535 f \n{table}trailer\n<</Size {size}/Root 1 0 R>>\n".encode()
+        + (f"startxref\n{start}\n%%EOF".encode())
+    )
+
+
+def stream(content, entries=""):
+    return f"<<{entries}/Length {len(content)}>>\nstream\n{content}\nendstream"
+
+
+def pdf_of_pages(count, claimed=None):
+    """A PDF of small pages, each with the number of points wide that it is in the file, from 100."""
+    kids = " ".join(f"{3 + i} 0 R" for i in range(count))
+    pages = [f"<</Type/Page/Parent 2 0 R/MediaBox[0 0 {100 + i} 50]>>" for i in range(count)]
+    root = f"<</Type/Pages/Kids[{kids}]/Count {claimed or count}>>"
+    return pdf_of_objects("<</Type/Catalog/Pages 2 0 R>>", root, *pages)
+
+
+def pdf_of_nested_forms(depth, times):
+    """A page that draws a form, which draws another so many times, and so on."""
+    forms = []
+    for level in range(depth):
+        drawn = "/F Do " * times if level < depth - 1 else "0 0 1 1 re f"
+        inner = f"/Resources<</XObject<</F {5 + level} 0 R>>>>" if level < depth - 1 else ""
+        forms.append(stream(drawn, f"/Type/XObject/Subtype/Form/BBox[0 0 100 100]{inner}"))
+    page = "<</Type/Page/Parent 2 0 R/MediaBox[0 0 100 100]/Contents 4 0 R/Resources<</XObject<</F 5 0 R>>>>>>"
+    forms_from_5 = [forms[0].replace("/F 5 0 R", "/F 6 0 R")] + [
+        form.replace(f"/F {5 + i} 0 R", f"/F {6 + i} 0 R") for i, form in enumerate(forms[1:], start=1)
+    ]
+    tree = "<</Type/Pages/Kids[3 0 R]/Count 1>>"
+    return pdf_of_objects("<</Type/Catalog/Pages 2 0 R>>", tree, page, stream("/F Do"), *forms_from_5)
+
+
+@pytest.mark.parametrize("claimed", [7, 5_000, 1_000_000])
+def test_pages_that_are_only_claimed_are_not_listed(tmp_path, capsys, claimed):
+    path = tmp_path / "lie.pdf"
+    path.write_bytes(pdf_of_pages(2, claimed))
+    started = time.process_time()
+    assert list_pages(path) == [page(path, 1), page(path, 2)]
+    assert f"lie.pdf: says that it has {claimed} pages; 2 can be opened" in capsys.readouterr().out
+    assert time.process_time() - started < 5  # of this process; the other has a limit of its own
+
+
+def test_a_pdf_without_a_page_is_named(tmp_path):
+    (tmp_path / "a.pdf").write_bytes(pdf_of_objects("<</Type/Catalog/Pages 2 0 R>>", "<</Type/Pages/Kids[]/Count 9>>"))
+    with pytest.raises(ImageError, match="has no page that can be opened"):
+        list_pages(tmp_path / "a.pdf")
+
+
+def test_a_page_that_does_not_end_or_breaks_pdfium_ends_alone(tmp_path, pdf, monkeypatch):
+    bomb = tmp_path / "bomb.pdf"
+    bomb.write_bytes(pdf_of_nested_forms(12, 40))
+    read_size(page(pdf, 1))  # from here on the process runs
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "_PAGE_SECONDS", 1)
+        with pytest.raises(ImageError, match=r"bomb\.pdf#page=1: takes more than 1 s or 3 GB to render, or breaks"):
+            read_image(page(bomb, 1))
+    assert read_image(page(pdf, 1))[1] == (WIDTH, HEIGHT)
+    images._renderers[os.getpid()].process.kill()  # as PDFium's own abort does
+    with pytest.raises(ImageError, match="breaks PDFium"):
+        read_size(page(pdf, 1))
+    assert read_size(page(pdf, 1)) == (WIDTH, HEIGHT)
+
+
+def test_all_pages_of_a_file_are_read_from_one_opening(tmp_path):
+    """Opened anew for each page, a file of many takes a time that grows with their square."""
+    path = tmp_path / "long.pdf"
+    path.write_bytes(pdf_of_pages(3000))
+    pages = list_pages(path)
+    assert len(pages) == 3000
+    for number in (2999, 0, 1500, *range(2000, 2300)):
+        assert read_image(pages[number], 32)[1][0] == -(-(100 + number) * images.DPI // 72)
+
+
+# ---- pages of TIFF files
+
+
+@pytest.fixture
+def tiff(tmp_path) -> Path:
+    """Three pages: red, green, blue."""
+    first, second, third = (Image.new("RGB", (60, 40), color) for color in ("red", "lime", "blue"))
+    path = tmp_path / "fax, 팩스.TIF"
+    first.save(path, "TIFF", save_all=True, append_images=[second, third], compression="tiff_lzw")
+    return path
+
+
+def test_each_page_of_a_tiff_is_an_image(tiff, tmp_path):
+    pages = list_pages(tiff)
+    assert [path.name for path in pages] == [f"{tiff.name}#page={number}" for number in (1, 2, 3)]
+    colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    for path, color in [*zip(pages, colors, strict=True)][::-1] * 2:
+        assert read_size(path) == (60, 40)
+        pixels, size = read_image(path)
+        assert size == pixels.shape[1::-1] == read_size(path) and (pixels == color).all()
+    assert (read_image(tiff)[0] == colors[0]).all()
+    one = tmp_path / "one.tif"
+    Image.new("L", (8, 6)).save(one)
+    assert list_pages(one) == [one] and read_size(page(one, 1)) == read_size(page(one, 1)) == (8, 6)
+    for number in (0, 4):
+        with pytest.raises(ImageError, match="no such page; the file has 3"):
+            read_image(page(tiff, number))
+
+
+def test_a_page_that_is_turned_has_the_size_of_its_pixels_however_often_it_is_read(tmp_path):
+    path = tmp_path / "a.tif"
+    other = Image.new("L", (30, 20))
+    Image.new("RGB", (60, 40)).save(path, save_all=True, append_images=[other], tiffinfo={274: 6})
+    for number, expected in ((1, (40, 60)), (2, (20, 30)), (1, (40, 60))):
+        for _ in range(2):
+            pixels, size = read_image(page(path, number))
+            assert pixels.shape[1::-1] == size == read_size(page(path, number)) == expected
+
+
+def test_a_broken_page_of_a_tiff_is_named_and_the_others_are_read(tmp_path):
+    path = tmp_path / "a.tif"
+    noise = [Image.effect_noise((64, 64), 50) for _ in range(2)]
+    noise[0].save(path, save_all=True, append_images=noise[1:])
+    data = path.read_bytes()
+    assert len(list_pages(path)) == 2
+    path.write_bytes(data[:5000])
+    assert list_pages(path) == [page(path, 1), page(path, 2)]
+    assert read_image(page(path, 1))[1] == (64, 64)
+    with pytest.raises(ImageError, match=r"a\.tif"):
+        read_image(page(path, 2))
+
+
+def test_pages_are_trained_on_and_scored_like_images(tmp_path, pdf, tiff):
+    names = [f"{pdf.name}#page=2", f"{tiff.name}#page=2", tiff.name]
+    for split in ("train", "val"):
+        folder = tmp_path / "data" / "images" / split
+        folder.mkdir(parents=True)
+        for path in (pdf, tiff):
+            (folder / path.name).write_bytes(path.read_bytes())
+        (tmp_path / "data" / "jsons").mkdir(exist_ok=True)
+        words = {"words": {"1": {"points": [[5, 5], [35, 5], [35, 20], [5, 20]]}}}
+        content = {"images": dict.fromkeys(names, words)}
+        (tmp_path / "data" / "jsons" / f"{split}.json").write_text(json.dumps(content))
+    config = Config(data=str(tmp_path / "data"), image_size=64, flip_p=0.0)
+    assert list(read_split(config.data, "val").images) == [*names[:2], f"{tiff.name}#page=1"]
+    dataset = TextDataset(config, "train", train=True)
+    for _ in range(2):  # decoded, then from the cache
+        assert [dataset[i]["image"][10, 10].argmax() for i in (1, 2)] == [1, 0]
+        assert all(dataset[i]["prob_map"].any() for i in range(3))
