@@ -6,10 +6,12 @@ import dataclasses
 import inspect
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self, get_args, get_origin, get_type_hints
 
 from dbnet.errors import UserError
@@ -365,6 +367,9 @@ class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser whose mistakes are one-line UserErrors, with a flag for every field of the configuration."""
 
     def __init__(self, description: str) -> None:
+        if Path(sys.argv[0]).name.startswith("dbnet-"):  # the commands of an installed copy in place of the scripts
+            description = re.sub(r"\bpython (\w+)\.py", r"dbnet-\1", description)
+            description = re.sub(r" -- (\w+)\.py", r" -m -- dbnet.scripts.\1", description)
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )

@@ -103,6 +103,12 @@ def test_commands_and_api_run_beside_modules_named_as_our_scripts(installed, ren
     refused(run(installed.bin / "dbnet-predict", "absent.pt", cwd=installed.work), "absent.pt: no such checkpoint")
 
 
+def test_the_help_of_a_command_names_commands(installed):
+    shown = succeeds(installed.bin / "dbnet-predict", "--help", cwd=installed.work)
+    assert "    dbnet-predict --out submission.csv" in shown and "-m -- dbnet.scripts.predict" in shown
+    assert ".py " not in shown.partition("options:")[0]
+
+
 def test_an_installed_training_names_the_next_command_as_it_was_typed(installed, rendered):
     train = ["--preset", "demo", "--data", rendered, "--epochs", "1", "--run", "first", "--batch-size", "2", *SMALL]
     shown = succeeds(installed.bin / "dbnet-train", *train, cwd=installed.work)
