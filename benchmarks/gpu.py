@@ -28,7 +28,7 @@ from dbnet.dataset import Batches, TextDataset, count_workers, make_loader
 from dbnet.device import pick_device
 from dbnet.ensemble import Ensemble
 from dbnet.memory import BatchPlan
-from dbnet.model import DBNet, fold_batch_norms
+from dbnet.model import DBNet, fold
 
 # Dense rates of the data sheets in TFLOP/s: 16 bits, and TF32, which convolutions of float32 use.
 PEAK_TFLOPS = {"H200": (989, 494), "H100": (989, 494), "A100": (312, 156), "RTX 4090": (165, 82), "RTX 3090": (71, 35)}
@@ -79,7 +79,7 @@ def measure(config: Config, args: argparse.Namespace, device: torch.device) -> t
         checkpoint = Path(folder) / "model.pt"
         save_checkpoint(checkpoint, config, model)
         predicted = time_predict(checkpoint, args, Path(folder))
-    fold_batch_norms(model.eval())
+    fold(model.eval())
     batch = in_memory[0]["image"]
     network, sizes, plan = Ensemble.of(model, config, device), [batch.shape[2:0:-1]] * len(batch), BatchPlan(len(batch))
     inferred = time_steps(lambda: network.infer([batch], sizes, plan)(), args.steps)

@@ -15,7 +15,7 @@ from dbnet.config import Config
 from dbnet.device import compile_model
 from dbnet.errors import UserError, library_errors, one_line
 from dbnet.files import check_regular, write_whole
-from dbnet.model import DBNet, fold_batch_norms
+from dbnet.model import DBNet, fold
 
 FORMAT = 2
 """Of what `save_checkpoint` writes; a checkpoint of a higher one is refused. What becomes of old ones when
@@ -153,13 +153,13 @@ def _list_parts(title: str, names: set[str]) -> str:
 
 
 def load_model(path: Path, changes: dict[str, Any]) -> tuple[DBNet, Config, dict[str, Any]]:
-    """The network of a checkpoint, ready for inference (eval mode, batch norms folded, compiled where the configuration
+    """The network of a checkpoint, ready for inference (eval mode, folded, compiled where the configuration
     says so), its configuration with `changes` applied, and the whole content."""
     content = load_checkpoint(path)
     config = content["config"].changed(**changes)
     model = DBNet(config.changed(weights="none"))
     load_weights(model, content, path, config)
-    fold_batch_norms(model.eval())
+    fold(model.eval())
     if config.compile:
         compile_model(model)
     return model, config, content

@@ -19,10 +19,11 @@ from torch.nn import functional as F
 
 from dbnet.checkpoint import load_model
 from dbnet.config import Config
-from dbnet.device import pick_amp_dtype
+from dbnet.device import has_fast_bf16, pick_amp_dtype
 from dbnet.distributed import pick_device
 from dbnet.geometry import Letterbox, inference_side, padded, windows
 from dbnet.memory import BatchPlan
+from dbnet.model import prepare_for_cpu
 
 TTA_SCALES = (1.0, 0.75, 1.25)
 """Sizes of test-time augmentation, as multiples of image_size."""
@@ -71,9 +72,13 @@ class Ensemble:
         loaded = [load_model(path, changes)[:2] for path in paths]
         config = loaded[0][1]
         device = pick_device(config.device)
+        if device.type == "cpu" and config.amp == "auto" and has_fast_bf16():
+            config = config.changed(amp="bf16")
         views = []
         for model, own in loaded:
             model.to(device).to(memory_format=torch.channels_last)
+            if device.type == "cpu" and not config.compile:
+                prepare_for_cpu(model, pick_amp_dtype(config, device))
             scales = TTA_SCALES if config.tta else (1.0,)
             flips = (False, True) if config.tta and own.flip_p else (False,)
             sides = [padded(round(scale * own.image_size)) for scale in scales]

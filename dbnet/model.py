@@ -1,6 +1,7 @@
 """The network: a backbone, a feature pyramid, the differentiable binarization head (arXiv 1911.08947)."""
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -36,7 +37,7 @@ class DBNet(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.backbone = Backbone(config.backbone, config.weights)
-        self.pyramid = FeaturePyramid(self.backbone.channels, config.pyramid_channels, config.fusion)
+        self.pyramid: nn.Module = FeaturePyramid(self.backbone.channels, config.pyramid_channels, config.fusion)
         self.prob_branch = _branch(config.pyramid_channels)
         self.thresh_branch = _branch(config.pyramid_channels)
         for layer in self.modules():
@@ -149,6 +150,150 @@ def _fold(layer: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d) -> None:
     bias = 0 if layer.bias is None else layer.bias
     layer.weight = nn.Parameter(layer.weight * scale.view(of_outputs))
     layer.bias = nn.Parameter((bias - norm.running_mean) * scale + norm.bias)
+
+
+@torch.no_grad()
+def fold(model: DBNet) -> None:
+    """Make a network in eval mode faster, in place; it computes the same, to rounding, and can no longer be trained.
+
+    Batch norms go into the convolutions before them. The pyramid and the first convolution of the head have nothing but
+    linear layers, so what they do at stride 4 with features of coarser strides is done at those strides
+    (`UpConvolution`); the head's transposed convolutions, each as wide as its step, are 1 x 1 convolutions at stride 4.
+    The threshold branch goes.
+    """
+    fold_batch_norms(model)
+    model.thresh_branch = nn.Sequential()
+    if isinstance(model.pyramid, FeaturePyramid) and isinstance(model.pyramid.attention, nn.Identity):
+        layers: Any = model.prob_branch
+        first, _, relu, second, _, _, third = layers
+        model.pyramid = FoldedPyramid(model.pyramid, first)
+        model.prob_branch = nn.Sequential(relu, *_pointwise_head(second, third))
+
+
+class UpConvolution(nn.Module):
+    """What a 3 x 3 convolution gives for a feature that nearest-neighbour interpolation has doubled, made from 2 x 2
+    convolutions of the feature itself: (N, C, H, W) to (N, out, 2 H, 2 W). Each of four neighbouring results sees two
+    rows and two columns of the feature.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        rows = weight.new_tensor(
+            [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]
+        )  # which of three fall on which of two
+        phases = torch.einsum("ayi,bxj,ocij->abocyx", rows, rows, weight).flatten(0, 2)
+        self.convolution = nn.Conv2d(weight.shape[1], len(phases), 2, padding=1, bias=bias is not None)
+        self.convolution.weight = nn.Parameter(phases)
+        if bias is not None:
+            self.convolution.bias = nn.Parameter(bias.repeat(4))
+
+    def forward(self, feature: Tensor) -> Tensor:
+        phases = self.convolution(feature).permute(0, 2, 3, 1).chunk(4, dim=3)  # (N, H + 1, W + 1, out)
+        even = torch.stack([phases[0][:, :-1, :-1], phases[1][:, :-1, 1:]], dim=3).flatten(2, 3)
+        odd = torch.stack([phases[2][:, 1:, :-1], phases[3][:, 1:, 1:]], dim=3).flatten(2, 3)
+        return torch.stack([even, odd], dim=2).flatten(1, 2).permute(0, 3, 1, 2)
+
+
+class FoldedPyramid(nn.Module):
+    """A FeaturePyramid and the convolution of its 4 `width // 4` channels that follows; see `fold`."""
+
+    def __init__(self, pyramid: Any, head: nn.Conv2d) -> None:
+        super().__init__()
+        self.lateral = pyramid.lateral
+        self.own = nn.ModuleList()
+        for lateral, smooth in zip(pyramid.lateral, pyramid.smooth, strict=True):
+            self.own.append(_convolution(torch.einsum("omij,mc->ocij", smooth.weight, lateral.weight[:, :, 0, 0])))
+        self.coarser = nn.ModuleList(UpConvolution(smooth.weight) for smooth in pyramid.smooth[:3])
+        finest = pyramid.smooth[0].out_channels  # channels of stride 4 come last, as FeaturePyramid joins them
+        self.head = _convolution(head.weight[:, -finest:], head.bias)
+        self.head_of_coarser = UpConvolution(head.weight[:, :-finest])
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        levels = [lateral(feature) for lateral, feature in zip(self.lateral[1:], features[1:], strict=True)]
+        for fine, coarse in ((1, 2), (0, 1)):
+            levels[fine] = levels[fine] + F.interpolate(levels[coarse], scale_factor=2.0)
+        smooth = [own(feature) for own, feature in zip(self.own, features, strict=True)]
+        for place, coarser in enumerate(self.coarser):
+            smooth[place] = smooth[place] + coarser(levels[place])
+        joined = torch.cat([F.interpolate(level, size=smooth[1].shape[-2:]) for level in reversed(smooth[1:])], dim=1)
+        return self.head(smooth[0]) + self.head_of_coarser(joined)
+
+
+def _convolution(weight: Tensor, bias: Tensor | None = None) -> nn.Conv2d:
+    """A convolution with this (out, in, size, size) weight that keeps height and width."""
+    layer = nn.Conv2d(
+        weight.shape[1], len(weight), weight.shape[2], padding=weight.shape[2] // 2, bias=bias is not None
+    )
+    layer.weight = nn.Parameter(weight.contiguous())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.clone())
+    return layer
+
+
+class Interleave(nn.Module):
+    """(N, 16, H, W), the rows of 4 x 4 results at each place, as (N, 1, 4 H, 4 W)."""
+
+    def forward(self, results: Tensor) -> Tensor:
+        rows = results.permute(0, 2, 3, 1).unflatten(3, (4, 4)).transpose(2, 3)
+        return rows.flatten(3, 4).flatten(1, 2).unsqueeze(1)
+
+
+def _pointwise_head(second: nn.ConvTranspose2d, third: nn.ConvTranspose2d) -> list[nn.Module]:
+    """Two transposed convolutions of 2 x 2 at a step of 2, with a ReLU between them, as layers at stride 4."""
+    assert second.bias is not None and third.bias is not None
+    inner = second.out_channels
+    first = second.weight.permute(2, 3, 1, 0).reshape(4 * inner, -1)  # (row, column, channel) of each result
+    last = third.weight.new_zeros(
+        2, 2, 2, 2, 2, 2, inner
+    )  # result (row, row in it, column, column in it) of all inputs
+    for row in range(2):
+        for column in range(2):
+            last[row, :, column, :, row, column] = third.weight[:, 0].permute(1, 2, 0)
+    return [
+        _convolution(first[:, :, None, None], second.bias.repeat(4)),
+        nn.ReLU(inplace=True),
+        _convolution(last.reshape(16, -1, 1, 1), third.bias.repeat(16)),
+        Interleave(),
+    ]
+
+
+class FusedConvolution(nn.Module):
+    """A convolution and the activation after it as one call of oneDNN, its weight stored in the layout of the CPU.
+
+    On one thread PyTorch itself takes 1 x 1 convolutions of float32 to a slower path.
+    """
+
+    def __init__(self, layer: nn.Conv2d, activation: str) -> None:
+        super().__init__()
+        self.how: Any = (layer.padding, layer.stride, layer.dilation, layer.groups)
+        self.activation, self.dtype, self.bias = activation, layer.weight.dtype, layer.bias
+        self.packed = torch.ops.mkldnn._reorder_convolution_weight(layer.weight.detach(), *self.how)
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.to(self.dtype)
+        return torch.ops.mkldnn._convolution_pointwise(
+            images, self.packed, self.bias, *self.how, self.activation, [], ""
+        )
+
+
+_ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Hardswish: "hardswish"}
+
+
+@torch.no_grad()
+def prepare_for_cpu(model: DBNet, dtype: torch.dtype | None) -> None:
+    """Let a folded network compute in `dtype` (None: float32) and through oneDNN, in place."""
+    for part in (model.backbone, model.pyramid, model.prob_branch):
+        part.to(dtype)
+    if not torch.backends.mkldnn.is_available():
+        return
+    for parent in list(model.modules()):
+        layers = [(name, child) for name, child in parent.named_children() if not isinstance(child, nn.Identity)]
+        for (name, layer), (next_name, follower) in pairwise([*layers, ("", nn.Identity())]):
+            if type(layer) is nn.Conv2d and not isinstance(layer.padding, str) and layer.padding_mode == "zeros":
+                activation = _ACTIVATIONS.get(type(follower), "none") if isinstance(parent, nn.Sequential) else "none"
+                parent.set_submodule(name, FusedConvolution(layer, activation))
+                if activation != "none":
+                    parent.set_submodule(next_name, nn.Identity())
 
 
 def _branch(width: int) -> nn.Sequential:

@@ -13,7 +13,7 @@ from torch import nn
 
 from dbnet.config import PRESETS, Config
 from dbnet.errors import UserError
-from dbnet.model import DBNet, ScaleAttention, fold_batch_norms
+from dbnet.model import DBNet, ScaleAttention, fold, fold_batch_norms, prepare_for_cpu
 
 CHANNELS = {
     "resnet18": [64, 128, 256, 512],
@@ -71,15 +71,36 @@ def test_maps_have_the_size_of_images_of_any_shape(model, height, width):
     assert prob_map.min() >= 0 and prob_map.max() <= 1
 
 
-def test_folded_batch_norms_compute_the_same(model, backbone):  # the last to see the model
+def test_every_folded_network_computes_the_same(model, backbone):  # the last to see the model
     images = torch.randint(0, 256, (1, 96, 160, 3), dtype=torch.uint8)
     with torch.inference_mode():
         expected = model.eval()(images)
-    fold_batch_norms(model)
+    fold(model)
     left = [layer for part in (model.backbone, model.prob_branch) for layer in part.modules()]
     assert not any(type(layer) is nn.BatchNorm2d for layer in left)
     with torch.inference_mode():
         torch.testing.assert_close(model(images), expected, atol=1e-4, rtol=0)
+        prepare_for_cpu(model.to(memory_format=torch.channels_last), None)
+        torch.testing.assert_close(model(images), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("fusion", ["concat", "asf"])
+def test_a_folded_network_computes_the_same_up_to_the_borders(fusion):
+    torch.manual_seed(0)
+    model = DBNet(PRESETS["lite"].changed(weights="none", fusion=fusion)).eval()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_(std=0.1)
+            norm.running_var.uniform_(0.5, 2)
+            norm.weight.data.uniform_(0.5, 2)
+    images = torch.randint(0, 256, (2, 96, 160, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = model(images)
+        fold(model)
+        torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=0)
+        assert expected.std() > 0.01  # it says something
+        prepare_for_cpu(model, torch.bfloat16)
+        torch.testing.assert_close(model(images), expected, atol=0.1, rtol=0)
 
 
 class Misleading(nn.Module):
