@@ -6,10 +6,13 @@ All are numpy arrays; only `make_loader`, whose batches are tensors, needs PyTor
 from __future__ import annotations
 
 import copy
+import math
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
@@ -24,78 +27,108 @@ from dbnet.annotations import Annotation
 from dbnet.augment import Augmentation
 from dbnet.augment import draw as draw_augmentation
 from dbnet.config import STRIDE, Config
-from dbnet.errors import ImageError, UserError
+from dbnet.errors import ImageError, UserError, lacks_memory
 from dbnet.geometry import Letterbox, clip_polygons, inference_side, padded, split_polygons, visible_shares
 from dbnet.images import read_image, read_size
 from dbnet.memory import keep_freed_memory
 from dbnet.splits import read_split
 from dbnet.targets import draw_targets, make_targets, polygon_mask
 
-_HEADER = np.dtype([("key", "i8", 3), ("shape", "i8", 2), ("size", "i8", 2)])
-
-
-class PixelCache:
-    """A slot of disk for the pixels of each image, in one temporary file that all workers read and write.
-
-    The file has no name, so it goes with the last process that holds it, however that ends; it lives in the system's
-    temporary folder (TMPDIR) and takes at most half of the room there. What is used often stays in the
-    system's page cache, which other needs of memory displace; no process maps it. Images beyond the room are not kept.
-    """
-
-    def __init__(self, images: int, side: int, config: Config) -> None:
-        """`images` slots for (height, width, 3) uint8 pixels of at most side x side, within config.cache_gb."""
-        self._slot_bytes = _HEADER.itemsize + 3 * side**2
-        self._file, self._slots = None, 0
-        try:
-            with tempfile.TemporaryFile(buffering=0) as file:
-                free = os.fstatvfs(file.fileno()).f_bavail * os.fstatvfs(file.fileno()).f_frsize
-                self._file = os.dup(file.fileno())
-        except OSError:
-            return
-        self._slots = min(images, int(min(config.cache_gb * 1e9, free / 2)) // self._slot_bytes)
-
-    def __del__(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-
-    def __getstate__(self) -> dict[str, int | None]:
-        """A process that is spawned, not forked, has no part in the file and caches nothing."""
-        return {"_file": None, "_slots": 0, "_slot_bytes": self._slot_bytes}
-
-    def load(self, index: int, key: tuple[int, int, int]) -> tuple[np.ndarray, tuple[int, int]] | None:
-        """The pixels and the (width, height) stored for an image under this key, or None."""
-        if self._file is None or index >= self._slots:
-            return None
-        header = np.empty(1, _HEADER)
-        start = index * self._slot_bytes
-        if os.preadv(self._file, [header.data], start) < _HEADER.itemsize or tuple(header["key"][0]) != key:
-            return None
-        pixels = np.empty((*header["shape"][0], 3), np.uint8)
-        if os.preadv(self._file, [pixels.data], start + _HEADER.itemsize) < pixels.size:
-            return None
-        return pixels, tuple(header["size"][0].tolist())
-
-    def store(self, index: int, key: tuple[int, int, int], pixels: np.ndarray, size: tuple[int, int]) -> None:
-        """Keep `pixels` for the key, which stands for all that they are made from, and the image's (width, height).
-
-        A full disk ends the caching of this process, and is said.
-        """
-        if self._file is None or index >= self._slots:
-            return
-        start = index * self._slot_bytes
-        header = np.array([(key, pixels.shape[:2], size)], _HEADER)
-        try:
-            if os.pwritev(self._file, [pixels.data], start + _HEADER.itemsize) == pixels.size:
-                os.pwritev(self._file, [header.data], start)  # last, so that a slot half written does not count
-        except OSError as error:
-            self._slots = 0
-            print(f"\nimages are no longer cached ({error.strerror} in {tempfile.gettempdir()})", file=sys.stderr)
-
-
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
 __all__ = ["ArrayLoader", "Batches", "ImageDataset", "TextDataset", "count_workers", "make_loader", "make_targets"]
+
+# Forked workers share the annotations. Elsewhere than on Linux forking is not safe, or there is no such thing.
+_START_METHOD = "fork" if sys.platform == "linux" and hasattr(os, "fork") else "spawn"
+_MIN_FREE = 1 << 28  # bytes of the disk that the cache leaves to others
+_HEADER = np.dtype([("key", "i8", 3), ("shape", "i8", 2), ("size", "i8", 2)])
+
+
+class PixelCache:
+    """A slot on disk for the decoded pixels of each image, in one temporary file that all workers map into memory.
+
+    It lies in the system's temporary folder (TMPDIR) and takes at most half of the free space there; images beyond that
+    are not cached. The system keeps in memory what is used often, as long as there is room. Where workers are forked,
+    the file has no name and goes with the last process that maps it; else the process that made it removes it.
+    """
+
+    def __init__(self, images: int, image_size: int, config: Config) -> None:
+        """`images` slots for (height, width, 3) uint8 pixels, each side at most image_size, within config.cache_gb."""
+        slot_bytes = _HEADER.itemsize + 3 * image_size**2
+        self._slots: np.ndarray | None = None
+        self._file: str | None = None
+        self._folder = tempfile.gettempdir()
+        self._is_owner = True
+        try:
+            room = int(min(config.cache_gb * 1e9, shutil.disk_usage(self._folder).free / 2))
+            count = min(images, room // slot_bytes)
+            if count:
+                opened, self._file = tempfile.mkstemp(prefix="dbnet-cache-")
+                os.close(opened)
+                self._slots = np.asarray(np.memmap(self._file, np.uint8, "w+", shape=(count, slot_bytes)))
+        except (OSError, MemoryError) as error:
+            print(f"images are not cached ({error})", file=sys.stderr)
+        if _START_METHOD == "fork":
+            self._remove()
+
+    def __del__(self) -> None:
+        if self._is_owner:
+            self._slots = None
+            self._remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process that is spawned: it maps the file by its name."""
+        shape = self._slots.shape if self._slots is not None else None
+        return {"_file": self._file, "_folder": self._folder, "shape": shape}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        shape = state.pop("shape")
+        self.__dict__ |= state | {"_is_owner": False, "_slots": None}
+        if shape and self._file:
+            self._slots = np.asarray(np.memmap(self._file, np.uint8, "r+", shape=shape))
+
+    def load(self, index: int, key: tuple[int, int, int]) -> tuple[np.ndarray, tuple[int, int]] | None:
+        """The pixels and the (width, height) stored for an image under this key, or None."""
+        if self._slots is None or index >= len(self._slots):
+            return None
+        header, pixels = self._slot(index)
+        if header["key"].tolist() != list(key):
+            return None
+        shape = (*header["shape"].tolist(), 3)
+        return pixels[: math.prod(shape)].reshape(shape).copy(), tuple(header["size"].tolist())
+
+    def store(self, index: int, key: tuple[int, int, int], pixels: np.ndarray, size: tuple[int, int]) -> None:
+        """Keep `pixels` for the key, which stands for all that they are made from, and the image's (width, height).
+
+        Where the disk gets full this process caches no more, and prints a line: writing to a mapped file on a full disk
+        would end it.
+        """
+        if self._slots is None or index >= len(self._slots):
+            return
+        if shutil.disk_usage(self._folder).free < _MIN_FREE + self._slots.shape[1]:
+            self._slots = None
+            print(f"\nimages are no longer cached ({self._folder} is nearly full)", file=sys.stderr)
+            return
+        header, place = self._slot(index)
+        header["key"] = 0  # a slot half written does not count
+        place[: pixels.size] = pixels.reshape(-1)
+        header["shape"], header["size"] = pixels.shape[:2], size
+        header["key"] = key
+
+    def _slot(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The header and the bytes of the pixels of a slot, to be read and written."""
+        assert self._slots is not None
+        slot = self._slots[index]
+        return slot[: _HEADER.itemsize].view(_HEADER)[0], slot[_HEADER.itemsize :]
+
+    def _remove(self) -> None:
+        """Remove the file's name."""
+        if self._file:
+            with suppress(OSError):
+                os.unlink(self._file)
+            self._file = None
+
 
 _LIKE_SHAPES_AMONG = 16  # batches whose images are sorted by shape: enough to find company, few enough to stay random
 MOSTLY_VISIBLE = 0.9
@@ -479,10 +512,11 @@ def make_loader(batches: Batches, workers: int, pin_memory: bool) -> DataLoader:
     import torch
     from torch.utils.data import DataLoader, default_collate
 
-    # The workers are the parallelism; threads inside them would fight for the same cores. It must be said before they
-    # are forked: a forked process that inherits OpenCV's threads waits for them for ever when it sets their number.
-    cv2.setNumThreads(1)
-    dataset: Any = batches.dataset  # has what a torch Dataset has, but is none: most who use one need no PyTorch
+    if workers:
+        # Before workers are forked: one that inherits OpenCV's threads waits without end when it sets their number.
+        cv2.setNumThreads(1)
+        _share_by_name()
+    dataset: Any = batches.dataset  # has what a torch Dataset has, but is none: most uses of one need no PyTorch
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -490,10 +524,38 @@ def make_loader(batches: Batches, workers: int, pin_memory: bool) -> DataLoader:
         collate_fn=partial(_collate, stack=default_collate),
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        # Forked workers share the annotations and the cache. Elsewhere forking is not safe, or there is no such thing.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        multiprocessing_context=_START_METHOD if workers else None,
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),  # else each pass draws from the one that the network's layers draw from
     )
+
+
+def _start_worker(_: int) -> None:
+    """Set up a process that loads images. The workers are the parallelism; threads would compete for the same cores."""
+    cv2.setNumThreads(1)
+    keep_freed_memory()
+    _share_by_name()
+
+
+def _share_by_name() -> None:
+    """Let tensors travel between processes by the names of their files in shared memory: by default each of them holds
+    a descriptor in both processes, of which a long accumulation needs thousands."""
+    import torch.multiprocessing
+
+    torch.multiprocessing.set_sharing_strategy("file_system")
+
+
+def describe_failure(error: BaseException) -> str:
+    """One line on an error that comes from the workers of a loader, with what to do about it."""
+    text = str(error)
+    if "Bus error" in text or "shared memory" in text or "torch_shm" in text or "/torch_" in text:
+        return (
+            "the data workers have no shared memory left; in Docker give the container more (--shm-size 8g), or use "
+            "--workers 0"
+        )
+    if lacks_memory(error):
+        return "the data workers have no memory left; lower --workers, or use --workers 0"
+    return f"{text.strip().splitlines()[-1]}; if memory is short, lower --workers, or use --workers 0"
 
 
 def _folder_weights(config: Config, folders: int) -> tuple[float, ...]:

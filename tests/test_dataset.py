@@ -1,10 +1,12 @@
 """Annotations, letterbox, augmentation and samples."""
 
+import gc
 import json
 import multiprocessing
 import os
 import re
 import shutil
+import subprocess
 import sys
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,12 +17,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import CPU, make_training
+from support import CPU, ROOT, make_training
 
 import train
 from dbnet import augment
 from dbnet.annotations import Annotation, read_annotations
-from dbnet.dataset import Batches, TextDataset, Words, make_loader
+from dbnet.dataset import Batches, TextDataset, Words, describe_failure, make_loader
 from dbnet.errors import UserError
 from dbnet.geometry import Letterbox, areas, clip_polygons, split_polygons
 
@@ -206,14 +208,75 @@ def test_workers_share_the_cache_whatever_the_default_way_to_start_them(rendered
 def test_without_room_for_the_cache_images_are_decoded_each_time(small, monkeypatch, capsys):
     dataset = TextDataset(small, "train", train=True)
     expected = dataset[0]["image"]
+    fresh = TextDataset(small, "train", train=True)
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1 << 20))
+    assert np.array_equal(fresh[0]["image"], expected) and np.array_equal(fresh[0]["image"], expected)
+    assert capsys.readouterr().err.count("no longer cached") == 1
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    fresh = TextDataset(small, "train", train=True)
-    monkeypatch.setattr("os.pwritev", full)
-    assert np.array_equal(fresh[0]["image"], expected) and np.array_equal(fresh[0]["image"], expected)
-    assert capsys.readouterr().err.count("no longer cached (No space left on device") == 1
+    monkeypatch.setattr("tempfile.mkstemp", full)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1 << 40))
+    assert np.array_equal(TextDataset(small, "train", train=True)[0]["image"], expected)
+    assert "images are not cached ([Errno 28] No space left" in capsys.readouterr().err
+
+
+def test_spawned_workers_share_the_cache_and_leave_no_file(rendered, small, tmp_path, monkeypatch):
+    data = shutil.copytree(rendered, tmp_path / "data")
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    monkeypatch.setattr("dbnet.dataset._START_METHOD", "spawn")
+    dataset = TextDataset(small.changed(data=str(data)), "train", train=True)
+    expected = [dataset[i]["image"] for i in range(len(dataset))]
+    for path in dataset.paths:  # from here on the pixels can only come from the cache
+        status = path.stat()
+        path.write_bytes(bytes(status.st_size))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert list(folder.glob("dbnet-cache-*"))
+    [batch] = make_loader(Batches(dataset, len(dataset)), 1, False)
+    assert not batch["failed"]
+    for i, image in zip(batch["index"].tolist(), batch["image"], strict=True):
+        assert np.array_equal(image, expected[i])
+    del dataset, batch
+    gc.collect()
+    assert not list(folder.glob("dbnet-cache-*"))
+
+
+HOLD_BATCHES = """
+import resource, sys
+from dbnet.config import Config
+from dbnet.dataset import Batches, TextDataset, make_loader
+config = Config(data=sys.argv[1], image_size=64)
+batches = Batches(TextDataset(config, "train", train=True), 1, 0)
+resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
+held = [batch for epoch in range(5) for batch in make_loader(batches, 2, False)]
+print(len(held), "batches of", len(held[0]), "tensors")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of descriptors")
+def test_batches_that_wait_hold_no_descriptors(rendered):
+    """An optimizer step that accumulates holds all its batches at once, each of several tensors."""
+    words = [sys.executable, "-c", HOLD_BATCHES, rendered]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert result.stdout.startswith("30 batches of"), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible"), "--shm-size"),
+        (RuntimeError("Caught RuntimeError\nunable to write to file </torch_1_2_3>: No space left"), "--workers 0"),
+        (MemoryError("Caught MemoryError in DataLoader worker process 0.\nOriginal Traceback"), "no memory left"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "by signal: Killed.; if memory"),
+    ],
+)
+def test_what_ends_the_workers_is_one_line_with_the_way_out(error, message):
+    line = describe_failure(error)
+    assert message in line and "\n" not in line
 
 
 def test_tight_batches_are_padded_to_32_and_hold_each_image_once(small):
