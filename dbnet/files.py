@@ -229,13 +229,14 @@ class Journal:
 
     `done` holds those of an earlier job by their key, which stands for an item, the file that it was made from, and all
     that its result depends on; so a result no longer counts where one of them has changed. A line that was cut short
-    does not count either.
+    does not count either. Beside a device or a pipe nothing is kept.
     """
 
     def __init__(self, out: Path, rank: int, made_by: Any, resume: bool) -> None:
         """`made_by`: plain values that results depend on; `resume`: whether earlier ones are read or dropped."""
         self._out, self._made_by = out, made_by
         self._path = out.with_name(f"{cut_name(out)}.rank{rank}.partial")
+        self._is_kept = not _is_written_through(out)
         self.done: dict[str, Any] = {}
         if not resume:
             self._path.unlink(missing_ok=True)
@@ -252,6 +253,8 @@ class Journal:
 
     def add(self, key: str, result: Any) -> None:
         """Keep a result of plain values; from here on it outlives the process."""
+        if not self._is_kept:
+            return
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(f"\n{json.dumps([key, result])}")  # the newline ends a line that was cut short
@@ -264,4 +267,6 @@ class Journal:
             path.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
+        if not self._is_kept:
+            return []
         return sorted(self._out.parent.glob(f"{glob.escape(cut_name(self._out))}.rank*.partial"))

@@ -18,7 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dbnet.dataset import Draw, TextDataset
-from dbnet.errors import UserError, one_line
+from dbnet.errors import UserError, one_line, printable
 from dbnet.files import Row, read_log, write_whole
 from dbnet.geometry import Letterbox
 from dbnet.images import name_stem, read_image
@@ -179,7 +179,7 @@ def show_progress(run: Path) -> None:
             work(run)
         except Exception as error:  # of a full disk, a font, a TensorBoard that does not fit its protobuf
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
-            print(f"no curves of this epoch, training goes on: {reason}", file=sys.stderr)
+            print(f"no curves of this epoch, training goes on: {printable(reason)}", file=sys.stderr)
 
 
 def write_curves(run: Path) -> None:

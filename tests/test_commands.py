@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,25 @@ def test_a_run_writes_its_files(place):
     assert row["epoch"] == 1 and row["batch"] == "2 x 1"
     assert {"total_loss", "prob_loss", "lr", "precision", "recall", "hmean", "images_per_second"} <= row.keys()
     assert json.loads((run / "config.json").read_text())["image_size"] == 64
+
+
+def test_a_training_whose_screen_is_gone_goes_on_to_its_end(place):
+    words = [sys.executable, ROOT / "train.py", "--preset", "lite", "--run", "piped", *TINY]
+    shell = ["bash", "-o", "pipefail", "-c", '"$@" | head -c 1', "bash", *words]
+    result = subprocess.run(shell, cwd=place, capture_output=True)
+    assert (result.returncode, len(result.stdout)) == (0, 1), result.stderr
+    assert (place / "runs" / "piped" / "best.pt").exists()
+    shutil.rmtree(place / "runs" / "piped")
+
+
+@pytest.mark.parametrize(("redirect", "status"), [("| true", 0), ("> /dev/full", 2), (">&-", 0)])
+def test_results_are_written_when_the_screen_is_gone(data, tmp_path, redirect, status):
+    (tmp_path / "a.csv").write_text("filename,polygons\n")
+    words = [ROOT / "evaluate.py", "--submission", tmp_path / "a.csv", "--data", data, "--json", tmp_path / "a.json"]
+    shell = ["bash", "-o", "pipefail", "-c", f'"$@" {redirect}', "bash", sys.executable, *words]
+    result = subprocess.run(shell, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert result.returncode == status, result.stderr
+    assert json.loads((tmp_path / "a.json").read_text())["images"] == 2
 
 
 def test_evaluate_writes_scores_image_by_image(place, tmp_path):

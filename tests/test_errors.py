@@ -7,6 +7,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from dbnet.errors import ImageError, UserError, library_errors, one_line, printable
 
@@ -111,3 +112,19 @@ def test_a_lack_of_memory_says_nothing_about_the_input():
         raise cv2.error("OpenCV(4.9) alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate 9 bytes")
     with pytest.raises(KeyboardInterrupt), library_errors("a.jpg: broken"):
         raise KeyboardInterrupt
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tif"])
+def test_an_image_that_memory_does_not_hold_is_not_called_broken(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(np.full((3000, 9000, 3), 200, np.uint8)).save(path)
+    program = (
+        "import resource, sys; from pathlib import Path; from dbnet.images import read_image\n"
+        "pages = int(Path('/proc/self/statm').read_text().split()[0])\n"
+        "limit = pages * resource.getpagesize() + 40_000_000\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "try:\n    read_image(Path(sys.argv[1]))\nexcept MemoryError:\n    print('no memory')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True)
+    assert result.stdout == "no memory\n", result.stderr

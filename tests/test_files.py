@@ -15,7 +15,7 @@ from dbnet.annotations import RESULT_MARK, Annotation, read_labels_at, read_subm
 from dbnet.checkpoint import load_checkpoint
 from dbnet.errors import UserError
 from dbnet.evaluation import SCORES_MARK, Comparison, Evaluation
-from dbnet.files import check_outputs, write_json
+from dbnet.files import Journal, check_outputs, write_json
 from dbnet.images import read_image, read_size
 from dbnet.pictures import PICTURE_MARK, write_image
 from dbnet.report import REPORT_MARK, write_report
@@ -117,6 +117,18 @@ def test_what_is_no_file_is_written_through_or_rejected_and_stays_what_it_is(tmp
         for attempt in (lambda path: check_outputs((path, MARK)), lambda path: write_json(path, {})):
             with pytest.raises(UserError, match="is a pipe, a socket or a disk"):
                 attempt(tmp_path / name)
+
+
+def test_beside_a_device_or_a_pipe_no_results_are_kept():
+    reading, writing = os.pipe()
+    for out in (Path("/dev/null"), Path(f"/dev/fd/{writing}")):
+        before = sorted(os.listdir("/dev"))
+        journal = Journal(out, 0, [], resume=False)
+        journal.add("a", 1)
+        assert sorted(os.listdir("/dev")) == before
+        journal.remove()
+    os.close(reading)
+    os.close(writing)
 
 
 def test_a_full_device_is_one_line():
