@@ -182,7 +182,7 @@ def test_fusion_is_chosen_by_the_configuration():
         ("timm:xcit_nano_12_p16_224", r"timm:xcit_nano_12_p16_224: has no features at stride 4, 8, 32"),
     ],
 )
-def test_a_network_that_does_not_serve_is_refused_in_one_line(backbone, words):
+def test_a_network_that_does_not_fit_is_rejected_in_one_line(backbone, words):
     with pytest.raises(UserError, match=words) as caught:
         DBNet(PRESETS["lite"].changed(backbone=backbone, weights="none"))
     assert "\n" not in str(caught.value)

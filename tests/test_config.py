@@ -134,7 +134,7 @@ def test_a_configuration_survives_json(preset, batch_size, box_thresh):
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_numbers_beyond_any_float_are_refused_like_others():
+def test_numbers_beyond_any_float_are_rejected_like_others():
     with pytest.raises(UserError, match="--max-candidates"):
         Config(max_candidates=math.inf)
     with pytest.raises(UserError, match="--image-size"):

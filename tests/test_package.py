@@ -1,4 +1,4 @@
-"""What `pip install` gives: commands, API, weights and license, whatever else is installed beside them."""
+"""What `pip install` gives: commands, API, weights and license, beside other packages and modules of any name."""
 
 import os
 import shutil
