@@ -66,8 +66,8 @@ class Config:
     """folder with images/{train,val,test}/ and jsons/{train,val,test}.json; several folders, separated by commas, are
     one data set, each in a format of its own"""
     data_weights: tuple[float, ...] = ()
-    """how often each image of each folder of --data comes in an epoch of training (3,1,0.5: those of the first folder
-    three times, half of those of the third once, others in each epoch); without any, once"""
+    """passes over each folder of --data in an epoch of training (3,1,0.5: three over the first folder, and half of the
+    third, another half in each epoch); without any, one"""
     format: Literal["auto", "competition", "coco", "icdar", "polygons", "totaltext", "labelme"] = "auto"
     """format of the annotations: auto (detected), competition or coco (jsons/SPLIT.json), or a file for each image in
     labels/SPLIT/: icdar (x1,y1,...,x4,y4,transcription), polygons (any number of points), totaltext, labelme"""
@@ -214,7 +214,7 @@ class Config:
             print(f"image size {self.image_size} is rounded up to {rounded}, a multiple of {STRIDE}", file=sys.stderr)
             object.__setattr__(self, "image_size", rounded)
         for weight in self.data_weights:
-            if not 0 < weight <= 1000:  # nan is nowhere
+            if not 0 < weight <= 1000:  # nan is neither
                 raise UserError(f"--data-weights {weight:g}: must be above 0 and at most 1000")
         for size in self.train_sizes:
             if size % STRIDE or size <= 0:
@@ -436,7 +436,7 @@ def _parse(hint: Any, text: str) -> Any:
         return _BOOLEANS[text.lower()]
     number = get_args(hint)[0]
     try:
-        return tuple(number(each) for each in text.split(",") if each.strip())
+        return tuple(number(each) for each in text.split(",") if each.strip() not in ("", "none"))
     except ValueError:
         raise argparse.ArgumentTypeError(f"takes {_NUMBERS[number]} separated by commas, not {text!r}") from None
 

@@ -104,6 +104,16 @@ def test_a_boolean_flag_stands_alone_or_with_a_value():
     assert changes == {"strict": True, "use_polygon": False}
 
 
+def test_numbers_separated_by_commas_are_typed_as_the_help_shows_them():
+    parser = ArgumentParser("test")
+    parser.add_config_flags()
+    changes = parser.parse(["--train-sizes", "640,800", "--data-weights", "2,0.5"])[1]
+    assert changes == {"train_sizes": (640, 800), "data_weights": (2.0, 0.5)}
+    assert parser.parse(["--train-sizes", "none"])[1] == {"train_sizes": ()}
+    with pytest.raises(UserError, match="--train-sizes: takes whole numbers separated by commas, not '640,x'"):
+        parser.parse(["--train-sizes", "640,x"])
+
+
 @pytest.mark.parametrize(
     ("changes", "flag"),
     [
