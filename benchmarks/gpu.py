@@ -64,7 +64,7 @@ def measure(config: Config, args: argparse.Namespace, device: torch.device) -> t
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         torch.backends.cudnn.benchmark = config.pad == "square"
-    training = train.start(config, device)
+    training = train.Training.begin(DBNet(config), config, device)
     groups = endless_groups(config, device)
     in_memory = next(groups)
     seconds = time_steps(lambda: step(training, in_memory, config, device), args.steps)

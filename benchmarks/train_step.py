@@ -20,6 +20,7 @@ from dbnet.config import Config
 from dbnet.dataset import Batches, TextDataset, count_workers, make_loader
 from dbnet.device import pick_device
 from dbnet.memory import keep_freed_memory
+from dbnet.model import DBNet
 from dbnet.profile import synthetic_batch
 
 STEPS = 6
@@ -39,7 +40,7 @@ def main() -> None:
 
     batch = synthetic_batch(config)
     rows = []
-    training = train.start(config, device)
+    training = train.Training.begin(DBNet(config), config, device)
     for name in ("as the C library gives memory", "with freed memory kept"):
         took = milliseconds(lambda: step(training, [batch], config, device), repeats=5) / config.batch_size
         rows.append((f"square, random images, {name}", f"{took:.0f}"))
@@ -69,7 +70,7 @@ def main() -> None:
 
 def step(training: train.Training, batches: list[dict], config: Config, device: torch.device) -> None:
     """One optimizer step, to its end on the device."""
-    train.optimizer_step(training, batches, config, device)
+    train.optimizer_step(training, batches, config)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

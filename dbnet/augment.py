@@ -13,6 +13,7 @@ import numpy as np
 
 from dbnet.config import Config
 
+CLAHE_CLIP = 2.0
 _CLAHE_TILES = (8, 8)
 _ROTATIONS = {1: cv2.ROTATE_90_CLOCKWISE, 2: cv2.ROTATE_180, 3: cv2.ROTATE_90_COUNTERCLOCKWISE}
 _BLUR_SIGMAS = (0.4, 1.6)  # pixels
@@ -189,7 +190,7 @@ def draw(config: Config, rng: np.random.Generator, side: int | None = None) -> A
     values: dict[str, Any] = {
         "brightness": rng.uniform(-config.brightness, config.brightness) if shade else 0.0,
         "contrast": rng.uniform(-config.contrast, config.contrast) if shade else 0.0,
-        "clahe_clip": config.clahe_clip if equalized else 0.0,
+        "clahe_clip": CLAHE_CLIP if equalized else 0.0,
         "flip": bool(flip),
         "quarter_turns": int(rng.integers(1, 4)) if turn else 0,
     }

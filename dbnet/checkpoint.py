@@ -11,26 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dbnet import distributed
 from dbnet.config import Config
 from dbnet.device import compile_model
 from dbnet.errors import UserError, library_errors, one_line
 from dbnet.files import check_regular, write_whole
 from dbnet.model import DBNet, fold
 
-FORMAT = 2
-"""Of what `save_checkpoint` writes; a checkpoint of a higher one is refused. What becomes of old ones when
+FORMAT = 3
+"""Format that `save_checkpoint` writes; checkpoints of a higher one are rejected. Old checkpoints when
 
-- a field is added to the configuration: nothing to do. They get its default, which must therefore mean what the program
-  did before the field was there; presets may differ.
-- a field is removed or renamed, or its values change their meaning: raise FORMAT, and translate in `load_checkpoint`,
-  before Config.from_dict, what older formats hold: rename the key; drop one whose value no longer matters; refuse, with
-  a line that says what to do, a value that can no longer be honoured. An unknown field is never skipped: it may be what
-  the weights depend on.
+- a field is added to the configuration: they get its default, which must therefore mean what the program did before
+  the field was there; presets may differ. Nothing else to do.
+- a field is removed or renamed, or its values change their meaning: raise FORMAT, and translate in `_translate`: rename
+  the key; drop one whose value no longer matters; reject, with a line that says what to do, a value that can no longer
+  be honoured. An unknown field is never skipped: the weights may depend on it.
 - a layer is renamed: raise FORMAT, and rename the keys of `model` likewise.
 
-tests/data/format-1.pt was written by format 1 and has to stay readable. Format 2 has a batch norm more in the fusion
-asf: networks of format 1 with it are refused.
+Format 2 has a batch norm more in the fusion asf; networks of format 1 with it are rejected. Format 3 lacks the fields
+sync_batch_norm and clahe_clip. tests/data/format-1.pt and weights/lite.pt (format 2) have to stay readable.
 """
+
+_REMOVED = {"sync_batch_norm", "clahe_clip"}
+"""Fields of formats 1 and 2 that only training read: dropped, whatever they say."""
 
 
 def save_checkpoint(path: Path, config: Config, model: nn.Module, keep: Path | None = None, **state: Any) -> None:
@@ -69,7 +72,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if content["format"] > FORMAT:
         raise UserError(f"{path}: written by a newer dbnet (format {content['format']}); update dbnet to read it")
     try:
-        content["config"] = Config.from_dict(content["config"])
+        content["config"] = Config.from_dict(_translate(content["config"], content["format"]))
     except (UserError, TypeError, ValueError, AttributeError) as error:  # the last three where it is no dict of fields
         raise UserError(
             f"{path}: its configuration is not of this dbnet ({one_line(error)}); update dbnet if it is of a newer one"
@@ -77,6 +80,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if content["format"] == 1 and content["config"].fusion == "asf":
         raise UserError(f"{path}: has the fusion asf of an older dbnet, which often failed to learn; train it anew")
     return content
+
+
+def _translate(values: dict[str, Any], written_by: int) -> dict[str, Any]:
+    """The configuration of a checkpoint of format `written_by`, as FORMAT has it."""
+    if written_by >= 3:
+        return values
+    kept = {name: value for name, value in values.items() if name not in _REMOVED}
+    return kept | {"format": "auto"} if kept.get("format") == "totaltext" else kept
 
 
 def _check_archive(path: Path) -> None:
@@ -114,6 +125,18 @@ def load_weights(model: nn.Module, content: dict[str, Any], path: Path, config: 
         ) from None
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise UserError(f"{path}: its weights are not finite, so its training had failed; take another checkpoint")
+
+
+def build_model(config: Config, run: Path, last: dict[str, Any] | None, init: Path | None) -> DBNet:
+    """The network of a training: of the save `last` of `run`, else from the weights of `init`, else from scratch."""
+    content = last or (distributed.from_first(lambda: load_checkpoint(init)) if init else None)
+    has_backbone = last or (content and content["config"].backbone == config.backbone)
+    model = DBNet(config.changed(weights="none") if has_backbone else config)
+    if last:
+        load_weights(model, last, run / "last.pt", config)
+    elif content and init:
+        start_from(model, content, init)
+    return model
 
 
 def start_from(model: nn.Module, content: dict[str, Any], path: Path) -> None:

@@ -53,7 +53,7 @@ class Config:
     weights: str = "imagenet"
     """initial weights of the backbone: imagenet (of torchvision or timm, downloaded once), none, or a FILE with a
     state_dict of that network"""
-    pyramid_channels: Annotated[int, Range(32)] = 256
+    pyramid_channels: Annotated[int, Range(32, 4096)] = 256
     """channels inside the feature pyramid, a multiple of 4; each of its four levels passes on a quarter of them"""
     fusion: Literal["concat", "asf"] = "concat"
     """join of the pyramid's levels: concat, or asf (adaptive scale fusion of DBNet++: a weight for each level and
@@ -84,7 +84,7 @@ class Config:
     cache_gb: Weight = 16.0
     """disk space in GB for decoded training images, in the temporary folder and at most half of its free space; 0
     decodes them anew in each epoch"""
-    workers: Annotated[int, Range(-1)] = -1
+    workers: Annotated[int, Range(-1, 1024)] = -1
     """processes that load images; 0 loads in the main process, -1 starts one for each core, at most 8"""
     strict: bool = False
     """stop at the first image that cannot be read, instead of counting it and going on"""
@@ -114,8 +114,6 @@ class Config:
     """largest relative change of contrast"""
     clahe_p: Fraction = 0.0
     """probability of contrast-limited adaptive histogram equalization on 8 x 8 tiles"""
-    clahe_clip: Annotated[float, Range(0.1)] = 2.0
-    """clip limit of that equalization"""
     blur_p: Fraction = 0.0
     """probability of a blur, as of a lens out of focus"""
     noise_p: Fraction = 0.0
@@ -144,8 +142,6 @@ class Config:
     """micro-batches in one optimizer step; the effective batch is batch_size x accumulate x processes of torchrun"""
     effective_batch: Annotated[int, Range(0)] = 0
     """images in one optimizer step over all processes; accumulate then follows from it; 0 is off"""
-    sync_batch_norm: bool = False
-    """batch norm over the micro-batches of all processes together, slower than over those of each alone"""
     optimizer: Literal["adam", "adamw"] = "adam"
     """optimizer: adam, or adamw (decoupled weight decay)"""
     lr: Annotated[float, Range(1e-8, 10)] = 1e-3

@@ -27,7 +27,7 @@ from dbnet.annotations import Annotation
 from dbnet.augment import Augmentation
 from dbnet.augment import draw as draw_augmentation
 from dbnet.config import STRIDE, Config
-from dbnet.errors import ImageError, UserError, lacks_memory
+from dbnet.errors import ImageError, UserError, is_out_of_memory
 from dbnet.geometry import Letterbox, clip_polygons, inference_side, padded, split_polygons, visible_shares
 from dbnet.images import read_image, read_size
 from dbnet.memory import keep_freed_memory
@@ -553,7 +553,7 @@ def describe_failure(error: BaseException) -> str:
             "the data workers have no shared memory left; in Docker give the container more (--shm-size 8g), or use "
             "--workers 0"
         )
-    if lacks_memory(error):
+    if is_out_of_memory(error):
         return "the data workers have no memory left; lower --workers, or use --workers 0"
     return f"{text.strip().splitlines()[-1]}; if memory is short, lower --workers, or use --workers 0"
 

@@ -1,14 +1,14 @@
-"""Several processes that work together: what torchrun starts, on one machine or on several. Alone, all of it is free.
+"""Several processes that work together, as torchrun starts them, on one machine or several. Alone, all of it is free.
 
-    distributed.init()                            # no-op in a process that runs by itself
-    device = distributed.pick_device("auto")      # each process has a GPU of its own
-    [images] = distributed.sum_counts(len(batch))  # over all ranks
-    rows = distributed.all_gather(rows)            # the rows of each rank, on every rank
+    distributed.init()                             # nothing in a process that runs by itself
+    device = distributed.pick_device("auto")       # each process has a GPU of its own
+    [images] = distributed.sum_counts(len(batch))  # over all processes
+    rows = distributed.all_gather(rows)            # the rows of each process, in every process
 
-Training does not use DistributedDataParallel. Between its collective calls a rank may run out of memory, and all of
-them must fall back then; so the loop accumulates gradients locally, the ranks agree that everybody got there
-(`memory.all_or_none`), and only then gradients and losses are added up, in one call (`all_reduce`) an optimizer step.
-What the host decides (counts, saves, stops) goes through gloo and never waits for a GPU.
+Training does not use DistributedDataParallel: between its collective calls a process may run out of memory, and all
+must fall back together. So each accumulates its gradients alone, one boolean says whether all got there
+(`all_processes`), and one call sums gradients, losses and batch norm statistics (`all_reduce`). What the host decides
+(counts, saves, stops) goes through gloo and never waits for a GPU.
 """
 
 from __future__ import annotations
@@ -19,46 +19,38 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dbnet.errors import UserError
+from dbnet.errors import UserError, is_out_of_memory
 
-if TYPE_CHECKING:  # PyTorch is needed by several processes only: who works alone need not have it
+if TYPE_CHECKING:  # only several processes need PyTorch
     import torch
     from torch import Tensor
 
 Value = TypeVar("Value")
 
-_NAME = "dbnet/run"  # in torchrun's store
 _rank, _world_size = 0, 1
-_on_device: Any = None  # the group of collective calls on tensors of a GPU
+_gpu_group: Any = None  # of collective calls on tensors of a GPU
 
 
 def init() -> None:
-    """Meet the other processes that torchrun has started; in a process that runs alone, do nothing."""
+    """Initialise the process group where torchrun has started several processes."""
     global _rank, _world_size
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _world_size > 1:
         return
     import torch.distributed as dist
 
-    store = _agent_store()
-    with _while_others_live():
-        if store:
-            # In torchrun's store are still the addresses of the processes that these may be started in place of.
-            attempt = dist.PrefixStore(f"dbnet/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-            number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            dist.init_process_group("gloo", store=attempt, rank=number, world_size=count)
-        else:
-            dist.init_process_group("gloo")
+    with _one_line_for_lost_processes():
+        dist.init_process_group("gloo")
     _rank, _world_size = dist.get_rank(), dist.get_world_size()
 
 
 def destroy() -> None:
-    """Part from the others in good order, at the end of the work."""
-    global _rank, _world_size, _on_device
+    """Destroy the process group, at the end of the work."""
+    global _rank, _world_size, _gpu_group
     if _world_size > 1:
         import torch.distributed as dist
 
         dist.destroy_process_group()
-        _rank, _world_size, _on_device = 0, 1, None
+        _rank, _world_size, _gpu_group = 0, 1, None
 
 
 def rank() -> int:
@@ -67,12 +59,12 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes work together."""
+    """Number of processes that work together."""
     return _world_size
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes files and speaks."""
+    """Whether this process is the one that writes files and prints."""
     return rank() == 0
 
 
@@ -83,11 +75,11 @@ def print0(*words: Any, **how: Any) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of `--device` for this process: under torchrun, the GPUs of a machine are dealt out one a process.
+    """The device of `--device` for this process; under torchrun, each process of a machine has a GPU of its own.
 
     Raises UserError where there is none for it.
     """
-    global _on_device
+    global _gpu_group
     import torch
     import torch.distributed as dist
 
@@ -102,41 +94,55 @@ def pick_device(name: str) -> torch.device:
     if local >= torch.cuda.device_count():
         raise UserError(f"torchrun --nproc-per-node: process {local + 1} finds {torch.cuda.device_count()} GPUs only")
     torch.cuda.set_device(local)
-    if _on_device is None:
-        _on_device = dist.new_group(backend="nccl")
-        dist.all_reduce(torch.zeros(1, device="cuda"), group=_on_device)  # it allocates what it needs at the first call
+    if _gpu_group is None:
+        _gpu_group = dist.new_group(backend="nccl")
     return torch.device("cuda", local)
 
 
 def sum_counts(*values: int) -> list[int]:
-    """The sum of each value over the ranks. All of them call it; none waits for its device."""
+    """The sum of each value over the processes. All of them call it; none waits for its device."""
     if world_size() == 1:
         return [int(value) for value in values]
     import torch
     import torch.distributed as dist
 
     sums = torch.tensor([int(value) for value in values])
-    with _while_others_live():
+    with _one_line_for_lost_processes():
         dist.all_reduce(sums)
     return sums.tolist()
 
 
+def all_processes(flag: bool) -> bool:
+    """Whether `flag` is true in all processes. All of them call it."""
+    return sum_counts(not flag) == [0]
+
+
+def all_reduce(numbers: Tensor) -> None:
+    """Replace a tensor by its sum over the processes."""
+    if world_size() == 1:
+        return
+    import torch.distributed as dist
+
+    with _one_line_for_lost_processes():
+        dist.all_reduce(numbers, group=_gpu_group if numbers.is_cuda else None)
+
+
 def all_gather(value: Value) -> list[Value]:
-    """The value of each rank, in their order, on every rank."""
+    """The value of each process, in the order of their ranks, in every process."""
     if world_size() == 1:
         return [value]
     import torch.distributed as dist
 
     values: list[Any] = [None] * world_size()
-    with _while_others_live():
+    with _one_line_for_lost_processes():
         dist.all_gather_object(values, value)
     return values
 
 
 def from_first(compute: Callable[[], Value]) -> Value:
-    """What `compute` gives in the first process, on every rank: files need to be on its machine only.
+    """Result of `compute` in the first process, in every process: files need to be on its machine only.
 
-    Where that is a UserError, it is raised there and the other processes end without a word.
+    A UserError is raised in the first process; the others end without a message.
     """
     if world_size() == 1:
         return compute()
@@ -149,7 +155,7 @@ def from_first(compute: Callable[[], Value]) -> Value:
             answer = [(compute(),)]
         except UserError as mistake:
             error = mistake
-    with _while_others_live():
+    with _one_line_for_lost_processes():
         dist.broadcast_object_list(answer)
     if error:
         raise error
@@ -158,46 +164,14 @@ def from_first(compute: Callable[[], Value]) -> Value:
     return answer[0][0]
 
 
-def remember(name: str) -> None:
-    """Keep the name of the run for the processes that torchrun may start in place of these."""
-    if is_first() and (store := _agent_store()):
-        store.set(_NAME, name)
-
-
-def remembered() -> str | None:
-    """What `remember` kept before torchrun started these processes in place of others (--max-restarts). All ranks call
-    it."""
-    return from_first(_read_name)
-
-
-def _read_name() -> str | None:
-    store = _agent_store()
-    return store.get(_NAME).decode() if store and store.check([_NAME]) else None
-
-
-def _agent_store() -> Any:
-    """What lives as long as torchrun itself, where it offers that."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    import torch.distributed as dist
-
-    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-
-
-def all_reduce(numbers: Tensor) -> None:
-    """Replace a tensor by its sum over the ranks."""
-    if world_size() == 1:
-        return
-    import torch.distributed as dist
-
-    with _while_others_live():
-        dist.all_reduce(numbers, group=_on_device if numbers.is_cuda else None)
-
-
 @contextmanager
-def _while_others_live() -> Iterator[None]:
-    """Turn the end of a process at the other end of a collective call into one line."""
+def _one_line_for_lost_processes() -> Iterator[None]:
+    """Turn the failure of a collective call into a one-line error."""
     try:
         yield
-    except RuntimeError:  # DistError, or gloo's own
-        raise UserError("another process of the run has ended or cannot be reached; its own message says why") from None
+    except RuntimeError as error:  # DistError, or gloo's own
+        if is_out_of_memory(error):
+            line = "out of memory in a collective call; lower --batch-size and go on with --resume"
+        else:
+            line = "another process of the run has ended or cannot be reached; its own message says why"
+        raise UserError(line) from None

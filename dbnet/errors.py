@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-_NO_MEMORY = ("out of memory", "allocate memory", "insufficient memory", "not enough memory", "bad_alloc")
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|can(no|')t allocate memory|(insufficient|not enough) memory|alloc_failed|allocation_failed"
+    "|failed to allocate|bad_alloc"
+    "|(cudnn|cublas)_status_not_initialized"  # their handles could not be made
+    "|unable to find an engine|unable to find a valid cudnn algorithm"  # what cuDNN tried had no room to work in
+    "|could not create a primitive(?! descriptor)"  # oneDNN
+    "|failed to cuda (calloc|malloc|host alloc)"  # NCCL
+)
 
 
 class UserError(Exception):
@@ -37,9 +44,12 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def lacks_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: Python's own, or those of libraries, by their words."""
-    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: those of Python and PyTorch, or a library's, by its words."""
+    torch = sys.modules.get("torch")  # without PyTorch in the process, none of its errors can be here
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return bool(_OUT_OF_MEMORY.search(str(error).lower()))
 
 
 @contextmanager
@@ -54,7 +64,7 @@ def library_errors(message: str, fix: str = "", kind: type[UserError] = UserErro
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        if lacks_memory(error):
+        if is_out_of_memory(error):
             raise MemoryError(one_line(error)) from error
         raise kind(f"{message} ({one_line(error)})" + (f"; {fix}" if fix else "")) from None
 
@@ -111,7 +121,7 @@ def run_script(main: Callable[[], None]) -> None:
     except Exception as error:
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
-        elif lacks_memory(error):
+        elif is_out_of_memory(error):
             hint = "close other programs, or lower --batch-size, --image-size or --workers"
             print(f"error: not enough memory ({printable(one_line(error))}); {hint}", file=sys.stderr)
         else:

@@ -24,7 +24,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
-from dbnet.errors import ImageError, UserError, lacks_memory, library_errors
+from dbnet.errors import ImageError, UserError, is_out_of_memory, library_errors
 from dbnet.files import check_regular
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (MemoryError, cv2.error, OSError) as error:
-        if lacks_memory(error):
+        if is_out_of_memory(error):
             raise MemoryError(str(path)) from error
         if not isinstance(error, OSError):
             raise
@@ -389,7 +389,7 @@ def _decode_plain(data: bytes, reduction: int) -> np.ndarray | None:
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _REDUCED[reduction] | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error as error:
-        if lacks_memory(error):
+        if is_out_of_memory(error):
             raise
         return None
     return None if pixels is None else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
@@ -555,7 +555,7 @@ def _serve_pages() -> None:
         except OSError as error:
             answer = {"error": f"cannot be read ({error.strerror})"}
         except Exception as error:  # of pypdfium2, of many kinds; a lack of memory ends this process alone
-            if lacks_memory(error):
+            if is_out_of_memory(error):
                 raise
             answer = {"error": f"cannot be read as a PDF ({' '.join(str(error).split()).rstrip('.')})"}
         output.write(json.dumps(answer).encode() + b"\n")

@@ -1,11 +1,11 @@
-"""Memory: one plan of the batch in force, and one way to run a piece of work until it fits.
+"""Memory: the batch in force, what is tried next when memory runs out, and micro-batches.
 
-    plan = BatchPlan(batch_size=8, accumulate=2, image_size=1024)
-    losses = run_until_it_fits(lambda: optimizer_step(samples, plan.micro_batch, plan.image_size), plan)
+    plan = BatchPlan(batch_size=4)
+    maps = run_until_it_fits(lambda: network(images, plan.micro_batch), plan)
 
-Training shrinks the micro-batch at a constant effective batch (8 x 2 -> 4 x 4 -> 2 x 8 -> 1 x 16), then the image
-(1024 -> 896 -> 800, at the batch that it started with). Inference shrinks the batch alone, because another image
-size would be another result.
+Training (train.optimizer_step) shrinks the micro-batch at a constant effective batch (8 x 2 -> 4 x 4 -> 2 x 8 ->
+1 x 16), then the image (1024 -> 896 -> 800, at the batch that it started with). Inference shrinks the batch
+only, because another image size would give another result.
 """
 
 from __future__ import annotations
@@ -15,14 +15,11 @@ import dataclasses
 import gc
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from dbnet import distributed
-from dbnet.config import STRIDE
-from dbnet.errors import UserError
+from dbnet.errors import UserError, is_out_of_memory
 from dbnet.geometry import padded
 
 if TYPE_CHECKING:  # most of this is used without PyTorch
@@ -33,32 +30,23 @@ Result = TypeVar("Result")
 
 SMALLER_SIZES = (896, 800)
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-_MESSAGES = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "alloc_failed",
-    "failed to allocate",
-    "unable to find an engine",  # of cuDNN: what it tried had no room to work in
-    "unable to find a valid cudnn algorithm",
-)
 
 
 @dataclass
 class BatchPlan:
-    """How the samples of an optimizer step go through the network, and every fallback so far."""
+    """Micro-batch, accumulation and image size in force, and every fallback so far."""
 
     batch_size: int
-    """micro-batch that the run was asked for"""
+    """micro-batch asked for"""
 
     accumulate: int = 1
-    """accumulation that the run was asked for"""
+    """micro-batches of an optimizer step asked for, in each process"""
 
     image_size: int | None = None
-    """side of the images in force, in pixels; None where it must not change (inference)"""
+    """image size in force, in pixels; None where it must not change (inference)"""
 
     halvings: int = 0
-    """how often the micro-batch in force is halved"""
+    """number of times that the micro-batch has been halved"""
 
     fallbacks: list[str] = field(default_factory=list)
     """a line for each fallback, oldest first"""
@@ -107,11 +95,10 @@ class BatchPlan:
         return f"{self.in_force} at {self.image_size} px"
 
 
-def run_until_it_fits(work: Callable[[], Result], plan: BatchPlan, reset: Callable[[], None] = lambda: None) -> Result:
+def run_until_it_fits(work: Callable[[], Result], plan: BatchPlan) -> Result:
     """Call `work` until memory suffices, and `plan.shrink()` after each time that it does not.
 
-    `work` must start from the beginning at each call and read the plan then. `reset` undoes what a half-done call
-    left behind; it runs after the memory that the call held is free.
+    `work` must start from the beginning at each call and read the plan then.
     """
     while True:
         try:
@@ -120,63 +107,12 @@ def run_until_it_fits(work: Callable[[], Result], plan: BatchPlan, reset: Callab
             if not is_out_of_memory(error):
                 raise
         # Only here, past the except block, are the traceback and the tensors in its frames gone.
-        reset()
         free_memory()
         plan.shrink()
 
 
-class OutOfMemoryElsewhere(MemoryError):
-    """Another process of the run has run out of memory, and all of them fall back together."""
-
-
-def agree(fits: bool) -> None:
-    """Say whether the memory of this rank sufficed, and hear it from the others; OutOfMemoryElsewhere if one's did not.
-
-    All ranks make the same sequence of agreements, and one that runs out takes part in the next with its bad news,
-    wherever in the step the others are: so nobody waits for it in vain.
-    """
-    if distributed.world_size() > 1 and any(distributed.sum_counts(not fits)) and fits:
-        raise OutOfMemoryElsewhere("out of memory in another process")
-
-
-@contextmanager
-def all_or_none() -> Iterator[None]:
-    """A part of an optimizer step that may run out of memory: it succeeds on all ranks, or on none.
-
-    What follows must not run out: there, the ranks could no longer fall back together.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error) and not isinstance(error, OutOfMemoryElsewhere):
-            agree(False)
-        raise
-    agree(True)
-
-
-@contextmanager
-def agreed() -> Iterator[None]:
-    """What follows an agreement of several ranks: out of memory is the end of the run here, in one line."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if distributed.world_size() == 1 or not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"out of memory after the ranks had agreed on a step ({error}); lower --batch-size and go on with --resume"
-        ) from None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is the GPU's, the CPU allocator's or Python's way to say that memory ran out."""
-    torch = sys.modules.get("torch")  # where nobody has imported it, none of its memory can be short
-    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(message in str(error).lower() for message in _MESSAGES)
-
-
 def free_memory() -> None:
-    """Give what no tensor uses back to the device."""
+    """Return cached memory that no tensor uses to the device."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available():
@@ -184,10 +120,10 @@ def free_memory() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what arrays have freed for the next ones, in this process and those forked from it.
+    """Let glibc reuse the memory of freed arrays, in this process and in those forked from it.
 
     By default glibc maps each large array anew, and the system fills it with zeros page by page: on a CPU that is half
-    of the time of a training step (benchmarks/RESULTS.md). With another C library this does nothing.
+    of the time of a training step (benchmarks/RESULTS.md). Other C libraries are left as they are.
     """
     try:
         set_option = ctypes.CDLL(None).mallopt
@@ -205,23 +141,9 @@ def micro_batches(batches: list[dict[str, Any]], plan: BatchPlan, device: torch.
                 name: batch[name][start : start + plan.micro_batch].to(device, non_blocking=True)
                 for name in ("image", "prob_map", "thresh_levels", "mask")
             }
-            loaded_at = int(batch["side"][0])
+            loaded_at = int(batch["side"].numpy()[0])  # on the host, so nothing waits for the device
             side = plan.image_size or loaded_at
             yield micro if loaded_at <= side else resize_sample(micro, side / loaded_at)
-
-
-def as_many_on_each_rank(
-    micros: Iterator[dict[str, Tensor]], batches: list[dict[str, Any]], plan: BatchPlan, device: torch.device
-) -> Iterator[dict[str, Tensor]]:
-    """The micro-batches of `batches`, and empty ones where another rank has more: for a network whose layers wait for
-    those of the other ranks. All ranks call it, before any of them can run out of memory."""
-    import torch
-
-    count = sum(-(-len(batch["image"]) // plan.micro_batch) for batch in batches)
-    missing = max(distributed.all_gather(count)) - count
-    empty = {name: torch.zeros(0, STRIDE, STRIDE, device=device) for name in ("prob_map", "thresh_levels", "mask")}
-    image = torch.zeros(0, STRIDE, STRIDE, 3, dtype=torch.uint8, device=device)
-    return chain(micros, repeat({"image": image, **empty}, missing))
 
 
 def resize_sample(micro: dict[str, Tensor], scale: float) -> dict[str, Tensor]:

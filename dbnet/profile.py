@@ -1,9 +1,9 @@
-"""Memory and speed of a preset on this device, before a night is spent on it.
+"""Memory and speed of a preset on this device, before a long run.
 
     python train.py --preset v1 --profile
 
-Real optimizer steps, on synthetic batches, for every plan that the fallback could come to (`dbnet.memory`): 8 x 2,
-4 x 4, 2 x 8 and 1 x 16 at 1024, 896 and 800 px. What was not measured, for want of memory or time, says so.
+Real optimizer steps on synthetic batches, for each plan of the fallback (`dbnet.memory`): 8 x 2, 4 x 4, 2 x 8 and
+1 x 16 at 1024, 896 and 800 px. A plan that was not measured, for lack of memory or time, says so.
 """
 
 import multiprocessing
@@ -23,22 +23,21 @@ from tqdm import tqdm
 
 from dbnet.config import Config
 from dbnet.device import pick_amp_dtype, pick_device
-from dbnet.memory import SMALLER_SIZES, BatchPlan, free_memory, is_out_of_memory, keep_freed_memory
+from dbnet.errors import is_out_of_memory
+from dbnet.memory import SMALLER_SIZES, BatchPlan, free_memory, keep_freed_memory
+from dbnet.model import DBNet
 from dbnet.splits import data_folders, read_split
 from dbnet.targets import draw_targets
+from dbnet.training import Training
 
-Start = Callable[[Config, torch.device, BatchPlan], Any]
-"""`train.start`: a training at its beginning, whose steps follow the plan"""
-
-Step = Callable[[Any, list[dict[str, Any]], Config, torch.device], object]
-"""`train.optimizer_step`: one optimizer step of that training on these batches"""
+Step = Callable[[Training, list[dict[str, Any]], Config], object]
+"""`train.optimizer_step`: one optimizer step on these batches"""
 
 COMPETITION_IMAGES = 3272  # of its training split, for the hours where there is no data set yet
 _TIMED_STEPS = 5
-_STEP_SECONDS = 10.0  # after so many no further step of a case begins, be it the first
+_STEP_SECONDS = 10.0  # after so many no further step of a case begins
 _LIMIT_SECONDS = {"cpu": 120.0, "cuda": 600.0}  # no case begins that is expected to end later
 _MICRO_BATCHES_ON_A_CPU = 2  # of a step: the second finds the gradients of the first, and so the peak is reached
-_WORDS = (5, 20)  # across and down a synthetic image
 
 
 class Case(NamedTuple):
@@ -51,99 +50,74 @@ class Case(NamedTuple):
 
     @property
     def pixels(self) -> int:
-        """Of a micro-batch: what memory and time go by."""
+        """Pixels of a micro-batch: memory and time are in proportion to them."""
         return self.micro_batch * self.image_size**2
 
 
 class Measured(NamedTuple):
-    """What came out for a case."""
+    """Result of a case: peak memory (on a CPU, growth of the process), and speed of steps whose batches are ready."""
 
     memory_gb: float
-    """most that tensors took on the GPU; on a CPU, by how much the data of the process grew"""
-
     images_per_second: float
-    """of optimizer steps whose batches are ready"""
-
-    steps: int
-    """that were timed, after a first one of a single micro-batch; 0 where that took so long that it stands alone"""
-
-    micro_batches: int
-    """of each step that was timed"""
 
 
 class _OnlyPlan(BatchPlan):
-    """A plan without a fallback: what does not fit is a result here."""
+    """A plan without a fallback: here, a plan that does not fit is a result."""
 
     def shrink(self) -> None:
         raise MemoryError(f"{self.in_force} does not fit")
 
 
-def print_profile(preset: str, config: Config, start: Start, step: Step) -> None:
-    """Measure every case and print the table; `preset` names the configuration in it.
-
-    Raises UserError where there is no such device, or where the data set is there and cannot be read.
-    """
+def print_profile(preset: str | None, config: Config, step: Step) -> None:
+    """Measure every case and print the table. Raises UserError without such a device or for a broken data set."""
     device = pick_device(config.device)
     images, source = count_images(config)
-    results = measure_cases(config, device, start, step)
+    results = measure_cases(config, device, step)
     initial = Case(_amp_in_force(config, device), config.image_size, config.batch_size, config.accumulate)
-    rows = [("", "image", "batch", "amp", "peak GB", "images/s", f"{config.epochs} epochs", "measured")]
+    rows: list[tuple[str, ...]] = [("", "image", "batch", "amp", "peak GB", "images/s", f"{config.epochs} epochs")]
     for case, result in results.items():
-        mark = "*" if case == initial else ""
-        cells = (mark, f"{case.image_size} px", f"{case.micro_batch} x {case.accumulate}", case.amp)
+        cells = ["*" if case == initial else "", f"{case.image_size} px", f"{case.micro_batch} x {case.accumulate}"]
         if isinstance(result, str):
-            rows.append((*cells, "-", "-", "-", result))
+            rows.append((*cells, case.amp, "-", "-", result))
         else:
             minutes = config.epochs * images / result.images_per_second / 60
             taken = f"{minutes / 60:.1f} h" if minutes >= 60 else f"{minutes:.1f} min"
-            counted = f"{result.steps} step{'s' * (result.steps > 1)}" if result.steps else "first step"
-            steps = f"{counted} of {case.micro_batch} x {result.micro_batches}"
-            rows.append((*cells, f"{result.memory_gb:.2f}", f"{result.images_per_second:.3g}", taken, steps))
+            rows.append((*cells, case.amp, f"{result.memory_gb:.2f}", f"{result.images_per_second:.3g}", taken))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{preset} on {name}: {config.backbone}, torch {torch.__version__}")
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    print(f"{preset or 'v1'} on {name}: {config.backbone}, torch {torch.__version__}")
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     for row in rows:
-        aligned = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        print("  ".join([*aligned[:-1], row[-1]]))
-    print("* what training starts with; the rest is where it goes when memory runs out")
+        print("  ".join([*(cell.rjust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]))
+    print("* what training starts with; the other rows are what it falls back to when memory runs out")
     print("peak: " + ("of tensors on the GPU" if device.type == "cuda" else "growth of a process that does only this"))
-    if any(isinstance(result, Measured) and not result.steps for result in results.values()):
-        print("a first step is slower than the next ones and does not find the optimizer's memory taken yet")
-    print(f"epochs: {images:,} images each ({source}), training steps alone")
-    if config.pad == "tight" or config.train_sizes:
-        print("all images were square and of full size: what --pad tight and --train-sizes save comes on top")
+    print(f"epochs: {images:,} images each ({source}), square and of full size, training steps alone")
 
 
 def count_images(config: Config) -> tuple[int, str]:
-    """How many training images an epoch has, and where that is from: config.data, or the competition without it."""
+    """Training images in an epoch and their source: config.data, or the competition where that does not exist."""
     if not all(folder.exists() for folder in data_folders(config.data)):
         return COMPETITION_IMAGES, f"the competition's; there is no {config.data}"
     return len(read_split(config.data, "train").images), config.data
 
 
 def fallback_cases(config: Config, device: torch.device) -> list[Case]:
-    """Every plan of the fallback, in its order, in each precision that the device has; on a CPU, and where the
-    configuration names a precision, in that alone."""
+    """Every plan of the fallback, in its order, in each precision of the device (on a CPU, in config.amp alone)."""
     amps = [_amp_in_force(config, device)]
     if device.type == "cuda" and config.amp == "auto":
         amps = ["off", "fp16", "bf16"] if torch.cuda.is_bf16_supported() else ["off", "fp16"]
     sizes = [config.image_size, *(size for size in SMALLER_SIZES if size < config.image_size)]
     batches = [config.batch_size >> halvings for halvings in range(config.batch_size.bit_length())]
-    return [
-        Case(amp, size, batch, -(-(config.batch_size * config.accumulate) // batch))
-        for amp in amps
-        for size in sizes
-        for batch in batches
-    ]
+    together = config.batch_size * config.accumulate
+    return [Case(amp, size, batch, -(-together // batch)) for amp in amps for size in sizes for batch in batches]
 
 
-def measure_cases(config: Config, device: torch.device, start: Start, step: Step) -> dict[Case, Measured | str]:
-    """The result of each case, or a few words on why there is none, in the order of `fallback_cases`.
+def measure_cases(config: Config, device: torch.device, step: Step) -> dict[Case, Measured | str]:
+    """The result of each case, or the reason why there is none, in the order of `fallback_cases`.
 
-    Small cases come first, to have many in the time. On a CPU each has a process of its own, and none begins that, to
-    judge by the one before, has no room: the system would end a process for it, and not surely this one.
+    Small cases come first. A case that has no memory or time, judged by the one before, does not begin: on a CPU the
+    system would end a process for it, and not necessarily this one.
     """
-    begun = time.monotonic()
+    begun, limit = time.monotonic(), _LIMIT_SECONDS[device.type]
     cases = fallback_cases(config, device)
     results: dict[Case, Measured | str] = dict.fromkeys(cases, "")
     known: tuple[Case, Measured] | None = None
@@ -151,33 +125,32 @@ def measure_cases(config: Config, device: torch.device, start: Start, step: Step
     for case in tqdm(order, desc="measuring", unit="case", dynamic_ncols=True, leave=False):
         if known:
             larger = case.pixels / known[0].pixels
-            left = _LIMIT_SECONDS[device.type] - (time.monotonic() - begun)
             seconds = larger * known[0].micro_batch / known[1].images_per_second
             seconds *= 1 + _micro_batches(case, device) if seconds < _STEP_SECONDS else 1
-            if seconds > left:
-                results[case] = f"no: about {seconds:.0f} s more, and {_LIMIT_SECONDS[device.type]:.0f} s are the limit"
-                continue
             memory, free = larger * known[1].memory_gb, free_host_gb()
+            if time.monotonic() - begun + seconds > limit:
+                results[case] = f"no: about {seconds:.0f} s more, and {limit:.0f} s are the limit"
+                continue
             if device.type == "cpu" and memory > free:
                 results[case] = f"no: needs about {memory:.1f} GB, and {free:.1f} GB are free"
                 continue
-        results[case] = result = measure_case(config, case, device, start, step)
+        results[case] = result = measure_case(config, case, device, step)
         if isinstance(result, Measured):
             known = case, result
     return results
 
 
-def measure_case(config: Config, case: Case, device: torch.device, start: Start, step: Step) -> Measured | str:
-    """The result of one case, or `out of memory`."""
+def measure_case(config: Config, case: Case, device: torch.device, step: Step) -> Measured | str:
+    """The result of one case, or `out of memory`. On a CPU it runs in a process of its own."""
     changes = {"amp": case.amp, "image_size": case.image_size, "batch_size": case.micro_batch}
-    config = config.changed(**changes, accumulate=_micro_batches(case, device))
+    config = config.changed(**changes, accumulate=_micro_batches(case, device), effective_batch=0, weights="none")
     try:
         if device.type == "cuda":
-            return run_steps(config, device, start, step)
-        context = multiprocessing.get_context("forkserver")  # fresh processes, without seconds of imports for each
+            return run_steps(config, device, step)
+        context = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
         context.set_forkserver_preload([name for name in sys.modules if name.startswith("dbnet.")])
-        with ProcessPoolExecutor(1, context, _be_the_first_to_go) as pool:
-            return pool.submit(run_steps, config, device, start, step).result()
+        with ProcessPoolExecutor(1, context, _kill_this_process_first) as pool:
+            return pool.submit(run_steps, config, device, step).result()
     except BrokenProcessPool:
         return "out of memory: the system ended the process"
     except (RuntimeError, MemoryError) as error:
@@ -188,26 +161,27 @@ def measure_case(config: Config, case: Case, device: torch.device, start: Start,
         free_memory()
 
 
-def run_steps(config: Config, device: torch.device, start: Start, step: Step) -> Measured:
-    """Some optimizer steps of config.batch_size x config.accumulate, measured. Raises what says out of memory."""
+def run_steps(config: Config, device: torch.device, step: Step) -> Measured:
+    """Measure some optimizer steps of config.batch_size x config.accumulate. Raises out-of-memory errors."""
     keep_freed_memory()  # as training has it
-    with suppress(OSError):  # the largest so far begins anew
+    with suppress(OSError):  # resets the peak
         Path("/proc/self/clear_refs").write_text("5")
     before = resident_gb()["RssAnon"]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         torch.backends.cudnn.benchmark = config.pad == "square"
     batch = synthetic_batch(config)
-    training = start(config, device, _OnlyPlan(config.batch_size, config.accumulate, config.image_size))
+    plan = _OnlyPlan(config.batch_size, config.accumulate, config.image_size)
+    training = Training.begin(DBNet(config), config, device, plan)
 
     def run(micro_batches: int) -> float:
         begun = time.perf_counter()
-        step(training, [batch] * micro_batches, config, device)
+        step(training, [batch] * micro_batches, config)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - begun
 
-    first = run(1)  # creates the optimizer's state and finds the fastest kernels
+    first = run(1)  # finds the fastest kernels
     seconds: list[float] = []
     while first < _STEP_SECONDS and len(seconds) < _TIMED_STEPS and sum(seconds) < _STEP_SECONDS:
         seconds.append(run(config.accumulate))
@@ -216,20 +190,15 @@ def run_steps(config: Config, device: torch.device, start: Start, step: Step) ->
     else:
         after = resident_gb()
         peak = after["VmHWM"] - after["RssFile"] - before
-    if not seconds:
-        return Measured(peak, config.batch_size / first, 0, 1)
-    return Measured(
-        peak, len(seconds) * (config.batch_size * config.accumulate) / sum(seconds), len(seconds), config.accumulate
-    )
+    images = config.batch_size * (len(seconds) * config.accumulate or 1)
+    return Measured(peak, images / (sum(seconds) or first))
 
 
 def synthetic_batch(config: Config) -> dict[str, Any]:
     """A batch of config.batch_size square images as the loader makes it: random pixels, the targets of 100 words."""
     side, count = config.image_size, config.batch_size
-    across, down = _WORDS
     word = np.array([[0.1, 0.2], [0.9, 0.2], [0.9, 0.8], [0.1, 0.8]])  # of its cell in a grid over the image
-    cells = [(column, row) for row in range(down) for column in range(across)]
-    words = [(word + cell) * (side / across, side / down) for cell in cells]
+    words = [(word + np.array([column, row])) * (side / 5, side / 20) for row in range(20) for column in range(5)]
     prob_map, thresh_levels = (torch.from_numpy(levels) for levels in draw_targets(words, side, side))
     return {
         "image": torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8),
@@ -243,8 +212,8 @@ def synthetic_batch(config: Config) -> dict[str, Any]:
 
 
 def resident_gb() -> dict[str, float]:
-    """Memory of this process in RAM: RssAnon (its data) and RssFile (the code of its libraries) now, and VmHWM, the
-    largest sum so far. Where the system tells the last alone, it stands for the first as well."""
+    """Memory of this process in RAM: RssAnon (its data) and RssFile (code of libraries) now, and VmHWM, the largest sum
+    so far. Where the system tells only the last, it stands for the first as well."""
     try:
         lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
         wanted = ("RssAnon:", "RssFile:", "VmHWM:")
@@ -255,16 +224,23 @@ def resident_gb() -> dict[str, float]:
 
 
 def free_host_gb() -> float:
-    """Memory of the host that a process can still have; infinite where the system does not tell."""
-    try:
+    """Memory that this process can still have: of the host, and of its control group; infinite where unknown."""
+    free = [float("inf")]
+    with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return float("inf")
+        free.append(next(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("MemAvailable:")))
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):  # no control group, or one without a limit ("max")
+            group = Path("/sys/fs/cgroup")
+            free.append((int((group / limit).read_text()) - int((group / used).read_text())) / 1e9)
+    return max(0.0, min(free))
 
 
-def _be_the_first_to_go() -> None:
-    """Ask the system to end this process, and no other, when the host's memory runs out."""
+def _kill_this_process_first() -> None:
+    """Let the system end this process, and no other, when the host's memory runs out."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
 

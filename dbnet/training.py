@@ -1,4 +1,7 @@
-"""What training changes and a save keeps: with it, an interrupted run goes on as if nothing had happened."""
+"""A run: its folder, optimizer, schedule and average of weights, and all that a save keeps, so that an interrupted run
+goes on as if it had not been."""
+
+from __future__ import annotations
 
 import copy
 import json
@@ -9,24 +12,62 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from datetime import datetime
 from itertools import chain
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
 from dbnet import distributed
 from dbnet.checkpoint import load_checkpoint, save_checkpoint
 from dbnet.config import Config
-from dbnet.device import pick_amp_dtype, random_state, restore_random_state
-from dbnet.errors import UserError
-from dbnet.files import check_writable, read_log, write_whole
+from dbnet.device import compile_model, peak_memory, pick_amp_dtype, random_state, restore_random_state
+from dbnet.errors import UserError, is_out_of_memory
+from dbnet.files import check_writable, make_folder, read_log, remove_leftovers, write_json, write_whole
 from dbnet.loss import Losses
-from dbnet.memory import BatchPlan
+from dbnet.memory import BatchPlan, free_memory
 from dbnet.model import DBNet
+from dbnet.splits import data_folders
+
+RUNS = Path("runs")
+NON_FINITE_LIMIT = 5  # steps in a row without finite loss and gradients; then training stops
+FP16_HALVINGS = 16  # of the loss scale, from 2**16 to 1: so many steps in a row may be lost to find it
+
+
+def new_run(name: str | None, preset: str | None) -> Path:
+    """The folder of a new run. Raises UserError where it is there already."""
+    run = RUNS / (name or f"{preset or 'v1'}-{datetime.now():%Y%m%d-%H%M%S}")
+    if run.exists():
+        raise UserError(f"{run}: exists; go on with it by --run {run.name} --resume, or name another with --run")
+    return run
+
+
+def find_run(name: str | None) -> tuple[Path, dict[str, Any] | None]:
+    """The folder of the run to resume and its last save; without a name, the newest run.
+
+    A named run that has no save yet starts anew, with None: so the same command serves for each start of a job.
+    """
+    if name:
+        run = RUNS / name
+        return run, load_last(run) if (run / "last.pt").exists() or save_before(run / "last.pt").exists() else None
+    saves = sorted(RUNS.glob("*/last*.pt"), key=lambda path: path.stat().st_mtime)
+    if not saves:
+        raise UserError("runs/: holds no last.pt to resume; leave out --resume to start a run")
+    return saves[-1].parent, load_last(saves[-1].parent)
+
+
+def prepare_folder(run: Path, config: Config, epochs: int) -> None:
+    """Create the folder of a run whose first `epochs` epochs are saved, or bring it back to that state."""
+    make_folder(run)
+    remove_leftovers(run)
+    keep_rows(run / "log.jsonl", epochs)
+    write_json(run / "config.json", config.to_dict())
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
@@ -37,11 +78,11 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
             log.flush()
             os.fsync(log.fileno())
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room, or mend the folder") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room, or fix the folder") from None
 
 
 def keep_rows(path: Path, epochs: int) -> None:
-    """Leave the rows of the first `epochs` epochs in a log: what a run wrote after its last save, it writes again."""
+    """Keep the rows of the first `epochs` epochs in a log; the resumed run writes later ones again."""
     rows = [row for row in read_log(path) if row["epoch"] <= epochs]
     with write_whole(path, "w") as log:
         log.writelines(json.dumps(row) + "\n" for row in rows)
@@ -55,9 +96,9 @@ class Interrupted(SystemExit):
 
 
 class Interruption:
-    """While its block runs, SIGINT (Ctrl-C) and SIGTERM only set `signal`; a second SIGINT stops at once.
+    """Within its block, SIGINT (Ctrl-C) and SIGTERM only set `signal`; a second SIGINT stops at once.
 
-    Data workers that are forked meanwhile let both pass: they end with the process that they work for.
+    Data workers that are forked meanwhile ignore both: they end with the process that they work for.
     """
 
     def __init__(self) -> None:
@@ -80,7 +121,7 @@ class Interruption:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Work that leaves nothing half done when it is cut short: a signal ends it without waiting for its end."""
+        """Let a signal end the work of this block without waiting: nothing in it can be left half done."""
         self._at_once = True
         try:
             if self.signal:
@@ -100,11 +141,59 @@ class Interruption:
             self.stop()
 
 
-def let_workers_die_quietly() -> None:
-    """Undo what a DataLoader sets up when it starts: that the death of a worker raises an error in whatever the main
-    thread is doing. Without it the loader sees the death as well, where it waits for the next batch."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+def step_batches(loader: DataLoader, accumulate: int) -> Iterator[tuple[list[dict[str, Any]], str]]:
+    """The batches of each optimizer step, `accumulate` at a time (the last step may have fewer), and an empty text.
+
+    After the end come empty lists, without end: a process whose batches have ended goes on while others have samples.
+    Where a data worker has died, the text says so.
+    """
+    group: list[dict[str, Any]] = []
+    try:
+        loaded = iter(loader)
+        if hasattr(signal, "SIGCHLD"):
+            # The loader lets the death of a worker raise an error wherever the main thread is, within a step too.
+            # It also notices the death here, where it waits for the next batch.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for batch in loaded:
+            group.append(batch)
+            if len(group) == accumulate:
+                yield group, ""
+                group = []
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        yield [], str(error)
+    yield group, ""
+    while True:
+        yield [], ""
+
+
+class StepCounts(NamedTuple):
+    """What the processes tell each other before an optimizer step: each number is a sum over them."""
+
+    batches: int
+    images: int
+    dropped: int
+    """degenerate polygons left out"""
+    failed: int
+    """images that could not be read"""
+    data_gone: int
+    worker_died: int
+    signals: int
+    saves_due: int
+
+
+def accumulation(config: Config) -> int:
+    """Micro-batches of one optimizer step in each process. Raises UserError where they cannot make up the batch."""
+    if not config.effective_batch:
+        return config.accumulate
+    together = config.batch_size * distributed.world_size()
+    if config.effective_batch % together:
+        raise UserError(
+            f"--effective-batch {config.effective_batch}: is no multiple of batch {config.batch_size} x "
+            f"{distributed.world_size()} processes; change --batch-size"
+        )
+    return config.effective_batch // together
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -115,8 +204,8 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Create the optimizer's state now, all zero, by a step that changes no weight; the first real one would do it when
-    memory is at its fullest."""
+    """Create the optimizer's state, all zero, by a step that changes no weight: the first real step would create it
+    when memory is at its fullest."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -133,11 +222,12 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def make_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
-    """Scale the loss for fp16. In other types the scale is 1 and what is left is the scaler's other service: to skip,
-    on the device and without asking the host, a step whose gradients are not finite."""
-    if pick_amp_dtype(config, device) == torch.float16:
-        return torch.amp.GradScaler(device.type)
-    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
+    """Scale the loss for fp16. In other types the scale stays 1 (train.optimizer_step), and the scaler does the rest of
+    its work: it skips a step whose gradients are not finite, on the device and without asking the host."""
+    scale = 2.0**FP16_HALVINGS if pick_amp_dtype(config, device) == torch.float16 else 1.0
+    scaler = torch.amp.GradScaler(device.type, init_scale=scale, growth_interval=2000 if scale > 1 else 2**31 - 1)
+    scaler.scale(torch.zeros(1, device=device))  # creates the scale on the device
+    return scaler
 
 
 def learning_rate(config: Config, epoch: int, progress: float = 1.0) -> float:
@@ -156,6 +246,7 @@ class WeightAverage:
     """Exponential moving average of a network's weights and batch norm statistics, on the network's device.
 
     In the first steps the decay is (1 + n) / (10 + n) at step n, so that the average leaves the initial weights soon.
+    torch's AveragedModel asks the device for its count at each step, which would wait for the GPU.
     """
 
     def __init__(self, model: DBNet, decay: float) -> None:
@@ -165,37 +256,61 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take the weights after an optimizer step into the average."""
-        self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        pairs = list(zip(_tensors(self.model), _tensors(model), strict=True))
+        decay = min(self.decay, (2 + self.steps) / (11 + self.steps))
+        pairs = zip(_tensors(self.model), _tensors(model), strict=True)
         averages, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
         get_ema_multi_avg_fn(decay)(averages, current, None)
-        for average, counter in (pair for pair in pairs if not pair[0].is_floating_point()):
-            average.copy_(counter)
+        self.steps += 1
+        for average, counter in zip(_tensors(self.model), _tensors(model), strict=True):
+            if not average.is_floating_point():
+                average.copy_(counter)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values, for checkpoints."""
         return {"steps": self.steps, "model": self.model.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What `state_dict` gave."""
+        """Restore what `state_dict` gave."""
         self.steps = state["steps"]
         self.model.load_state_dict(state["model"])
 
 
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
     return chain(model.parameters(), model.buffers())
+
+
+class NothingTwice(TorchDispatchMode):
+    """Within its block, an operation that runs out of memory is tried once more after unused memory was returned.
+
+    For what must not run again from its beginning: the update of the weights. Raises UserError where that fails too.
+    """
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return operation(*args, **(kwargs or {}))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        free_memory()
+        try:
+            return operation(*args, **(kwargs or {}))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                "out of memory while the weights were updated; lower --batch-size and go on with --resume"
+            ) from None
 
 
 @dataclass
 class RunningEpoch:
-    """How far an epoch is, over all ranks, and its sums for the log. The tensors are on the device."""
+    """Progress of an epoch, over all processes, and its sums for the log. The tensors are on the device."""
 
     image_size: int
-    """that its samples are loaded at; after a fallback they run smaller"""
+    """size that its samples are loaded at; after a fallback they run smaller"""
 
     batches: int = 0
-    """of the epoch's order that are done"""
+    """number of batches of the epoch's order that are done"""
 
     images: int = 0
     failed: int = 0
@@ -205,23 +320,26 @@ class RunningEpoch:
     """degenerate polygons left out"""
 
     seconds: float = 0.0
+    lr: float = 0.0
+    """learning rate of the last step"""
+
     losses: Tensor = field(default_factory=lambda: torch.zeros(len(Losses._fields)))
     """sums over the steps whose loss was finite"""
 
     steps: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """how many those were"""
+    """number of those steps"""
 
     skipped: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """steps whose gradient was not finite"""
+    """number of steps whose gradient was not finite"""
 
     non_finite_streak: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """steps in a row, the last ones, whose loss was not finite"""
+    """number of steps in a row, the last ones, whose loss or gradient was not finite"""
 
     row: dict[str, Any] | None = None
-    """what the training half of the epoch came to, once it is done"""
+    """row of the log with what is known before the validation, once all batches are done"""
 
     def to(self, device: torch.device) -> Self:
-        """Bring the tensors to the device."""
+        """Move the tensors to the device."""
         for name in ("losses", "steps", "skipped", "non_finite_streak"):
             setattr(self, name, getattr(self, name).to(device))
         return self
@@ -230,25 +348,86 @@ class RunningEpoch:
         """Tensors and plain values, for checkpoints."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
+    def count(self, counts: StepCounts) -> None:
+        """Add the counts of a step that is done."""
+        self.batches += counts.batches
+        self.images += counts.images
+        self.dropped += counts.dropped
+        self.failed += counts.failed
+
+    def note(self, losses: Tensor, gradient_norm: Tensor) -> None:
+        """Add the losses of a step, on the device: no step waits for the one before."""
+        with NothingTwice():
+            finite, stepped = losses[0].isfinite(), gradient_norm.isfinite()
+            self.losses = self.losses + torch.where(finite, losses, 0)
+            self.steps = self.steps + finite
+            self.skipped = self.skipped + ~stepped
+            self.non_finite_streak = torch.where(finite & stepped, 0, self.non_finite_streak + 1)
+
+    def stop_unless_finite(self, epoch: int, limit: int) -> None:
+        """Raise UserError after `limit` steps in a row without finite loss and gradients. Waits for the device."""
+        if int(self.non_finite_streak) >= limit:
+            raise UserError(
+                f"the loss or its gradients were not finite for {int(self.non_finite_streak)} steps in a row in epoch "
+                f"{epoch}; lower --lr, or try --amp off"
+            )
+
+    def finish(self, epoch: int, unreadable: int, device: torch.device) -> dict[str, Any]:
+        """The row of the log, without the validation."""
+        means = (self.losses / self.steps.clamp(min=1)).tolist()
+        self.row = {
+            "epoch": epoch,
+            "lr": self.lr,
+            **{f"{name}_loss": mean for name, mean in zip(Losses._fields, means, strict=True)},
+            "train_seconds": self.seconds,
+            "images_per_second": self.images / self.seconds,
+            "peak_memory_gb": peak_memory(device),
+            "skipped_steps": int(self.skipped),
+            "unreadable_images": unreadable,
+            "dropped_polygons": self.dropped,
+        }
+        return self.row
+
 
 @dataclass
 class Training:
-    """What an optimizer step changes, and how far the run is: together with the configuration, all of `last.pt`."""
+    """What an optimizer step changes, and the progress of the run: with the configuration, all of `last.pt`."""
 
     model: DBNet
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     plan: BatchPlan
     average: WeightAverage | None = None
-    """of the weights, where config.ema asks for it"""
+    """average of the weights, where config.ema asks for it"""
     epoch: int = 0
-    """epochs finished"""
+    """number of epochs that are finished"""
     best_hmean: float = -1.0
     best_epoch: int = 0
     running: RunningEpoch | None = None
     """the epoch after those, once it has begun"""
     random_states: list[dict[str, Any]] = field(default_factory=list)
-    """of each rank, as of the last call of `note_random_states`"""
+    """random states of each process, as of the last call of `note_random_states`"""
+    unreadable: set[str] = field(default_factory=set)
+    """a line for each training image that could not be read since the start of the process"""
+
+    @classmethod
+    def begin(cls, model: DBNet, config: Config, device: torch.device, plan: BatchPlan | None = None) -> Self:
+        """Move a network to its device and make all that its first optimizer step needs."""
+        model.to(device).to(memory_format=torch.channels_last).train()
+        if config.compile:
+            compile_model(model)
+        optimizer = make_optimizer(model, config)
+        allocate_state(optimizer)
+        average = WeightAverage(model, config.ema) if config.ema else None
+        plan = plan or BatchPlan(config.batch_size, accumulation(config), config.image_size)
+        training = cls(model, optimizer, make_scaler(config, device), plan, average)
+        # NCCL allocates at its first sum; after the processes have agreed on a step, it must not.
+        distributed.all_reduce(torch.zeros(sum(each.numel() for each in _tensors(model)), device=device))
+        return training
+
+    def __post_init__(self) -> None:
+        self._buffers_before = [torch.empty_like(buffer) for buffer in self.model.buffers()]
+        self._random_before: dict[str, Any] = {}
 
     @property
     def scored_model(self) -> DBNet:
@@ -257,11 +436,121 @@ class Training:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Device of the network."""
         return next(self.model.parameters()).device
 
+    def is_stuck(self, config: Config) -> bool:
+        """Whether config.patience asks to stop early."""
+        return 0 < config.patience <= self.epoch - self.best_epoch
+
+    def count(
+        self,
+        batches: list[dict[str, Any]],
+        config: Config,
+        death: str = "",
+        saver: LastSave | None = None,
+        interruption: Interruption | None = None,
+    ) -> StepCounts:
+        """The counts of an optimizer step on `batches`; all processes call it. Notes what could not be read.
+
+        Raises UserError for an image that cannot be read where config.strict is set.
+        """
+        errors = [error for batch in batches for _, error in batch["failed"]]
+        if errors and config.strict:
+            raise UserError(errors[0])
+        self.unreadable.update(errors)
+        readable = [batch for batch in batches if "image" in batch]
+        ours = StepCounts(
+            batches=len(batches),
+            images=sum(len(batch["image"]) for batch in readable),
+            dropped=sum(int(batch["dropped"].sum()) for batch in readable),
+            failed=len(errors),
+            data_gone=bool(errors) and not all(folder.is_dir() for folder in data_folders(config.data)),
+            worker_died=bool(death),
+            signals=bool(interruption and interruption.signal),
+            saves_due=bool(saver and saver.is_due()),
+        )
+        return StepCounts(*distributed.sum_counts(*ours))
+
+    def save_or_stop(
+        self,
+        counts: StepCounts,
+        config: Config,
+        death: str = "",
+        saver: LastSave | None = None,
+        interruption: Interruption | None = None,
+    ) -> None:
+        """Save before a step, where that is due or the run has to end: none of the step's samples has been used."""
+        ends = counts.data_gone or counts.worker_died or counts.signals
+        if saver and (ends or counts.saves_due):
+            saver.save(self)
+        if counts.worker_died:
+            line = death or "a data worker of another process has died"
+            raise UserError(f"{line}; go on with --resume, and if memory is short with fewer --workers, or --workers 0")
+        if counts.data_gone:
+            raise UserError(f"{config.data}: the folder has gone; bring it back and go on with --resume")
+        if counts.signals and interruption:
+            interruption.stop()
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Set the learning rate of the next step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.running:
+            self.running.lr = lr
+
+    def note_start(self) -> None:
+        """Keep the batch norm statistics and random numbers that an optimizer step starts from."""
+        with NothingTwice(), torch.no_grad():
+            torch._foreach_copy_(self._buffers_before, list(self.model.buffers()))
+            self._random_before = random_state(self.device)
+
+    def restore_start(self) -> None:
+        """Go back to where `note_start` was called, without the gradients since."""
+        self.optimizer.zero_grad(set_to_none=True)
+        free_memory()
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.model.buffers()), self._buffers_before)
+        restore_random_state(self._random_before, self.device)
+
+    @torch.no_grad()
+    def keep_statistics(self, finite: Tensor) -> None:
+        """Go back to the batch norm statistics of the step's start where `finite`, a bool on the device, is false."""
+        for buffer, before in zip(self.model.buffers(), self._buffers_before, strict=True):
+            torch.where(finite, buffer, before, out=buffer)
+
+    @torch.no_grad()
+    def flatten(self, losses: Tensor, share: float) -> Tensor:
+        """Losses, gradients and batch norm statistics in one tensor, for one sum over the processes.
+
+        The statistics are weighted by `share`, this process's part of the samples: their sum is the mean.
+        """
+        parts = self._summed(losses)
+        norms = len(self._statistics())
+        if norms:
+            torch._foreach_mul_(parts[-norms:], share)
+        return torch.cat([part.reshape(-1) for part in parts])
+
+    @torch.no_grad()
+    def unflatten(self, flat: Tensor, losses: Tensor) -> None:
+        """Copy what `flatten` gave, summed, back to where it was."""
+        parts = self._summed(losses)
+        for part, numbers in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+            part.copy_(numbers.view(part.shape))
+
+    def _summed(self, losses: Tensor) -> list[Tensor]:
+        for parameter in self.model.parameters():
+            if parameter.grad is None:  # a process without samples
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return [losses, *gradients, *self._statistics()]
+
+    def _statistics(self) -> list[Tensor]:
+        norms = [layer for layer in self.model.modules() if isinstance(layer, nn.BatchNorm2d)]
+        return [each for norm in norms for each in (norm.running_mean, norm.running_var) if each is not None]
+
     def note_random_states(self) -> None:
-        """Take down where the random numbers of all ranks are; every rank calls it."""
+        """Keep the random states of all processes; all of them call it."""
         self.random_states = distributed.all_gather(random_state(self.device))
 
     def state(self) -> dict[str, Any]:
@@ -279,16 +568,16 @@ class Training:
         }
 
     def load_state(self, state: dict[str, Any], config: Config) -> None:
-        """Go on from what `state` gave, in a save of another configuration perhaps: what `config` says holds.
+        """Go on from what `state` gave. Where the save has another configuration, `config` holds.
 
-        A running epoch begins again where its batches have become others.
+        A running epoch begins again where its batches have changed.
         """
         device, before = self.device, state["config"]
         # The optimizer's own settings (weight decay, say) are those of the configuration, not of the save.
         settings = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": settings})
-        # A scale found for fp16 is wrong for other types, and theirs for fp16.
-        if state["scaler"].get("growth_interval") == self.scaler.get_growth_interval():
+        # Only fp16 has a scale; in older saves, other types have one that must not come back.
+        if pick_amp_dtype(config, device) == torch.float16 and state["scaler"].get("growth_interval") == 2000:
             self.scaler.load_state_dict(state["scaler"])
         if self.average and state.get("average"):
             self.average.load_state_dict(state["average"])
@@ -301,12 +590,12 @@ class Training:
             changed = [name for name in _ORDER if getattr(before, name) != getattr(config, name)]
             if changed:
                 flag = f"--{changed[0].replace('_', '-')}"
-                distributed.print0(f"epoch {self.epoch + 1} begins again: its batches are others with the new {flag}")
+                distributed.print0(f"epoch {self.epoch + 1} begins again: {flag} has changed its batches")
             else:
                 self.running = RunningEpoch(**state["running"]).to(device)
 
 
-_ORDER = ("data", "batch_size", "image_size", "pad", "seed")  # what the batches of an epoch follow from
+_ORDER = ("data", "batch_size", "image_size", "pad", "seed")  # fields that decide the batches of an epoch
 
 
 class LastSave:
@@ -314,14 +603,14 @@ class LastSave:
 
     def __init__(self, run: Path, config: Config) -> None:
         self.path, self.config = run / "last.pt", config
-        self._saved = time.monotonic()  # a clock that nobody sets
+        self._saved = time.monotonic()  # unaffected by clock changes
 
     def is_due(self) -> bool:
-        """Whether config.save_minutes have passed; it counts in the first process alone."""
+        """Whether config.save_minutes have passed; only the first process counts them."""
         return distributed.is_first() and 0 < self.config.save_minutes * 60 <= time.monotonic() - self._saved
 
     def save(self, training: Training) -> None:
-        """Save the run as it is; every rank calls it."""
+        """Save the run as it is; all processes call it."""
         training.note_random_states()
         self.write(training)
 
@@ -333,12 +622,12 @@ class LastSave:
 
 
 def save_before(path: Path) -> Path:
-    """Where the save before `path` is."""
+    """Path of the save before the one at `path`."""
     return path.with_name(f"{path.stem}.prev{path.suffix}")
 
 
 def load_last(run: Path) -> dict[str, Any]:
-    """The last save of a run that is whole. If it is not the last that was written, that is said."""
+    """The last whole save of a run; where a later one is damaged, that is printed."""
     path, before = run / "last.pt", save_before(run / "last.pt")
     try:
         return load_checkpoint(path)

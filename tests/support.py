@@ -25,17 +25,11 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-import train
 from dbnet.checkpoint import load_checkpoint
 from dbnet.dataset import Batches, TextDataset, make_loader
 from dbnet.errors import UserError, printable, run_script
-from dbnet.memory import BatchPlan
 from dbnet.model import DBNet
-from dbnet.training import (
-    LastSave,
-    make_optimizer,
-    make_scaler,
-)
+from dbnet.training import LastSave, Training
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 240  # until a process counts as hanging, on a busy machine
@@ -137,12 +131,7 @@ CPU = torch.device("cpu")
 def make_training(config, model=None):
     torch.manual_seed(0)
     model = model or DBNet(config)
-    return train.Training(
-        model.train(),
-        make_optimizer(model, config),
-        make_scaler(config, CPU),
-        BatchPlan(config.batch_size, config.accumulate, config.image_size),
-    )
+    return Training.begin(model, config, CPU)
 
 
 def fail_above(model, limit, record=None):

@@ -30,7 +30,7 @@ TABLE = {
         "backbone": "resnet34", "image_size": 640, "batch_size": 16, "accumulate": 1, "use_polygon": True,
         "thresh": 0.3, "box_thresh": 0.3, "max_candidates": 500, "prob_loss_weight": 5, "optimizer": "adamw",
         "schedule": "cosine", "min_lr": 1e-6, "epochs": 20, "brightness_contrast_p": 0.5, "brightness": 0.2,
-        "contrast": 0.2, "clahe_p": 0.3, "clahe_clip": 2.0, "rotate90_p": 0.2, "flip_p": 0.5,
+        "contrast": 0.2, "clahe_p": 0.3, "rotate90_p": 0.2, "flip_p": 0.5,
     },
     "v1": {
         "backbone": "resnet34", "image_size": 1024, "batch_size": 8, "accumulate": 2, "box_thresh": 0.25,

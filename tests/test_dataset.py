@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import CPU, ROOT, make_training
+from support import ROOT, make_training
 
 import train
 from dbnet import augment
@@ -305,7 +305,7 @@ def test_an_image_however_small_leaves_a_batch_norm_more_than_one_pixel(small):
     training = make_training(config)
     for batch in make_loader(batches, 0, False):
         assert batch["image"].shape[1:3].numel() >= 2 * 32 * 32
-        losses, _ = train.optimizer_step(training, [batch], config, CPU, 1)
+        losses, _ = train.optimizer_step(training, [batch], config, 1)
         assert losses.isfinite().all()
 
 

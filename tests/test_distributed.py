@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from support import (
-    CPU,
     ROOT,
     SECONDS,
     Launched,
@@ -33,11 +32,11 @@ from torch.utils.data import default_collate
 
 import train
 from dbnet import distributed
-from dbnet.batch_norm import synchronize_batch_norms
 from dbnet.checkpoint import load_checkpoint, save_checkpoint
-from dbnet.dataset import Batches, TextDataset, make_loader
+from dbnet.dataset import Batches, TextDataset
 from dbnet.errors import UserError
 from dbnet.model import DBNet
+from dbnet.training import accumulation
 
 TINY = ["--preset", "lite", "--weights", "none", "--image-size", "64", "--workers", "0"]
 
@@ -101,7 +100,7 @@ def one_step(rank, config, sizes):
     whole = first_batch(config)
     start = sum(sizes[:rank])
     batches = [{name: values[start : start + sizes[rank]] for name, values in whole.items()}]
-    losses, norm = train.optimizer_step(training, batches if sizes[rank] else [], config, CPU, sum(sizes))
+    losses, norm = train.optimizer_step(training, batches if sizes[rank] else [], config, sum(sizes))
     return losses.tolist(), float(norm), some_gradients(training.model), digest(training.model)
 
 
@@ -128,7 +127,7 @@ def test_every_sample_weighs_the_same_however_the_ranks_share_them(small, sizes)
         for layer in training.model.modules():
             if isinstance(layer, torch.nn.BatchNorm2d):
                 layer.eval()
-        losses, _ = train.optimizer_step(training, [first_batch(config)], config, CPU)
+        losses, _ = train.optimizer_step(training, [first_batch(config)], config)
         return losses, some_gradients(training.model)
 
     losses, gradients = alone()
@@ -154,14 +153,11 @@ def one_image_at_a_time(rank, config, sizes):
 def run_short_of_memory(rank, config, limit=4):
     """An epoch whose rank 1 alone cannot hold more than `limit` images, half-way through the network."""
     training, passes = make_training(config), []
-    if config.sync_batch_norm:
-        synchronize_batch_norms(training.model)
     fail_above(training.model, 99, passes)
     if rank == 1:
         fail_above(training.model.backbone.stages[2], limit)
     dataset = TextDataset(config, "train", train=True)
-    batches = Batches(dataset, config.batch_size, config.seed, config.accumulate * 2)
-    row = train.train_epoch(training, make_loader(batches, 0, False), config, CPU, set())
+    row = train.train_epoch(training, dataset, config)
     return training.plan.in_force, training.plan.fallbacks, row["total_loss"], digest(training.model), passes
 
 
@@ -177,45 +173,14 @@ def test_out_of_memory_on_one_rank_makes_all_fall_back_together(rendered, small,
     assert sum(images for images, *_ in first[4]) - sum(passes) >= 23  # the other three, and what it did in vain
 
 
-def test_out_of_memory_within_synchronized_layers_leaves_nobody_waiting(small):
-    config = small.changed(batch_size=3, accumulate=1, image_size=64, sync_batch_norm=True)
-    first, second = together(2, run_short_of_memory, config, 2)
-    assert first[0] == second[0] == "1 x 3" and first[2:4] == second[2:4]
-
-
-def normalize(rank, parts, synchronize):
-    """Output, gradient and running statistics of a batch norm on this rank's part of a batch."""
-    torch.manual_seed(0)
-    layer = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
-    if synchronize:
-        synchronize_batch_norms(layer)
-    part = torch.tensor(parts[rank], requires_grad=True)
-    output = layer(part)
-    (output**3).sum().backward()
-    return output.tolist(), part.grad.tolist(), layer[0].running_var.tolist(), layer[0].running_mean.tolist()
-
-
-def test_synchronized_batch_norm_is_that_of_the_whole_batch():
-    torch.manual_seed(1)
-    whole = 3 + 2 * torch.randn(5, 3, 4, 4)
-    parts = [whole[:4].tolist(), whole[4:].tolist()]
-    results = together(2, normalize, parts, True)
-    expected = normalize(0, [whole.tolist()], False)
-    for column in (0, 1):
-        ours = torch.cat([torch.tensor(result[column]) for result in results])
-        torch.testing.assert_close(ours, torch.tensor(expected[column]), rtol=1e-4, atol=1e-4)
-    for result in results:
-        torch.testing.assert_close(torch.tensor(result[2:]), torch.tensor(expected[2:]))
-
-
 def test_the_effective_batch_is_held_whatever_the_ranks(small, monkeypatch):
     config = small.changed(batch_size=2, effective_batch=12)
-    assert train.accumulation(config) == 6
+    assert accumulation(config) == 6
     monkeypatch.setattr(distributed, "_world_size", 3)
-    assert train.accumulation(config) == 2
-    assert train.accumulation(config.changed(effective_batch=0, accumulate=5)) == 5
+    assert accumulation(config) == 2
+    assert accumulation(config.changed(effective_batch=0, accumulate=5)) == 5
     with pytest.raises(UserError, match="--effective-batch 10: is no multiple of batch 2 x 3 processes"):
-        train.accumulation(config.changed(effective_batch=10))
+        accumulation(config.changed(effective_batch=10))
 
 
 def test_shares_are_the_whole_without_repetition(small, monkeypatch):
@@ -287,10 +252,10 @@ def torchrun(count, *arguments, cwd, restarts=0):
         return subprocess.Popen(list(map(str, command)), cwd=cwd, env=environment, stdout=output, stderr=output)
 
 
-def test_a_killed_rank_of_three_goes_on_from_the_last_save_and_reaches_the_same_epoch(receipts, tmp_path):
-    few = copies(receipts, tmp_path / "data", train=7, val=2)
-    flags = ["--data", few, "--run", "a", "--epochs", "3", "--batch-size", "1", "--save-minutes", "0.00001"]
-    process = torchrun(3, "train.py", *TINY, *flags, cwd=tmp_path, restarts=1)
+def test_torchrun_restarts_a_run_whose_process_was_killed_and_it_goes_on_from_its_save(receipts, tmp_path):
+    few = copies(receipts, tmp_path / "data", train=4, val=1)
+    flags = ["--data", few, "--run", "a", "--resume", "--epochs", "3", "--batch-size", "1"]
+    process = torchrun(2, "train.py", *TINY, *flags, "--save-minutes", "0.00001", cwd=tmp_path, restarts=1)
     log, output = tmp_path / "runs/a/log.jsonl", tmp_path / "output.txt"
     try:
         end = time.monotonic() + SECONDS
@@ -299,12 +264,12 @@ def test_a_killed_rank_of_three_goes_on_from_the_last_save_and_reaches_the_same_
             time.sleep(0.01)
         pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         ranks = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in pids}
-        [victim] = [int(pid) for pid, variables in ranks.items() if b"RANK=2" in variables]
+        [victim] = [int(pid) for pid, variables in ranks.items() if b"RANK=1" in variables]
         os.kill(victim, signal.SIGKILL)
         assert process.wait(SECONDS) == 0, output.read_text()
     finally:
         process.terminate()
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == [1, 2, 3] and all(row["ranks"] == 3 for row in rows)
-    assert output.read_text().count("runs/a: 7 training") == 2  # it was started, and started again
+    assert [row["epoch"] for row in rows] == [1, 2, 3] and all(row["ranks"] == 2 for row in rows)
+    assert output.read_text().count("runs/a: 4 training") == 2  # it was started, and started again
     assert load_checkpoint(tmp_path / "runs/a/last.pt")["epoch"] == 3

@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 from support import CPU, fail_above, make_training, step_batches
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from dbnet.dataset import Batches, TextDataset, make_loader
+from dbnet.dataset import TextDataset
 from dbnet.errors import UserError
 from dbnet.memory import BatchPlan, is_out_of_memory, run_until_it_fits
+from dbnet.training import RunningEpoch
 
 
 def test_a_tight_batch_keeps_its_shape_when_the_image_shrinks(small):
@@ -69,12 +71,7 @@ def test_inference_halves_its_batch_but_never_changes_the_image():
         run_until_it_fits(work, BatchPlan(4))
 
 
-def test_host_memory_errors_count_and_other_errors_do_not():
-    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
-    assert is_out_of_memory(RuntimeError("FIND was unable to find an engine to execute this computation"))
-    assert is_out_of_memory(RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"))
-    assert is_out_of_memory(MemoryError())
-    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+def test_an_error_that_is_not_out_of_memory_is_raised():
     with pytest.raises(RuntimeError, match="shapes"):
         run_until_it_fits(lambda: (_ for _ in ()).throw(RuntimeError("shapes")), BatchPlan(4))
 
@@ -88,7 +85,7 @@ def test_a_step_run_again_has_the_gradients_and_weights_of_one_that_started_smal
     started_small.plan.halvings = 1
     fail_above(retried.model, 1)
     for training in (retried, started_small):
-        train.optimizer_step(training, batches, config, CPU)
+        train.optimizer_step(training, batches, config)
     assert retried.plan.in_force == started_small.plan.in_force == "1 x 6"
     for ours, theirs in zip(retried.model.parameters(), started_small.model.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad)
@@ -97,57 +94,130 @@ def test_a_step_run_again_has_the_gradients_and_weights_of_one_that_started_smal
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("where", ["backward", "optimizer"])
-def test_oom_in_backward_or_optimizer_runs_the_step_again_unharmed(small, where, monkeypatch):
-    batches = step_batches(small)
-    training = make_training(small)
-    reference = make_training(small, copy.deepcopy(training.model))
-    reference.plan.halvings = 1
-    failures = iter([True])
+class FailAt(TorchDispatchMode):
+    """Runs out of memory at the operation of this number, counted from 1."""
 
-    if where == "backward":
+    def __init__(self, number):
+        super().__init__()
+        self.number, self.count = number, 0
 
-        def fail_once(_gradient):
-            if next(failures, False):
-                raise torch.OutOfMemoryError("injected")
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += 1
+        if self.count == self.number:
+            raise torch.OutOfMemoryError(f"injected at {operation}")
+        return operation(*args, **(kwargs or {}))
 
-        next(training.model.backbone.parameters()).register_hook(fail_once)
-    else:
-        step = training.optimizer.step
 
-        def fail_first(*args, **kwargs):
-            if next(failures, False):
-                parameter = training.optimizer.param_groups[0]["params"][0]
-                training.optimizer.state[parameter]["step"] = torch.tensor(0.0)  # an allocation cut short
-                raise torch.OutOfMemoryError("injected")
-            return step(*args, **kwargs)
+def step_that_fails_at(number, start, batches, config, halvings=0):
+    """A step and its bookkeeping: all that it has changed, and the plan and operations at its end."""
+    training = make_training(config, copy.deepcopy(start))
+    training.plan.halvings = halvings
+    training.running = RunningEpoch(config.image_size)
+    torch.manual_seed(1)
+    with FailAt(number) as mode:
+        losses, norm = train.optimizer_step(training, batches, config)
+        training.running.note(losses, norm)
+    optimizer = training.optimizer.state_dict()["state"]
+    tensors = [
+        *training.model.state_dict().values(),
+        *training.average.model.state_dict().values(),
+        *(tensor for state in optimizer.values() for tensor in state.values()),
+        *(losses, norm, training.running.losses, training.running.steps, torch.get_rng_state()),
+        torch.tensor([training.average.steps, training.scaler.get_scale()]),
+    ]
+    return tensors, training.plan.halvings, mode.count
 
-        monkeypatch.setattr(training.optimizer, "step", fail_first)
-    for each in (training, reference):
-        train.optimizer_step(each, batches, small, CPU)
-    for ours, theirs in zip(training.model.parameters(), reference.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+
+@pytest.mark.parametrize("count", [24, pytest.param(None, marks=pytest.mark.long)])
+def test_out_of_memory_at_any_operation_of_a_step_leaves_what_a_smaller_plan_gives(small, count):
+    """Or, where the weights change already, what the plan in force gives: no operation runs twice, none is missing."""
+    config = small.changed(batch_size=2, accumulate=1, image_size=64, ema=0.9, backbone="efficientnet_b0")
+    batches = step_batches(config)
+    start = make_training(config).model
+    expected, _, operations = step_that_fails_at(0, start, batches, config)
+    smaller, _, _ = step_that_fails_at(0, start, batches, config, halvings=1)
+    assert operations > 500
+    numbers = range(1, operations + 1)
+    if count:  # of the last ones, which update the weights, all
+        numbers = [*numbers[: -60 : operations // count], *numbers[-60:]]
+    fallbacks = 0
+    for number in numbers:
+        tensors, halvings, _ = step_that_fails_at(number, start, batches, config)
+        fallbacks += halvings
+        for ours, theirs in zip(tensors, smaller if halvings else expected, strict=True):
+            assert torch.equal(ours, theirs), number
+    assert fallbacks > 10
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on what would let the host wait for a device."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation._schema.name
+        waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "masked_select", "unique")
+        assert name.removeprefix("aten::") not in waits, name
+        to = (kwargs or {}).get("device")
+        assert name != "aten::_to_copy" or to in (None, args[0].device), "copied to another device"
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_step_and_its_bookkeeping_never_wait_for_the_device(small):
+    config = small.changed(batch_size=2, accumulate=2, ema=0.9)
+    training, batches = make_training(config), step_batches(config)
+    training.running = RunningEpoch(config.image_size)
+    for _ in range(2):
+        with NoSync():
+            losses, norm = train.optimizer_step(training, batches, config)
+            training.running.note(losses, norm)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "CUDA error: out of memory",
+        "could not create a primitive",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "NCCL error: unhandled cuda error. Last error: Failed to CUDA calloc async 608 bytes",
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+        "FIND was unable to find an engine to execute this computation",
+        "Unable to find a valid cuDNN algorithm to run convolution",
+        "std::bad_alloc",
+    ],
+)
+def test_all_ways_to_say_out_of_memory_count(message):
+    assert is_out_of_memory(RuntimeError(message))
+
+
+@pytest.mark.parametrize(
+    "message", ["mat1 and mat2 shapes cannot be multiplied", "could not create a primitive descriptor for convolution"]
+)
+def test_other_errors_do_not_count_as_out_of_memory(message):
+    assert not is_out_of_memory(RuntimeError(message))
 
 
 def test_an_epoch_with_fallbacks_has_the_same_steps_and_samples(small, monkeypatch):
     config = small.changed(batch_size=2, accumulate=2)  # 6 images: two steps of 4 and 2
-    original, runs = train.group_batches, {}
+    original, runs = train.step_batches, {}
     for limit in (2, 1):
         training, record, steps = make_training(config), [], []
         fail_above(training.model, limit, record)
         dataset = TextDataset(config, "train", train=True)
-        batches = Batches(dataset, config.batch_size, config.seed)
         seen = []
 
         def note(step_batches, accumulate, steps=steps, seen=seen):
-            for group in original(step_batches, accumulate):
-                steps.append(len(group))
+            for group, death in original(step_batches, accumulate):
+                steps.extend([len(group)] if group else [])
                 seen.extend(index for batch in group for index in batch["index"].tolist())
-                yield group
+                yield group, death
 
         with monkeypatch.context() as patch:
-            patch.setattr(train, "group_batches", note)
-            train.train_epoch(training, make_loader(batches, 0, False), config, CPU, set())
+            patch.setattr(train, "step_batches", note)
+            train.train_epoch(training, dataset, config)
         runs[limit] = (steps, sorted(seen), sum(count for count, _ in record))
     assert runs[2] == runs[1] == ([2, 1], list(range(6)), 6)
 
@@ -163,7 +233,7 @@ def test_after_a_fallback_of_the_image_the_loaded_samples_run_smaller(small):
             raise torch.OutOfMemoryError("injected")
 
     training.model.register_forward_pre_hook(check)
-    losses, _ = train.optimizer_step(training, batch, config, CPU)
+    losses, _ = train.optimizer_step(training, batch, config)
     assert sizes == [1024, 896]
     assert training.plan.image_size == 896
     assert losses.isfinite().all()

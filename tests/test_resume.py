@@ -8,13 +8,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from support import CPU, Launched, assert_same_run, copies, fail_above, make_training, rows, run, save_some
+from support import Launched, assert_same_run, copies, fail_above, make_training, rows, run, save_some
 
 import train
 from dbnet.checkpoint import load_checkpoint
-from dbnet.dataset import Batches, TextDataset, make_loader
+from dbnet.dataset import TextDataset
 from dbnet.errors import UserError
 from dbnet.memory import BatchPlan
+from dbnet.model import DBNet
 from dbnet.training import RunningEpoch, append_row, keep_rows, load_last, save_before
 
 FLAGS = [
@@ -150,8 +151,8 @@ def test_all_random_sources_go_on(small):
 def test_a_fallback_of_the_image_within_an_epoch_agrees_in_log_best_and_validation(rendered, tmp_path, monkeypatch):
     data = copies(rendered, tmp_path / "data", train=2, val=1)
     config = train.Config.from_preset("lite", data=str(data), weights="none", image_size=1024, workers=0)
-    config = config.changed(batch_size=1, epochs=1, pad="tight", scale=1.0)
-    forward, validated = train.DBNet.forward, []
+    config = config.changed(batch_size=1, epochs=1, pad="tight", scale=1.0, enlarge=8.0)
+    forward, validated = DBNet.forward, []
 
     def limited(self, images):
         if self.training and max(images.shape[1:3]) > 896:
@@ -160,7 +161,7 @@ def test_a_fallback_of_the_image_within_an_epoch_agrees_in_log_best_and_validati
             validated.append(max(images.shape[1:3]))
         return forward(self, images)
 
-    monkeypatch.setattr(train.DBNet, "forward", limited)
+    monkeypatch.setattr(DBNet, "forward", limited)
     monkeypatch.chdir(tmp_path)
     train.train(config, tmp_path / "a")
     best, last = (load_checkpoint(tmp_path / "a" / name) for name in ("best.pt", "last.pt"))
@@ -172,7 +173,6 @@ def test_a_fallback_of_the_image_within_an_epoch_agrees_in_log_best_and_validati
 def test_multi_scale_steps_keep_the_effective_batch_when_memory_runs_out(small, monkeypatch):
     config = small.changed(train_sizes=(64, 96, 128), batch_size=2, accumulate=2, image_size=128)
     dataset = TextDataset(config, "train", train=True)
-    batches = Batches(dataset, config.batch_size, config.seed, config.accumulate)
     training, passes, original = make_training(config), [], train.optimizer_step
     fail_above(training.model, 1, passes)
     steps = []
@@ -183,8 +183,8 @@ def test_multi_scale_steps_keep_the_effective_batch_when_memory_runs_out(small, 
 
     monkeypatch.setattr(train, "optimizer_step", note)
     for epoch in range(3):
-        batches.epoch = training.epoch = epoch
-        train.train_epoch(training, make_loader(batches, 0, False), config, CPU, set())
+        training.epoch, training.running = epoch, None
+        train.train_epoch(training, dataset, config)
     assert [images for images, _ in steps] == [4, 2] * 3
     assert all(len(sides) == 1 for _, sides in steps) and len({min(sides) for _, sides in steps}) > 1
     assert training.plan.in_force == "1 x 4" and training.plan.image_size == 128

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import CPU, make_training, step_batches
+from support import make_training, step_batches
 from torch import nn
 
 import train
 from dbnet.config import PRESETS
-from dbnet.dataset import Batches, TextDataset, make_loader
+from dbnet.dataset import TextDataset
 from dbnet.device import pick_amp_dtype
 from dbnet.errors import UserError
 from dbnet.evaluation import advise_on_collapse
@@ -21,9 +21,8 @@ from dbnet.training import WeightAverage, learning_rate
 
 
 def run_epoch(training, config):
-    dataset = TextDataset(config, "train", train=True)
-    loader = make_loader(Batches(dataset, config.batch_size, config.seed), 0, False)
-    return train.train_epoch(training, loader, config, CPU, set())
+    training.running = None
+    return train.train_epoch(training, TextDataset(config, "train", train=True), config)
 
 
 def poison(model, steps):
@@ -98,7 +97,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(small):
     training = make_training(small)
     poison(training.model, {0})
     before = copy.deepcopy(training.model.state_dict())
-    train.optimizer_step(training, step_batches(small), small, CPU)
+    train.optimizer_step(training, step_batches(small), small)
     for name, tensor in training.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
@@ -129,7 +128,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(small):
         for layer in training.model.modules():
             if isinstance(layer, torch.nn.BatchNorm2d):
                 layer.eval()
-        train.optimizer_step(training, [batch], config, CPU)
+        train.optimizer_step(training, [batch], config)
     assert together.plan.in_force == "4 x 1" and apart.plan.in_force == "1 x 4"
     for ours, theirs in zip(together.model.parameters(), apart.model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
