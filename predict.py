@@ -15,7 +15,12 @@ pixels of the image as a viewer shows it. Other formats, by the suffix of --out 
     .csv    csv           the submission
     .json   competition   the annotation format of jsons/SPLIT.json, with a score for each word
     .zip    icdar         res_NAME.txt for each image, lines of x1,y1,...,xn,yn (ICDAR 2015 wants --use-polygon false)
-            coco          COCO annotations with scores, whose list of annotations is COCO's results
+            coco          COCO annotations with scores, whose list of annotations is COCO's results; CVAT imports it
+    folder  labelme       NAME.json for each image, for LabelMe; into the folder of the images, or another
+    .txt    ppocrlabel    Label.txt of PPOCRLabel, into the folder of the images
+
+All but the CSV are labels to correct: in reading order, outlines of 4 points, or of 4 + 4 where no rectangle fits, from
+the upper left along the top and back along the bottom. --data reads the corrected files as they are.
 
 The file is written whole or not at all; until then, OUT.rankN.partial hold the results so far,
 and --resume makes anew what failed, or whose image, checkpoint or settings have changed. A page of a PDF is an
@@ -60,7 +65,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--out-format",
-        choices=("auto", "csv", "competition", "icdar", "coco"),
+        choices=("auto", "csv", "competition", "icdar", "coco", "labelme", "ppocrlabel"),
         default="auto",
         help="format of that file (by its suffix)",
     )
@@ -98,7 +103,12 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
         make_folder(args.overlays)
         names = overlay_names(list(images))
         overlays = {path: args.overlays / names[name] for name, path in images.items()}
-    outputs = [(args.out, result_mark(form)), *((path, PICTURE_MARK) for path in overlays.values())]
+    if form == "labelme":
+        make_folder(args.out)
+    outputs = [
+        (args.out if form != "labelme" else None, result_mark(form)),
+        *((path, PICTURE_MARK) for path in overlays.values()),
+    ]
     check_outputs(*outputs, inputs=[*checkpoints, *map(file_of, paths)])
 
     settings = {name: value for name, value in config.to_dict().items() if name not in SETTINGS_APART}
@@ -137,7 +147,7 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
         unreadable |= failed
     if distributed.is_first():
         rows = {name: found[path] for name, path in images.items()}
-        write_detections(args.out, form, rows)
+        write_detections(args.out, form, rows, images)
         journal.remove()
         print_summary(
             args, form, rows, [unreadable[path] for path in paths if path in unreadable], config.max_candidates

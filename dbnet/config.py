@@ -68,9 +68,10 @@ class Config:
     data_weights: tuple[float, ...] = ()
     """passes over each folder of --data in an epoch of training (3,1,0.5: three over the first folder, and half of the
     third, another half in each epoch); without any, one"""
-    format: Literal["auto", "competition", "coco", "icdar", "polygons", "totaltext", "labelme"] = "auto"
-    """format of the annotations: auto (detected), competition or coco (jsons/SPLIT.json), or a file for each image in
-    labels/SPLIT/: icdar (x1,y1,...,x4,y4,transcription), polygons (any number of points), totaltext, labelme"""
+    format: Literal["auto", "competition", "coco", "ppocrlabel", "icdar", "polygons", "ctw1500", "labelme"] = "auto"
+    """format of the annotations: auto (detected); competition or coco (jsons/SPLIT.json); ppocrlabel (Label.txt); or a
+    file for each image in labels/SPLIT/: icdar (x1,y1,...,x4,y4,transcription, also MLT and RCTW-17), polygons (any
+    number of points), ctw1500, labelme"""
     image_size: Annotated[int, Range(STRIDE, 8192)] = 640
     """length in pixels to which the longer side of every image is resized, rounded up to a multiple of 32"""
     enlarge: Annotated[float, Range(1)] = 2.0

@@ -14,11 +14,12 @@ from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from dbnet import distributed
-from dbnet.annotations import Annotation, read_detections
+from dbnet.annotations import Annotation
 from dbnet.config import Config
 from dbnet.dataset import TextDataset
 from dbnet.errors import ImageError, UserError, printable
 from dbnet.files import check_regular
+from dbnet.formats import read_detections
 from dbnet.geometry import Polygons, common_areas, near_pairs
 from dbnet.images import read_size
 from dbnet.inference import Network, Pipeline

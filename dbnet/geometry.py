@@ -528,3 +528,162 @@ def cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def ranges(counts: np.ndarray) -> np.ndarray:
     """0 .. counts[0] - 1, 0 .. counts[1] - 1, ..., one after the other."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+# ---- outlines as annotations have them: from the upper left along the top, then back along the bottom
+
+ELONGATED = 1.5
+"""Ratio of the sides from which a word surely runs along its longer side."""
+
+
+def fit_outline(polygon: np.ndarray) -> np.ndarray:
+    """(n, 2) outline -> (4, 2) corners of the enclosing rectangle where it fits, else (8, 2): 4 points along the top,
+    from the upper left, then 4 back along the bottom. A convex quadrilateral keeps its corners."""
+    corners = _enclosing_rectangle(polygon)
+    if len(polygon) == 4:
+        quads, is_convex = _clockwise(polygon[None])
+        return np.roll(quads[0], -int(_upper_left(quads)[0]), axis=0) if is_convex[0] else corners
+    size = np.hypot(*(corners[[1, 3]] - corners[0]).T)
+    if size.prod() < 1 or areas(polygon.astype(np.float64), np.array([len(polygon)]))[0] > 0.7 * size.prod():
+        return corners
+    axes = (corners[[1, 3]] - corners[0]) / size[:, None]
+    x, y = axes @ (polygon - corners[0]).T
+    columns = [_crossings(x, y, share * size[0]) for share in (0.03, 1 / 3, 2 / 3, 0.97)]
+    at = np.array([0, 1 / 3, 2 / 3, 1]) * size[0]
+    top = np.stack([at, [column.min() for column in columns]], axis=1)
+    bottom = np.stack([at, [column.max() for column in columns]], axis=1)
+    return np.concatenate([top, bottom[::-1]]) @ axes + corners[0]
+
+
+def _crossings(x: np.ndarray, y: np.ndarray, at: float) -> np.ndarray:
+    """y wherever a closed outline crosses the line x = at; it must cross it."""
+    next_x, next_y = np.roll(x, -1), np.roll(y, -1)
+    crosses = (np.minimum(x, next_x) <= at) & (np.maximum(x, next_x) >= at) & (x != next_x)
+    x, y, next_x, next_y = x[crosses], y[crosses], next_x[crosses], next_y[crosses]
+    return y + (at - x) / (next_x - x) * (next_y - y)
+
+
+def _enclosing_rectangle(polygon: np.ndarray) -> np.ndarray:
+    """(4, 2) corners of the least enclosing rectangle, clockwise from the upper left."""
+    quads = cv2.boxPoints(cv2.minAreaRect(polygon.astype(np.float32)))[None].astype(np.float64)
+    quads, _ = _clockwise(quads)
+    return np.roll(quads[0], -int(_upper_left(quads)[0]), axis=0)
+
+
+def order_outlines(polygons: list[np.ndarray]) -> tuple[list[np.ndarray], int, int]:
+    """The outlines of an image, quadrilaterals from the upper left along the top where that is certain.
+
+    Corners in zigzag (upper left, upper right, lower left, lower right) become the quadrilateral that they mean, and
+    closing points go. Quadrilaterals that run anticlockwise or begin at the lower right are turned round, which the
+    metric does not notice. Those that begin at one of the other corners are either shifted by one corner or on a page
+    that lies on its side: the words longer than high say which. An outline of more points stays as it is.
+
+    Returns:
+        the outlines, how many were changed, and how many begin elsewhere and are left since neither is certain.
+    """
+    polygons = [_opened(polygon) for polygon in polygons]
+    which = [index for index, polygon in enumerate(polygons) if len(polygon) == 4]
+    doubtful = sum(len(polygon) > 4 and not _begins_at_an_end(polygon) for polygon in polygons)
+    if not which:
+        return polygons, 0, doubtful
+    given = np.stack([polygons[index] for index in which])
+    quads, is_convex = _clockwise(given)
+    upper_left = _upper_left(quads)
+    upright = np.take_along_axis(quads, (upper_left[:, None] + np.arange(4))[:, :, None] % 4, axis=1)
+    sides = np.hypot(*np.moveaxis(np.roll(upright, -1, axis=1) - upright, 2, 0))
+    width, height = sides[:, 0] + sides[:, 2], sides[:, 1] + sides[:, 3]
+    rolls = np.where(is_convex, upper_left, 0)  # by how many corners each is turned back
+    for start in (1, 3):
+        starts_there = is_convex & (upper_left == start)
+        wide = np.count_nonzero(starts_there & (width > ELONGATED * height))
+        tall = np.count_nonzero(starts_there & (height > ELONGATED * width))
+        if wide < 2 * tall or not wide:  # words of a page that lies on its side, or nothing to tell
+            rolls[starts_there] = 0
+            doubtful += 0 if tall > 2 * wide else int(np.count_nonzero(starts_there))
+    ordered = np.take_along_axis(quads, (rolls[:, None] + np.arange(4))[:, :, None] % 4, axis=1)
+    for index, quad in zip(which, ordered, strict=True):
+        polygons[index] = quad
+    return polygons, int((ordered != given).any(axis=(1, 2)).sum()), doubtful
+
+
+def _opened(polygon: np.ndarray) -> np.ndarray:
+    """The outline without a last point that repeats the first, if four are left."""
+    return polygon[:-1] if len(polygon) > 4 and (polygon[0] == polygon[-1]).all() else polygon
+
+
+def _clockwise(quads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(k, 4, 2) corners in the order that makes each quadrilateral convex and clockwise, and (k,) where there is one.
+
+    Others, as an arrowhead, stay as they are.
+    """
+    ordered, is_convex = quads.copy(), np.zeros(len(quads), bool)
+    for order in ((0, 1, 2, 3), (0, 1, 3, 2), (0, 2, 1, 3)):  # as it is, and without the crossing of a zigzag
+        corners = quads[:, order]
+        edges = np.moveaxis(np.roll(corners, -1, axis=1) - corners, 2, 0)
+        turns = cross(edges, np.roll(edges, -1, axis=2))
+        clockwise, anticlockwise = (turns > 0).all(axis=1) & ~is_convex, (turns < 0).all(axis=1) & ~is_convex
+        ordered[clockwise], ordered[anticlockwise] = corners[clockwise], corners[anticlockwise, ::-1]
+        is_convex |= clockwise | anticlockwise
+    return ordered, is_convex
+
+
+def _upper_left(quads: np.ndarray) -> np.ndarray:
+    """(k,) index of the upper left corner of clockwise (k, 4, 2): where the side begins that goes furthest right."""
+    return np.argmax(np.roll(quads, -1, axis=1)[:, :, 0] - quads[:, :, 0], axis=1)
+
+
+def _begins_at_an_end(polygon: np.ndarray) -> bool:
+    """Whether the first half of an outline's points is one of its long sides, as far as it has long sides."""
+    corners = _enclosing_rectangle(polygon)
+    axis = max(corners[1] - corners[0], corners[2] - corners[1], key=lambda side: math.hypot(*side))
+    length, area = math.hypot(*axis), areas(corners, np.array([4]))[0]
+    if length**2 <= 2 * area:
+        return True
+    half, along = len(polygon) // 2, polygon @ axis / length
+    shares = (along - along.min()) / np.ptp(along)
+    first, last = (shares[0] + shares[-1]) / 2, (shares[half - 1] + shares[half]) / 2
+    return bool(min(first, last) < 0.25 and max(first, last) > 0.75)
+
+
+def reading_order(polygons: list[np.ndarray]) -> tuple[list[int], list[int]]:
+    """Order of the words of a page: line by line from the top, each from the left.
+
+    A word belongs to the line whose last word so far it overlaps most in height, at least by half of the lower one, so
+    lines may be skewed and bent. Where most words are higher than long, the page lies on its side and lines run down.
+
+    Returns:
+        indices of the polygons in reading order, and the line number of each polygon, from 1.
+    """
+    if not polygons:
+        return [], []
+    quads = np.stack([_enclosing_rectangle(polygon) for polygon in polygons])
+    if is_turned(quads):
+        quads = np.roll(quads[:, :, ::-1] * (1, -1), -1, axis=1)  # what runs down runs right
+    along = quads[:, 1] - quads[:, 0] + quads[:, 2] - quads[:, 3]
+    heights = np.hypot(*(quads[:, 3] - quads[:, 0]).T)
+    is_long = np.hypot(*along.T) / 2 > ELONGATED * heights
+    angle = np.median(np.arctan2(*(along[is_long] if is_long.any() else along).T[::-1]))
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    x, y = (quads.mean(axis=1) @ turn).T
+    line_of, lasts = np.zeros(len(polygons), int), list[int]()
+    for index in np.argsort(x, kind="stable").tolist():
+        low = np.minimum(heights[index], heights[lasts])
+        shared = (heights[index] + heights[lasts]) / 2 - np.abs(y[index] - y[lasts])
+        share = np.minimum(shared, low) / np.maximum(low, 1e-9)
+        best = int(share.argmax()) if lasts else 0
+        if not lasts or share[best] < 0.5:
+            best = len(lasts)
+            lasts.append(index)
+        lasts[best], line_of[index] = index, best
+    middles = np.bincount(line_of, y) / np.bincount(line_of)
+    number_of = np.argsort(np.argsort(middles, kind="stable"), kind="stable") + 1
+    numbers = number_of[line_of]
+    return np.lexsort((x, numbers)).tolist(), numbers.tolist()
+
+
+def is_turned(quads: np.ndarray) -> bool:
+    """Whether most of the elongated words among (k, 4, 2) upright rectangles are higher than long: the page lies on its
+    side."""
+    width, height = (np.hypot(*(quads[:, 1] - quads[:, corner]).T) for corner in (0, 2))
+    tall, wide = np.count_nonzero(height > ELONGATED * width), np.count_nonzero(width > ELONGATED * height)
+    return bool(tall > 2 * wide)

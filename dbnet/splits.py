@@ -6,14 +6,16 @@ Names that two folders share get the folders' names in front. Hidden files, as m
 
 import glob
 import os
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from dbnet.annotations import ONE_FILE_FORMATS, TEXT_PARSERS, Annotation, list_text_files, read_labels_at
+from dbnet.annotations import Annotation, check_sizes, list_text_files, put_in_order
 from dbnet.errors import ImageError, UserError
+from dbnet.formats import TEXT_PARSERS, find_foreign_labels, read_labels_at
 from dbnet.images import EXTRA_SUFFIXES, PAGED_SUFFIXES, file_of, list_pages, readable_suffixes
 
 _LABEL_SUFFIXES = (".json", ".txt", ".xml", ".csv", ".zip")  # that may lie beside the images of a data set
@@ -70,7 +72,8 @@ def find_labels(folder: Path, split: str, form: str = "auto") -> Path | None:
 
         FOLDER/jsons/SPLIT.json     the competition's or COCO's
         FOLDER/labels/SPLIT.json    the same
-        FOLDER/labels/SPLIT.zip     a text file, or a json of LabelMe, for each image
+        FOLDER/labels/SPLIT.txt     PPOCRLabel's Label.txt
+        FOLDER/labels/SPLIT.zip     a text file, or a json of LabelMe, for each image; or one file for all of them
         FOLDER/labels/SPLIT/        the same in a folder
         FOLDER/images/SPLIT/        the same beside the images
 
@@ -230,6 +233,7 @@ def _read_folder(
         if name in images:
             raise UserError(f"{place}: {given}: annotations of {name} are there twice; keep one of them")
         images[name], annotations[name] = present.get(name, in_place / name), annotation
+    check_sizes(place, annotations, images)
     left_out = len(present.keys() - images.keys())
     if left_out:
         print(f"{in_place}: {left_out} images have no entry in {place.name} and are left out")
@@ -240,6 +244,9 @@ def _read_labels(folder: Path, split: str, form: str, images: dict[str, Path]) -
     """What `read_labels` returns, for a folder with these images in the split."""
     places = _label_places(folder, split, form)
     if not places:
+        foreign = find_foreign_labels([folder / "labels" / split, folder / "images" / split])
+        if foreign:
+            raise UserError(foreign)
         kind = "annotations" if form == "auto" else f"annotations of --format {form}"
         raise UserError(
             f"{folder / 'jsons' / split}.json: no such file; the {kind} of a split belong there, or into "
@@ -249,6 +256,8 @@ def _read_labels(folder: Path, split: str, form: str, images: dict[str, Path]) -
     recognized, annotations = read_labels_at(place, list(images), form)
     if form == "auto" and recognized != "competition":
         print(f"{place}: annotations of the format {recognized} (--format insists on another)")
+    for sentence in put_in_order(annotations):
+        print(f"{place}: {sentence}", file=sys.stderr)
     if others:
         print(f"{place}: read; {', '.join(map(str, others))}: annotations too, not read")
     return place, annotations
@@ -256,9 +265,11 @@ def _read_labels(folder: Path, split: str, form: str, images: dict[str, Path]) -
 
 def _label_places(folder: Path, split: str, form: str) -> list[Path]:
     """The places of `find_labels` that hold annotations."""
-    one_file = [folder / "jsons" / f"{split}.json", folder / "labels" / f"{split}.json"]
-    file_an_image = [folder / "labels" / f"{split}.zip", folder / "labels" / split, folder / "images" / split]
-    places = ([] if form in TEXT_PARSERS else one_file) + ([] if form in ONE_FILE_FORMATS else file_an_image)
+    jsons = [folder / "jsons" / f"{split}.json", folder / "labels" / f"{split}.json"]
+    texts = [folder / "labels" / f"{split}.txt"]
+    folders = [folder / "labels" / f"{split}.zip", folder / "labels" / split, folder / "images" / split]
+    one_file = jsons if form in ("competition", "coco") else texts if form == "ppocrlabel" else jsons + texts
+    places = folders if form in TEXT_PARSERS else one_file + folders
     return [path for path in places if (_holds_labels(path) if path.is_dir() else path.exists())]
 
 

@@ -21,9 +21,10 @@ from support import ROOT, make_training
 
 import train
 from dbnet import augment
-from dbnet.annotations import Annotation, read_annotations
+from dbnet.annotations import Annotation
 from dbnet.dataset import Batches, TextDataset, Words, describe_failure, make_loader
 from dbnet.errors import UserError
+from dbnet.formats import read_annotations
 from dbnet.geometry import Letterbox, areas, clip_polygons, split_polygons
 
 

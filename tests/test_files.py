@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 import evaluate
-from dbnet.annotations import RESULT_MARK, Annotation, read_labels_at, read_submission, write_detections
+from dbnet.annotations import RESULT_MARK, Annotation, read_submission, write_detections
 from dbnet.checkpoint import load_checkpoint
 from dbnet.errors import UserError
 from dbnet.evaluation import SCORES_MARK, Comparison, Evaluation
 from dbnet.files import Journal, check_outputs, write_json
+from dbnet.formats import read_labels_at
 from dbnet.images import read_image, read_size
 from dbnet.pictures import PICTURE_MARK, write_image
 from dbnet.report import REPORT_MARK, write_report

@@ -30,11 +30,12 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from support import CASE_SECONDS, answered, damages, hostile
 
-from dbnet.annotations import read_annotations, read_submission, write_submission
+from dbnet.annotations import read_submission, write_submission
 from dbnet.checkpoint import load_checkpoint, load_model, save_checkpoint
 from dbnet.config import PRESETS, Config
 from dbnet.errors import ImageError, UserError
 from dbnet.files import write_whole
+from dbnet.formats import read_annotations
 from dbnet.geometry import Letterbox
 from dbnet.images import read_image, read_size
 from dbnet.model import DBNet

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from support import convex_quads, hostile, in_time, wild_polygons
 
 from dbnet import metric
-from dbnet.annotations import read_annotations, read_submission
+from dbnet.annotations import read_submission
+from dbnet.formats import read_annotations
 from dbnet.geometry import Polygons, common_areas, fault_of
 from dbnet.metric import MAX_DETECTIONS, CLEval, match_image, score_image, score_selections
 
