@@ -322,7 +322,7 @@ class TextDataset(ImageDataset):
     prob_map: (height, width) uint8 array, 1 on text kernels;
     thresh_levels: (height, width) uint8 array, 0 to 255 for thresh_min to thresh_max;
     mask: (height, width) uint8 array, 0 on don't-care text and on what a cut has left of words;
-    dropped: how many degenerate polygons were left out;
+    dropped: how many words are masked because they are degenerate or vanish when shrunk;
     side: the image size that the sample was made for;
     index, or `index` and `error`: as in ImageDataset, which is also the sample where `train` is false.
 
@@ -397,14 +397,14 @@ class TextDataset(ImageDataset):
         height, width = canvas.shape[:2]
         augmentation.render(pixels, canvas)
         text, illegible, dropped = self.polygons(draw.place, letterbox, augmentation)
-        prob_map, thresh_levels = draw_targets(text, height, width, self.config.shrink_ratio)
-        mask = polygon_mask(illegible, height, width)
+        prob_map, thresh_levels, lost = draw_targets(text, height, width, self.config.shrink_ratio)
+        mask = polygon_mask(illegible + [text[index] for index in lost], height, width)
         return {
             "image": canvas,
             "prob_map": prob_map,
             "thresh_levels": thresh_levels,
             "mask": np.subtract(1, mask, out=mask),
-            "dropped": dropped,
+            "dropped": dropped + len(lost),
             "side": draw.side or self.config.image_size,
             "index": draw.place,
         }
@@ -412,22 +412,23 @@ class TextDataset(ImageDataset):
     def polygons(
         self, place: int, letterbox: Letterbox, augmentation: Augmentation
     ) -> tuple[list[np.ndarray], list[np.ndarray], int]:
-        """Text and don't-care polygons of a training sample, (n, 2) each, and how many degenerate ones are left out.
+        """Text polygons of a training sample, those to be masked, (n, 2) each, and how many of these are degenerate.
 
-        Words that the augmentation has cut are don't-care polygons, those that it has moved out of the image are gone.
+        Masked are don't-care and degenerate polygons, and words that the augmentation has cut; those that it has moved
+        out of the image are gone.
         """
         points, counts, dont_care = self.words.of(place)
-        points, counts, kept = clip_polygons(points, counts, letterbox.width, letterbox.height)
-        dropped = len(kept) - len(counts)
-        points, ignored = augmentation.move(letterbox.to_network(points), *letterbox.resized), dont_care[kept]
-        polygons = split_polygons(points, counts)
+        points, is_degenerate = clip_polygons(points, counts, letterbox.width, letterbox.height)
+        points = augmentation.move(letterbox.to_network(points), *letterbox.resized)
         visible = visible_shares(points, counts, *augmentation.size(*letterbox.resized))
+        is_masked = dont_care | is_degenerate | (visible < MOSTLY_VISIBLE)
+        is_gone = ~is_degenerate & (visible == 0)
         text: list[np.ndarray] = []
-        illegible: list[np.ndarray] = []
-        for polygon, ignore, share in zip(polygons, ignored.tolist(), visible.tolist(), strict=True):
-            if share > 0:
-                (illegible if ignore or share < MOSTLY_VISIBLE else text).append(polygon)
-        return text, illegible, dropped
+        masked: list[np.ndarray] = []
+        for polygon, gone, mask in zip(split_polygons(points, counts), is_gone, is_masked, strict=True):
+            if not gone:
+                (masked if mask else text).append(polygon)
+        return text, masked, int((is_degenerate & ~dont_care).sum())
 
 
 class Batches:

@@ -134,81 +134,48 @@ def fault_of(polygon: np.ndarray) -> str | None:
     return None
 
 
-def uncross_quads(points: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Reorder the corners of quadrilaterals that cross themselves, so that they run around the box that they mean.
-
-    Corners listed as top left, top right, bottom left, bottom right become top left, top right, bottom right, bottom
-    left; the first corner stays the first. Other polygons stay as they are.
+def clip_polygons(points: np.ndarray, counts: np.ndarray, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+    """Move points outside the image to its border.
 
     Args:
         points: (total, 2), polygon after polygon.
         counts: (polygons,) number of points of each.
 
     Returns:
-        The points, and (polygons,) bool, which polygons were reordered.
-    """
-    index = np.flatnonzero(counts == 4)
-    corners = (np.cumsum(counts) - counts)[index] + np.arange(4)[:, None]
-    a, b, c, d = points.T[:, corners].transpose(1, 0, 2)
-    swap_last, swap_middle = _segments_cross(b, c, d, a), _segments_cross(a, b, c, d)
-    points = points.copy()
-    for swapped, (one, other) in ((swap_last, (2, 3)), (swap_middle, (1, 2))):
-        one, other = corners[one, swapped], corners[other, swapped]
-        points[one], points[other] = points[other], points[one]
-    reordered = np.zeros(len(counts), bool)
-    reordered[index] = swap_last | swap_middle
-    return points, reordered
-
-
-def _segments_cross(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> np.ndarray:
-    """(k,) whether the segments ab and cd cross each other between their ends; (2, k) points."""
-    separates_cd = cross(b - a, c - a) * cross(b - a, d - a) < 0
-    separates_ab = cross(d - c, a - c) * cross(d - c, b - c) < 0
-    return separates_cd & separates_ab
-
-
-def clip_polygons(
-    points: np.ndarray, counts: np.ndarray, width: int, height: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Move points outside the image to its border; drop polygons that are degenerate then.
-
-    Arguments as in `uncross_quads`.
-
-    Returns:
-        Points and counts of the polygons kept, and (polygons,) bool, which polygons were kept. Dropped are polygons of
-        fewer than three points or of less than a square pixel.
+        The points, and (polygons,) bool, which polygons are degenerate then: they have fewer than three points, or less
+        than a square pixel.
     """
     clipped = np.clip(points, 0, (width, height))
-    kept = (counts >= 3) & (areas(clipped, counts) >= 1)
-    return clipped[np.repeat(kept, counts)], counts[kept], kept
+    return clipped, (counts < 3) | (areas(clipped, counts) < 1)
 
 
 def visible_shares(points: np.ndarray, counts: np.ndarray, width: int, height: int) -> np.ndarray:
     """(polygons,) share of each polygon's area, 0..1, that is left when its points are moved to the image border.
 
-    Arguments as in `uncross_quads`; every polygon has an area. For upright rectangles this is the share of their area
-    inside the image.
+    Arguments as in `clip_polygons`. For upright rectangles this is the share of their area inside the image. It is 0
+    without an area.
     """
-    return areas(np.clip(points, 0, (width, height)), counts) / areas(points, counts)
+    whole = areas(points, counts)
+    return areas(np.clip(points, 0, (width, height)), counts) / np.where(whole > 0, whole, np.inf)
 
 
 def areas(points: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(polygons,) areas in square pixels by the shoelace formula; arguments as in `uncross_quads`.
+    """(polygons,) areas in square pixels by the shoelace formula; arguments as in `clip_polygons`.
 
     In an outline that crosses itself, parts that turn in opposite directions cancel.
     """
     x, y = points.T
-    next_x, next_y = points[_next_point(counts)].T
+    next_x, next_y = points[next_point(counts)].T
     return np.abs(_sums(x * next_y - y * next_x, counts)) / 2
 
 
 def perimeters(points: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(polygons,) lengths of the closed outlines in pixels; arguments as in `uncross_quads`."""
-    return _sums(np.sqrt(np.square(points[_next_point(counts)] - points).sum(axis=1)), counts)
+    """(polygons,) lengths of the closed outlines in pixels; arguments as in `clip_polygons`."""
+    return _sums(np.sqrt(np.square(points[next_point(counts)] - points).sum(axis=1)), counts)
 
 
 def offset_distances(points: np.ndarray, counts: np.ndarray, ratio: float) -> np.ndarray:
-    """(polygons,) distances area x ratio / perimeter in pixels; 0 without a perimeter. Arguments as in `uncross_quads`.
+    """(polygons,) distances area x ratio / perimeter in pixels; 0 without a perimeter. Arguments as in `clip_polygons`.
 
     With the ratio 1 - r^2 it is the distance D of the targets (DBNet equation 10), with the unclip ratio the distance
     D' of post-processing (equation 11).
@@ -217,7 +184,7 @@ def offset_distances(points: np.ndarray, counts: np.ndarray, ratio: float) -> np
     return areas(points, counts) * ratio / np.where(lengths > 0, lengths, np.inf)
 
 
-def _next_point(counts: np.ndarray) -> np.ndarray:
+def next_point(counts: np.ndarray) -> np.ndarray:
     """(total,) index of the point that follows each point on its polygon; the first follows the last."""
     following = np.arange(1, counts.sum() + 1)
     ends = np.cumsum(counts)
@@ -236,7 +203,7 @@ def _sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def split_polygons(points: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
-    """A list of (n, 2) arrays; arguments as in `uncross_quads`."""
+    """A list of (n, 2) arrays; arguments as in `clip_polygons`."""
     ends = np.cumsum(counts).tolist()
     return [points[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 

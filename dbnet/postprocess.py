@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import pyclipper
 
-from dbnet.geometry import areas, perimeters, split_polygons
+from dbnet.geometry import offset_distances, split_polygons
 
 if TYPE_CHECKING:
     from dbnet.config import Config
@@ -172,8 +172,7 @@ def unclip_distances(polygons: list[np.ndarray], unclip_ratio: float) -> list[fl
     if not polygons:
         return []
     points, counts = np.concatenate(polygons).astype(np.float64), np.array([len(polygon) for polygon in polygons])
-    lengths = perimeters(points, counts)  # cv2.arcLength is float32: it rounds ties away
-    return (areas(points, counts) * unclip_ratio / np.where(lengths > 0, lengths, np.inf)).tolist()
+    return offset_distances(points, counts, unclip_ratio).tolist()  # cv2.arcLength is float32: it rounds ties away
 
 
 def offset_polygons(polygons: list[np.ndarray], distances: list[float]) -> list[np.ndarray | None]:

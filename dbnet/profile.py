@@ -199,7 +199,7 @@ def synthetic_batch(config: Config) -> dict[str, Any]:
     side, count = config.image_size, config.batch_size
     word = np.array([[0.1, 0.2], [0.9, 0.2], [0.9, 0.8], [0.1, 0.8]])  # of its cell in a grid over the image
     words = [(word + np.array([column, row])) * (side / 5, side / 20) for row in range(20) for column in range(5)]
-    prob_map, thresh_levels = (torch.from_numpy(levels) for levels in draw_targets(words, side, side))
+    prob_map, thresh_levels = (torch.from_numpy(levels) for levels in draw_targets(words, side, side)[:2])
     return {
         "image": torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8),
         "prob_map": prob_map.repeat(count, 1, 1),

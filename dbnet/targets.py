@@ -1,13 +1,14 @@
 """Polygons to what the network learns: probability map and threshold map (DBNet, arXiv 1911.08947, section 3.4).
 
     prob_map, thresh_map = make_targets(polygons, height, width)
-    prob_map, thresh_levels = draw_targets(polygons, height, width)     # the same in bytes, for training
+    prob_map, thresh_levels, lost = draw_targets(polygons, height, width)     # the same in bytes, for training
     where_the_threshold_loss_counts = thresh_mask(prob_map, thresh_levels)
 
-A polygon of area A and perimeter L has one length of its own, D = A (1 - r^2) / L. The probability map is 1 inside the
-polygon shrunk by D; the threshold map falls from `thresh_max` on the polygon's outline to `thresh_min` at D from it, on
-both sides. Both maps are made for every training sample, so no polygon costs a pass over the image, only work on the
-box around it; and what can be said about all polygons at once is.
+A polygon of area A and perimeter L has the distance D = A (1 - r^2) / L. The probability map is 1 inside the polygon
+shrunk by D; the threshold map falls from `thresh_max` on the polygon's outline to `thresh_min` at D from it, on both
+sides. Both maps are drawn for every training sample: each polygon costs work on the box around it only, boxes of like
+size are computed together, and a quarter of the box is enough for an upright rectangle. (One polygon at a time, these
+maps take half as long again.)
 """
 
 from collections import defaultdict
@@ -18,6 +19,8 @@ import cv2
 import numpy as np
 import pyclipper
 
+from dbnet.geometry import offset_distances
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -27,7 +30,7 @@ BLOCK_ELEMENTS = 1 << 17
 """Float32 elements of the distance planes that are worked on at once: they fit the processor's cache."""
 
 OUTSIDE_CIRCLE = 1 << 20
-"""Makes an edge too far to matter for the pixels outside its circle; a power of two, so integers stay exact."""
+"""Factor that makes an edge too far to matter for pixels outside its circle; a power of two keeps integers exact."""
 
 LEVELS = 255
 """Steps of a threshold map's byte, from the lowest threshold to the highest."""
@@ -35,8 +38,8 @@ LEVELS = 255
 COARSE_DISTANCE = 1.3
 """Pixels. Below it, rounding to integers and the clipper's coarse arcs cost a dilated polygon pixels within D of it."""
 
-COORDINATE_LIMIT = 1 << 15
-"""A polygon with a point further than this from the origin, in pixels, is a fault of its annotation: it is skipped."""
+MAX_DRAWN_COORDINATE = 1 << 15
+"""Polygons with a point further than this from the origin, in pixels, are not drawn: OpenCV and float32 end there."""
 
 
 def make_targets(
@@ -53,31 +56,39 @@ def make_targets(
     (height, width) float32 from `thresh_min` (at D and more from every outline) to `thresh_max` (on an outline), in
     255 steps.
     """
-    prob_map, thresh_levels = draw_targets(polygons, height, width, shrink_ratio)
+    prob_map, thresh_levels, _ = draw_targets(polygons, height, width, shrink_ratio)
     return prob_map, thresh_of_levels(thresh_levels.astype(np.float32), thresh_min, thresh_max)
 
 
 def draw_targets(
     polygons: Sequence[np.ndarray], height: int, width: int, shrink_ratio: float = 0.4
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draws the two target maps of an image (DBNet section 3.4, "Label generation"), a byte a pixel each.
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Draw the two target maps of an image (DBNet section 3.4, "Label generation"), one byte for each pixel.
 
     `polygons` are (n, 2) arrays of (x, y) in pixels, integer or float; they are rounded to integer pixels. What lies
-    outside the image is cut off. Polygons without an area, with fewer than 3 points or with coordinates that are no
-    numbers leave no trace; self-crossing ones are drawn as far as they go. Nothing here raises over a polygon's shape.
+    outside the image is cut off. The inside of an outline that crosses itself is drawn as far as it can be shrunk. No
+    polygon raises.
 
-    Returns `prob_map`, (height, width) uint8, 1 inside the shrunk polygons and 0 elsewhere, and `thresh_levels`,
-    (height, width) uint8 from 0 (at D and more from every outline) to 255 (on an outline).
+    Returns `prob_map`, (height, width) uint8, 1 inside the shrunk polygons and 0 elsewhere; `thresh_levels`,
+    (height, width) uint8 from 0 (at D and more from every outline) to 255 (on an outline); and the indices of the
+    polygons that no kernel stands for, because they have no area or vanish when shrunk. Their text would be learned as
+    background: mask it (`polygon_mask`).
     """
     prob_map = np.zeros((height, width), np.uint8)
     thresh_levels = np.zeros((height, width), np.uint8)
-    for points in _stacked_by_point_count(polygons):
-        distances = shrink_distances(points, shrink_ratio)
-        points, distances = points[distances > 0], distances[distances > 0]
-        for polygon, distance in zip(points.tolist(), distances.tolist(), strict=True):
-            _fill_shrunk(prob_map, polygon, distance)
+    lost = set(range(len(polygons)))
+    for indices, points in _stacked_by_point_count(polygons):
+        distances = offset_distances(
+            points.reshape(-1, 2).astype(float), np.full(*points.shape[:2]), 1 - shrink_ratio**2
+        )
+        has_area = distances > 0
+        indices, points, distances = indices[has_area], points[has_area], distances[has_area]
+        for index, polygon, distance in zip(indices.tolist(), points.tolist(), distances.tolist(), strict=True):
+            for kernel in _offset(polygon, -distance):  # one piece or several
+                cv2.fillPoly(prob_map, [np.array(kernel, np.int32)], 1)
+                lost.discard(index)
         _raise_near_outlines(thresh_levels, points, distances)
-    return prob_map, thresh_levels
+    return prob_map, thresh_levels, sorted(lost)
 
 
 def thresh_of_levels(levels: Map, thresh_min: float, thresh_max: float) -> Map:
@@ -88,9 +99,8 @@ def thresh_of_levels(levels: Map, thresh_min: float, thresh_max: float) -> Map:
 def thresh_mask(prob_map: Map, thresh_levels: Map) -> Map:
     """Where the threshold loss counts: inside the dilated polygons (DBNet section 3.5). Bool, shaped as the maps.
 
-    A dilated polygon is what lies within D of its outline, where `thresh_levels` is above 0, and the core further
-    inside, which is the shrunk polygon; so the mask needs no map of its own. `thresh_levels > 0` alone would leave the
-    core out. Works on numpy arrays and on torch tensors.
+    A dilated polygon consists of the pixels within D of its outline, where `thresh_levels` is above 0, and of the core
+    further inside, which is the shrunk polygon; so the mask needs no map of its own. Takes numpy arrays or tensors.
     """
     return (thresh_levels > 0) | (prob_map > 0)
 
@@ -98,49 +108,31 @@ def thresh_mask(prob_map: Map, thresh_levels: Map) -> Map:
 def polygon_mask(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
     """(height, width) uint8, 1 inside any of the polygons: the don't-care areas, which no loss looks at.
 
-    `polygons` as in `make_targets`; those that have no area count with the pixels of their outline.
+    `polygons` as in `draw_targets`; those that have no area count with the pixels of their outline.
     """
     mask = np.zeros((height, width), np.uint8)
-    for points in _stacked_by_point_count(polygons):
+    for _, points in _stacked_by_point_count(polygons):
         for polygon in points:
             cv2.fillPoly(mask, [polygon], 1)
     return mask
 
 
-def shrink_distances(points: np.ndarray, shrink_ratio: float) -> np.ndarray:
-    """D = A (1 - r^2) / L in pixels (DBNet equation 10), (count,) float64, of polygons as (count, n, 2) integers.
-
-    It is 0 for a polygon without an area.
-    """
-    start = points.astype(np.float64)
-    end = _next_points(start)
-    area = np.abs((start[..., 0] * end[..., 1] - start[..., 1] * end[..., 0]).sum(axis=1)) / 2
-    perimeter = np.sqrt(np.square(end - start).sum(axis=2)).sum(axis=1)
-    return area * (1 - shrink_ratio**2) / np.maximum(perimeter, 1)
-
-
-def _stacked_by_point_count(polygons: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-    """The polygons that can be drawn, those with n points as one (count, n, 2) int32 array, for each n there is."""
+def _stacked_by_point_count(polygons: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The polygons that can be drawn, for each number of points n: their indices, and one (count, n, 2) int32 array."""
     by_point_count = defaultdict(list)
-    for polygon in polygons:
-        polygon = np.asarray(polygon)
-        if polygon.shape[1:] == (2,) and len(polygon) >= 3:
-            by_point_count[len(polygon)].append(polygon)
-    for point_count, alike in by_point_count.items():
-        points = np.concatenate(alike).reshape(-1, point_count, 2)
-        sane = np.abs(points).max(axis=(1, 2)) < COORDINATE_LIMIT  # False for nan as well
-        yield np.rint(points[sane]).astype(np.int32)
+    arrays = [np.asarray(polygon) for polygon in polygons]
+    for index, polygon in enumerate(arrays):
+        if polygon.shape[1:] == (2,) and len(polygon):
+            by_point_count[len(polygon)].append(index)
+    for point_count, group in by_point_count.items():
+        points = np.concatenate([arrays[index] for index in group]).reshape(-1, point_count, 2)
+        can_be_drawn = np.abs(points).max(axis=(1, 2)) < MAX_DRAWN_COORDINATE  # False for nan as well
+        yield np.array(group)[can_be_drawn], np.rint(points[can_be_drawn]).astype(np.int32)
 
 
 def _next_points(points: np.ndarray) -> np.ndarray:
-    """(count, n, 2): each point's successor along its polygon."""
+    """(count, n, 2): the point that follows each point on its polygon; the first follows the last."""
     return np.concatenate([points[:, 1:], points[:, :1]], axis=1)
-
-
-def _fill_shrunk(prob_map: np.ndarray, polygon: list[list[int]], distance: float) -> None:
-    """Draws the polygon moved inward by `distance` (Vatti clipping, DBNet section 3.4): no piece, one, or several."""
-    for piece in _offset(polygon, -distance):
-        cv2.fillPoly(prob_map, [np.array(piece, np.int32)], 1)
 
 
 def _offset(polygon: list[list[int]], distance: float) -> list[list[list[int]]]:
@@ -151,7 +143,7 @@ def _offset(polygon: list[list[int]], distance: float) -> list[list[list[int]]]:
 
 
 def _raise_near_outlines(thresh_levels: np.ndarray, points: np.ndarray, distances: np.ndarray) -> None:
-    """Raises `thresh_levels`, in place, to its value for these polygons, (count, n, 2) int32 with their D."""
+    """Raise `thresh_levels`, in place, to its values for these polygons, (count, n, 2) int32 with their D."""
     first, last = _boxes_within(distances, points, thresh_levels.shape)
     seen = (first < last).all(axis=1)
     if not seen.any():
@@ -180,8 +172,10 @@ def _raise_near_outlines(thresh_levels: np.ndarray, points: np.ndarray, distance
 
 
 def _of_like_size(sizes: np.ndarray, pixels: int) -> Iterator[list[int]]:
-    """Indices of boxes of (count, 2) sizes in groups, each of which takes no more than so many pixels when all its
-    boxes are as large as the largest, or is a single box."""
+    """Group boxes of (count, 2) sizes; yield the indices of each group.
+
+    A group has at most `pixels` pixels if all of its boxes are as large as the largest, or is a single box.
+    """
     group: list[int] = []
     widest = highest = 0
     for index in np.lexsort(sizes.T).tolist():
@@ -195,8 +189,11 @@ def _of_like_size(sizes: np.ndarray, pixels: int) -> Iterator[list[int]]:
 
 
 def _raise_box(thresh_levels: np.ndarray, box: list[int], row: int, levels: np.ndarray) -> None:
-    """Raises `thresh_levels` in a box (left, top, right, bottom, whether it is mirrored) to (rows, columns) `levels`:
-    the box's own from `row` on, with more below and beside it; of a mirrored box only those of its first quarter."""
+    """Raise `thresh_levels` in a box (left, top, right, bottom, whether it is mirrored) to (rows, columns) `levels`.
+
+    These are the levels of the box from `row` on, and may be larger than the box; of a mirrored box they are those of
+    its upper left quarter.
+    """
     left, top, right, bottom, is_mirrored = box
     width, height = right - left, bottom - top
     if is_mirrored:
@@ -211,14 +208,14 @@ def _raise_box(thresh_levels: np.ndarray, box: list[int], row: int, levels: np.n
 
 
 def _is_upright(points: np.ndarray) -> np.ndarray:
-    """(count,) which of the (count, n, 2) polygons are rectangles with sides along x and y."""
+    """(count,) whether the (count, n, 2) polygons are rectangles with sides along x and y."""
     along_x, along_y = np.moveaxis(_next_points(points) == points, 2, 0)
     return (along_x != along_y).all(axis=1) & (points.shape[1] == 4)
 
 
 def _boxes_within(distances: np.ndarray, points: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """The box around each dilated polygon, cut to the image: its first pixel and the one past its last, (count, 2)."""
-    margins = distances.astype(np.int32)[:, None]  # pixels and points are integers: beyond it a pixel is D away
+    margins = distances.astype(np.int32)[:, None]  # pixels and points are integers: further out a pixel is at D
     first = points.min(axis=1) - margins
     last = points.max(axis=1) + margins + 1
     for index in np.flatnonzero((distances > 1) & (distances < COARSE_DISTANCE)):
@@ -239,17 +236,18 @@ def _plane_basis(width: int, height: int) -> np.ndarray:
 
 
 def _plane_coefficients(points: np.ndarray) -> np.ndarray:
-    """What the squared distance of a pixel to each polygon's outline is made of, for (count, n, 2) polygons.
+    """Weights of 1, x, y and x^2 + y^2 in three functions of a pixel for each edge of (count, n, 2) polygons.
 
-    With u and v the vectors from a pixel to the ends of an edge: is the pixel in the circle that has the edge as its
-    diameter (u . v <= 0), how far is the edge's line (|u x v| / |v - u|), how far its first point (|u|^2)? All three
-    are weighted sums of 1, x, y and x^2 + y^2, so one matrix product answers them for all edges and pixels. Returns the
-    weights, (count, 3 n, 4) float32: those of the n edges' circles, then of their lines, then of their points.
+    With u and v the vectors from the pixel to the ends of the edge: u . v, which is at most 0 in the circle that has
+    the edge as its diameter; u x v / |v - u|, the distance to the edge's line; |u|^2, the squared distance to its first
+    end. One matrix product computes them for all edges and pixels.
+
+    Returns (count, 3 n, 4) float32: the weights of the n circles, then of the lines, then of the first ends.
     """
     start = points.astype(np.float64)
     end = _next_points(start)
     edge = end - start
-    length = np.maximum(np.sqrt(np.square(edge).sum(axis=2)), 1)  # of a repeated point: that point stands for the edge
+    length = np.maximum(np.sqrt(np.square(edge).sum(axis=2)), 1)  # a repeated point stands for its edge
     normal = np.stack([edge[..., 1], -edge[..., 0]], axis=-1) / length[..., None]
     coefficients = np.zeros((len(points), 3, points.shape[1], 4), np.float32)
     circle, line, point = coefficients.transpose(1, 0, 2, 3)
@@ -266,7 +264,7 @@ def _plane_coefficients(points: np.ndarray) -> np.ndarray:
 
 
 def _nearest(planes: np.ndarray) -> np.ndarray:
-    """(count, pixels) squared distances to each outline, from (count, 3 n, pixels) planes, which are used up.
+    """(count, pixels) squared distances to each outline, from (count, 3 n, pixels) planes, which are overwritten.
 
     As in the baseline, an edge counts only for pixels in its circle; elsewhere its ends do. (Counting it for all pixels
     beside it would be the exact distance; near the ends of edges the two thresholds differ by up to 0.03.)

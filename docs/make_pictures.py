@@ -91,7 +91,7 @@ def zoom(image: np.ndarray, polygons: list[np.ndarray], config: Config) -> np.nd
     window = image[top : top + ZOOMED[1], left : left + ZOOMED[0]]
     enlarged = cv2.resize(window, None, fx=ZOOM, fy=ZOOM, interpolation=cv2.INTER_CUBIC)
     moved = [(polygon - (left, top) + 0.5) * ZOOM for polygon in polygons]
-    kernels, levels = draw_targets(moved, *enlarged.shape[:2], config.shrink_ratio)
+    kernels, levels, _ = draw_targets(moved, *enlarged.shape[:2], config.shrink_ratio)
     contours, _ = cv2.findContours(kernels, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     glow = coloured(levels / 255, config, low=0, high=1)
     border = cv2.addWeighted(enlarged, 0.45, glow, 0.55, 0)

@@ -22,7 +22,7 @@ from support import ROOT, make_training
 import train
 from dbnet import augment
 from dbnet.annotations import Annotation
-from dbnet.dataset import Batches, TextDataset, Words, describe_failure, make_loader
+from dbnet.dataset import Batches, Draw, TextDataset, Words, describe_failure, make_loader
 from dbnet.errors import UserError
 from dbnet.formats import read_annotations
 from dbnet.geometry import Letterbox, areas, clip_polygons, split_polygons
@@ -157,16 +157,29 @@ def test_photometric_augmentation_keeps_shape_and_changes_values():
     assert not dark.any()
 
 
-def test_points_outside_are_clipped_and_degenerate_polygons_dropped():
+def test_points_outside_are_clipped_to_the_image():
     square = np.array([[-10.0, -10], [20, -10], [20, 20], [-10, 20]])
-    outside = square + 500
-    line = np.array([[0.0, 0], [10, 10], [20, 20]])
-    two_points = line[:2]
-    polygons = [outside, square, line, two_points, np.empty((0, 2))]
-    points, counts, kept = clip_polygons(np.concatenate(polygons), np.array([4, 4, 3, 2, 0]), 100, 100)
-    assert kept.tolist() == [False, True, False, False, False]
-    assert counts.tolist() == [4] and areas(points, counts).tolist() == [400]
-    assert [len(polygon) for polygon in split_polygons(points, counts)] == [4]
+    outside, line = square + 500, np.array([[0.0, 0], [10, 10], [20, 20]])
+    polygons, counts = [outside, square, line, line[:2], np.empty((0, 2))], np.array([4, 4, 3, 2, 0])
+    points, is_degenerate = clip_polygons(np.concatenate(polygons), counts, 100, 100)
+    assert is_degenerate.tolist() == [True, False, True, True, True]
+    assert areas(points, counts).tolist() == [0, 400, 0, 0, 0]
+    assert [len(polygon) for polygon in split_polygons(points, counts)] == [4, 4, 3, 2, 0]
+
+
+def test_text_that_cannot_be_learned_is_masked_and_counted_and_not_left_as_background(small):
+    dataset = TextDataset(small, "train", train=True)
+    word, line, vanishes = [[4, 4], [60, 4], [60, 20], [4, 20]], [[10, 40], [30, 40], [50, 40]], [[10, 60], [40, 62]]
+    (left, top), (right, bottom) = vanishes
+    thin = [[left, top], [right, top], [right, bottom], [left, bottom]]
+    words = [np.array(each, float) for each in (word, line, [[70, 70], [90, 90]], thin)]
+    dataset.words = Words.gather([Annotation(words, [False] * 4)])
+    canvas = np.zeros((128, 128, 3), np.uint8)
+    sample = dataset.sample(Draw(0), canvas.copy(), Letterbox(128, 128, 128), augment.Augmentation(), canvas)
+    assert sample["dropped"] == 3
+    assert sample["mask"][12, 30] == 1 and sample["prob_map"][12, 30] == 1
+    for x, y in ((30, 40), (80, 80), (25, 61)):
+        assert sample["mask"][y, x] == 0 and sample["prob_map"][y, x] == 0
 
 
 def test_a_sample_is_uint8_and_depends_on_seed_epoch_and_index_alone(small):

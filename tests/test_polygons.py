@@ -15,7 +15,6 @@ from dbnet.geometry import (
     contains,
     estimated_crossings,
     near_pairs,
-    uncross_quads,
 )
 
 
@@ -140,24 +139,6 @@ def test_many_points_are_compared_block_by_block(monkeypatch):
     at_once = contains(polygons, columns[0], columns[1:])
     monkeypatch.setattr(geometry, "MAX_EDGES", 50)
     assert (contains(polygons, columns[0], columns[1:]) == at_once).all()
-
-
-def test_corners_listed_in_a_zigzag_become_the_box_that_they_mean():
-    box = np.array([[0, 0], [40, 3], [41, 13], [1, 10]])
-    triangle, arrow = box[:3], np.array([[0, 0], [10, 5], [0, 10], [4, 5]])
-    polygons = [box[[0, 1, 3, 2]], triangle, box, box[[0, 2, 1, 3]], np.zeros((0, 2)), arrow]
-    points, reordered = uncross_quads(np.concatenate(polygons), np.array([len(polygon) for polygon in polygons]))
-    assert reordered.tolist() == [True, False, False, True, False, False]
-    assert points.tolist() == np.concatenate([box, triangle, box, box, arrow]).tolist()
-
-
-@given(convex_quads(), st.permutations(range(4)))
-@settings(deadline=None)
-def test_corners_of_a_box_in_any_order_run_around_it(box, order):
-    points, reordered = uncross_quads(box[order], np.array([4]))
-    assert shapely.Polygon(points).equals(shapely.Polygon(box))
-    assert reordered[0] == (not shapely.Polygon(box[order]).is_valid)
-    assert points[0].tolist() == box[order][0].tolist()
 
 
 def test_coordinates_are_truncated_and_must_be_on_an_image():

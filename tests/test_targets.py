@@ -12,8 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support import hostile, in_time, wild_polygons
 
-from dbnet.geometry import clip_polygons, fault_of, uncross_quads
-from dbnet.targets import draw_targets, make_targets, polygon_mask, shrink_distances, thresh_mask
+from dbnet.geometry import clip_polygons, fault_of, offset_distances, visible_shares
+from dbnet.targets import draw_targets, make_targets, polygon_mask, thresh_mask
 
 STEP = 0.4 / 255  # of a threshold map of 0.3 to 0.7
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
@@ -26,6 +26,11 @@ any_polygon = st.lists(st.tuples(coordinates, coordinates), min_size=0, max_size
 
 def rectangle(left, top, right, bottom):
     return np.array([[left, top], [right, top], [right, bottom], [left, bottom]])
+
+
+def shrink_distance(polygon):
+    """D of a polygon for a shrink ratio of 0.4."""
+    return offset_distances(np.array(polygon, float), np.array([len(polygon)]), 1 - 0.4**2)[0]
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +54,12 @@ def test_threshold_mask_is_the_dilated_polygons(baseline_cases):
     for case, _, _ in baseline_cases:
         polygons = [np.array(polygon) for polygon in case["polygons"]]
         filled = np.zeros((case["size"], case["size"]), np.uint8)
-        for polygon, distance in zip(polygons, shrink_distances(np.array(polygons), 0.4), strict=True):
+        for polygon, distance in zip(polygons, map(shrink_distance, polygons), strict=True):
             if distance > 0:
                 offset = pyclipper.PyclipperOffset()
                 offset.AddPath(polygon.tolist(), pyclipper.JT_ROUND, pyclipper.ET_CLOSEDPOLYGON)
                 cv2.fillPoly(filled, [np.array(offset.Execute(distance)[0], np.int32)], 1)
-        mask = thresh_mask(*draw_targets(polygons, case["size"], case["size"]))
+        mask = thresh_mask(*draw_targets(polygons, case["size"], case["size"])[:2])
         inner = cv2.erode(filled, np.ones((3, 3), np.uint8))  # at the border a pixel is as far as D: not in the mask
         assert np.sum(mask & (filled == 0)) < 0.01 * filled.sum(), case["name"]
         assert np.sum((inner == 1) & ~mask) < 0.01 * filled.sum(), case["name"]
@@ -136,14 +141,25 @@ def test_a_polygon_that_is_none_leaves_no_trace(polygon):
     assert (thresh_map == np.float32(0.3)).all()
 
 
+def test_polygons_that_no_kernel_stands_for_are_named_and_can_be_masked():
+    word, flat, vanishes = rectangle(10, 10, 60, 30), [[10, 10], [30, 10], [50, 10]], rectangle(10, 40, 40, 42)
+    dot, pair, nowhere = [[5, 5]], [[5, 5], [9, 9]], [[10, 10], [float("nan"), 10], [30, 30]]
+    polygons = [np.array(each, float) for each in (word, flat, vanishes, dot, pair, nowhere, np.empty((0, 2)))]
+    prob_map, _, lost = draw_targets(polygons, 64, 80)
+    assert lost == [1, 2, 3, 4, 5, 6]
+    assert np.array_equal(prob_map, draw_targets([word], 64, 80)[0])
+    masked = [polygon_mask([polygon], 64, 80).any() for polygon in polygons]
+    assert masked == [True, True, True, True, True, False, False]
+
+
 def test_an_image_without_text_has_no_threshold_to_learn():
-    maps = draw_targets([], 8, 8)
+    maps = draw_targets([], 8, 8)[:2]
     assert not thresh_mask(*maps).any()
     assert not thresh_mask(*map(torch.from_numpy, maps)).any()
 
 
 def test_the_threshold_mask_of_tensors_is_that_of_arrays():
-    maps = draw_targets([rectangle(10, 10, 60, 30)], 48, 72)
+    maps = draw_targets([rectangle(10, 10, 60, 30)], 48, 72)[:2]
     of_tensors = thresh_mask(*map(torch.from_numpy, maps))
     np.testing.assert_array_equal(of_tensors.numpy(), thresh_mask(*maps))
 
@@ -159,7 +175,7 @@ def test_a_polygon_larger_than_a_block_of_rows_has_no_seams():
     polygon = rectangle(40, 30, 1000, 700)
     thresh_map = make_targets([polygon], 720, 1041)[1]
     np.testing.assert_allclose(thresh_map[:, ::-1], thresh_map, atol=STEP)
-    distance = shrink_distances(polygon[None], 0.4)[0]
+    distance = shrink_distance(polygon)
     inside = np.arange(0, 160)
     np.testing.assert_allclose(thresh_map[365, 40:200], 0.7 - 0.4 * inside / distance, atol=STEP)
 
@@ -195,7 +211,7 @@ def test_any_polygons_make_targets_in_range_and_in_time(polygons):
 def test_any_polygons_of_files_are_clipped_to_the_image(polygons):
     polygons = [polygon for polygon in polygons if fault_of(polygon) is None]
     counts = np.array([len(polygon) for polygon in polygons], int)
-    with in_time():
-        points, _ = uncross_quads(np.concatenate([np.empty((0, 2)), *polygons]), counts)
-        clipped, kept_counts, kept = clip_polygons(points, counts, 80, 60)
-    assert (clipped >= 0).all() and (clipped <= (80, 60)).all() and len(kept_counts) == kept.sum()
+    clipped, is_degenerate = clip_polygons(np.concatenate([np.empty((0, 2)), *polygons]), counts, 80, 60)
+    assert (clipped >= 0).all() and (clipped <= (80, 60)).all()
+    shares = visible_shares(clipped, counts, 40, 30)
+    assert (shares >= 0).all() and len(shares) == len(is_degenerate) == len(polygons)
