@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from dbnet.errors import UserError
+
 __version__ = "2.0"
-__all__ = ["Detector"]
+__all__ = ["Detector", "UserError"]
 
 
 def __getattr__(name: str) -> Any:

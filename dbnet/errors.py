@@ -121,6 +121,8 @@ def run_script(main: Callable[[], None]) -> None:
     except Exception as error:
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
+        elif isinstance(error, ModuleNotFoundError) and error.name in ("torch", "torchvision"):
+            print("error: PyTorch is not installed: pip install torch torchvision", file=sys.stderr)
         elif is_out_of_memory(error):
             hint = "close other programs, or lower --batch-size, --image-size or --workers"
             print(f"error: not enough memory ({printable(one_line(error))}); {hint}", file=sys.stderr)

@@ -140,7 +140,9 @@ def list_pages(path: Path) -> list[Path]:
     return [path.with_name(f"{path.name}#page={number}") for number in numbers]
 
 
-def read_image(path: Path, image_size: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
+def read_image(
+    path: Path, image_size: int | None = None, data: bytes | None = None
+) -> tuple[np.ndarray, tuple[int, int]]:
     """Read an image as a viewer shows it.
 
     The content of a file decides its format, not its name: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, or HEIC with
@@ -152,6 +154,7 @@ def read_image(path: Path, image_size: int | None = None) -> tuple[np.ndarray, t
         image_size: longer side in pixels to which the caller resizes the image; a JPEG of at least twice that is
             decoded at a half, a quarter or an eighth, which takes a fraction of the time and memory, and a page of a
             PDF is rendered no larger.
+        data: content of the file, where it is in memory; `path` is then only the name in messages.
 
     Returns:
         pixels: (height, width, 3) uint8 RGB, upright by the EXIF orientation, possibly reduced as said above.
@@ -161,16 +164,17 @@ def read_image(path: Path, image_size: int | None = None) -> tuple[np.ndarray, t
         ImageError: the file is missing, empty, truncated, no image, or too large to decode.
         MemoryError: there is not enough memory for this image.
     """
-    check_regular(file_of(path), ImageError)
+    if data is None:
+        check_regular(file_of(path), ImageError)
     with _reading(path):
-        if _is_in_pdf(path):
+        if data is None and _is_in_pdf(path):
             return _render_page(path, image_size)
-        if is_page(path):
+        if data is None and is_page(path):
             with _tiff_page(path) as header:
                 _check_size(path, header, scans=1, reduction=1)
                 pixels = _decode(path, b"", header, reduction=1, is_complete=False)
         else:
-            with path.open("rb") as file:
+            with path.open("rb") if data is None else BytesIO(data) as file:
                 header = _read_header(path, file)
                 length = file.seek(0, SEEK_END)
                 if length > MAX_BYTES:
@@ -189,8 +193,11 @@ def read_image(path: Path, image_size: int | None = None) -> tuple[np.ndarray, t
         return pixels, header.size
 
 
-def read_size(path: Path) -> tuple[int, int]:
+def read_size(path: Path, data: bytes | None = None) -> tuple[int, int]:
     """(width, height) in pixels of an image as a viewer shows it, from its header. Raises as `read_image` does."""
+    if data is not None:
+        with _reading(path):
+            return _read_header(path, BytesIO(data)).size
     check_regular(file_of(path), ImageError)
     with _reading(path):
         if _is_in_pdf(path):

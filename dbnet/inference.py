@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import cv2
 import numpy as np
@@ -20,12 +20,12 @@ from PIL import Image, ImageOps
 
 from dbnet.config import NETWORK_FIELDS, Config
 from dbnet.dataset import ArrayLoader, Batches, ImageDataset, count_cores, count_workers, make_loader
-from dbnet.errors import ImageError, UserError, library_errors, one_line
-from dbnet.files import write_whole
+from dbnet.errors import ImageError, UserError, library_errors
+from dbnet.files import check_regular, write_whole
 from dbnet.geometry import Letterbox, inference_side, windows
-from dbnet.images import to_rgb
+from dbnet.images import list_pages, read_image, read_size, to_rgb
 from dbnet.memory import BatchPlan, run_until_it_fits
-from dbnet.postprocess import extract_polygons
+from dbnet.postprocess import corners, extract_polygons
 
 if TYPE_CHECKING:
     from dbnet.model import DBNet
@@ -46,18 +46,24 @@ class OnnxNetwork:
         what it cannot do, or ONNX Runtime is not installed.
         """
         onnxruntime = _import("onnxruntime")
-        if not path.is_file():
-            raise UserError(f"{path}: no such file")
+        self.path = path
+        check_graph(path)
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors
+        options.log_severity_level = 4  # fatal; errors are raised
         options.intra_op_num_threads = count_cores()  # by itself it takes those of the machine
         with library_errors(f"{path}: not an ONNX file, or a damaged one"):
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        metadata = self.session.get_modelmeta().custom_metadata_map
+            metadata = self.session.get_modelmeta().custom_metadata_map
         try:
             trained = Config.from_dict(json.loads(metadata[CONFIG_KEY]))
-        except (KeyError, ValueError, TypeError, AttributeError, UserError):
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError, UserError):
             raise UserError(f"{path}: holds no configuration of this dbnet; export it with export.py") from None
+        ends = [
+            [(end.name, end.type, len(end.shape)) for end in each]
+            for each in (self.session.get_inputs(), self.session.get_outputs())
+        ]
+        if ends != [[("images", "tensor(uint8)", 4)], [("prob_maps", "tensor(float)", 3)]]:
+            raise UserError(f"{path}: takes or gives other arrays than a network of dbnet; export it with export.py")
         self.config = trained.changed(**changes)
         if self.config.tta:
             raise UserError(f"{path}: --tta needs the checkpoint; a .onnx file looks at an image once")
@@ -94,11 +100,67 @@ class OnnxNetwork:
         return np.moveaxis(np.concatenate(maps, axis=1), 1, axis)
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
-        """(N, height, width) float32 of (N, height, width, 3) uint8 images. Raises RuntimeError."""
-        try:
-            return self.session.run(None, {"images": np.ascontiguousarray(images)})[0]
-        except Exception as error:  # of classes of ONNX Runtime's own, which dbnet.memory does not know
-            raise RuntimeError(one_line(error)) from error
+        """(N, height, width) float32 of (N, height, width, 3) uint8 images. Raises UserError where the file fails."""
+        with library_errors(f"{self.path}: fails on an image", "export it anew with export.py"):
+            [prob_maps] = self.session.run(None, {"images": np.ascontiguousarray(images)})
+        if prob_maps.shape != images.shape[:3]:
+            raise UserError(f"{self.path}: gives a map of another size than the image; export it with export.py")
+        return prob_maps
+
+
+def check_graph(path: Path) -> None:
+    """Raise UserError unless a file is an ONNX model that ends: without loops, branches, functions and other files."""
+    check_regular(path)
+    try:
+        data = memoryview(path.read_bytes())
+        graphs = [part for field, part in _fields(data) if field == 7]
+        nodes = [part for graph in graphs for field, part in _fields(graph) if field == 1]
+        operations = {bytes(part).decode() for node in nodes for field, part in _fields(node) if field == 4}
+        tensors = [part for graph in graphs for field, part in _fields(graph) if field == 5]
+        is_elsewhere = any(field == 13 for tensor in tensors for field, _ in _fields(tensor))
+        has_functions = any(field == 25 for field, _ in _fields(data))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, IndexError, TypeError):
+        raise UserError(f"{path}: not an ONNX file, or a damaged one") from None
+    found = sorted(operations & {"Loop", "If", "Scan", "SequenceMap"})
+    if found or has_functions or is_elsewhere or not graphs:
+        what = f"the operation {found[0]}" if found else "functions or data in other files"
+        raise UserError(f"{path}: has {what}, which no network of dbnet has; export it with export.py")
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Number and content of the fields of a protobuf message that have a length; others are passed over."""
+    place = 0
+    while place < len(message):
+        tag, place = _varint(message, place)
+        kind, length = tag & 7, 0
+        if kind == 0:
+            _, place = _varint(message, place)
+        elif kind == 2:
+            length, place = _varint(message, place)
+            if length > len(message) - place:
+                raise ValueError("it is cut short")
+            yield tag >> 3, message[place : place + length]
+        elif kind in (1, 5):
+            length = 8 if kind == 1 else 4
+        else:
+            raise ValueError("not a protobuf message")
+        place += length
+
+
+def _varint(message: memoryview, place: int) -> tuple[int, int]:
+    """A number of 7 bits a byte, and the place behind it."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = message[place]
+        place += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, place
+    raise ValueError("not a protobuf message")
 
 
 def write_onnx(path: Path, model: DBNet, config: Config) -> None:
@@ -215,8 +277,15 @@ def load_network(paths: Sequence[Path], changes: dict[str, Any]) -> Network:
     Raises UserError where a file cannot be used.
     """
     if not any(path.suffix.lower() == ".onnx" for path in paths):
-        from dbnet.ensemble import Ensemble
-
+        try:
+            from dbnet.ensemble import Ensemble
+        except ModuleNotFoundError as error:
+            if error.name not in ("torch", "torchvision"):
+                raise
+            raise UserError(
+                f"{paths[0]}: needs PyTorch: pip install torch torchvision; or export it where PyTorch is, and use "
+                "the .onnx file"
+            ) from None
         return Ensemble.load(paths, changes)
     if len(paths) > 1:
         raise UserError(
@@ -251,13 +320,16 @@ class Pipeline:
     read while the polygons of the last are made and used, between two batches.
     """
 
-    def __init__(self, dataset: ImageDataset, config: Config, device: torch.device | str) -> None:
+    def __init__(
+        self, dataset: ImageDataset, config: Config, device: torch.device | str, reader: Executor | None = None
+    ) -> None:
+        """`reader` reads the next batch; by default a thread does."""
         self.dataset, self.config = dataset, config
         self.on_gpu = str(device).startswith("cuda")
         self.workers = count_workers(config) if self.on_gpu else 0
         self.batch_size = config.batch_size if self.on_gpu else 1  # a CPU gains nothing by more
         self.loader: Iterable[dict[str, Any]] | None = None
-        self._reader = ThreadPoolExecutor(max_workers=1)
+        self._reader = reader or ThreadPoolExecutor(max_workers=1)
         self._extractors: Executor = ProcessPoolExecutor(self.workers) if self.workers else InlineExecutor()
 
     def detect(self, network: Network) -> Iterator[Detection]:
@@ -329,7 +401,14 @@ def resized_as(size: Sequence[int], config: Config) -> Letterbox:
     return Letterbox(width, height, inference_side(width, height, config.image_size, config.enlarge))
 
 
-Picture = str | Path | np.ndarray | Image.Image
+Picture = str | Path | bytes | bytearray | IO[bytes] | np.ndarray | Image.Image
+"""An image: a file, the content of one, pixels, or a Pillow image"""
+
+THRESHOLDS = (
+    *("thresh", "box_thresh", "max_candidates", "min_size"),
+    *("use_polygon", "box_unclip_ratio", "polygon_unclip_ratio"),
+)
+"""Fields of the configuration that a single call may change."""
 
 
 class Text(NamedTuple):
@@ -341,13 +420,24 @@ class Text(NamedTuple):
     score: float
     """mean probability inside the polygon's region, 0..1"""
 
+    @property
+    def quad(self) -> np.ndarray:
+        """(4, 2) int array: the polygon if it has four points, else the smallest rectangle around it."""
+        if len(self.polygon) == 4:
+            return self.polygon
+        return np.rint(corners(cv2.minAreaRect(self.polygon.astype(np.float32)))).astype(int)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return {"polygon": self.polygon.tolist(), "quad": self.quad.tolist(), "score": float(self.score)}
+
 
 class Detector:
-    """A trained network with its configuration, ready for images.
+    """A trained network with its configuration, ready for images. Threads may share it.
 
-    An image is a file, a Pillow image of any mode, or an array of (height, width, 3) uint8 pixels. Files and Pillow
-    images are turned upright by their EXIF orientation. Arrays are taken to stand upright, and to be RGB: for those of
-    OpenCV, which are BGR, say `bgr=True`.
+    An image is a file, its content as bytes or as an open file, a Pillow image of any mode, or an array of uint8
+    pixels: (height, width) grey, (height, width, 3) RGB or (height, width, 4) RGBA. Files and Pillow images are turned
+    upright by their EXIF orientation, arrays are taken to stand upright. For arrays of OpenCV say `bgr=True`.
     """
 
     def __init__(self, network: Network) -> None:
@@ -370,64 +460,109 @@ class Detector:
         paths = [path] if isinstance(path, str | Path) else path
         return cls(load_network([Path(each) for each in paths], changes | {"device": device or "auto"}))
 
-    def detect(self, image: Picture, bgr: bool = False) -> list[Text]:
-        """Text in an image, best first.
+    def detect(self, image: Picture, bgr: bool = False, **thresholds: Any) -> list[Text]:
+        """Text in an image, best first. Of THRESHOLDS, the call may change any: `detect(image, box_thresh=0.5)`.
 
-        Raises UserError for a file that cannot be read or an array of another kind.
+        Raises UserError for what cannot be read as an image, and for a threshold that does not exist or is out of
+        range.
         """
-        return self.detect_batch([image], bgr)[0]
+        return self.detect_batch([image], bgr, **thresholds)[0]
 
-    def detect_batch(self, images: Sequence[Picture], bgr: bool = False) -> list[list[Text]]:
-        """The text in each of the images, in their order; images of like shape go through the network together.
-
-        Raises as `detect` does.
-        """
+    def detect_batch(self, images: Sequence[Picture], bgr: bool = False, **thresholds: Any) -> list[list[Text]]:
+        """The text in each of the images, in their order. Raises as `detect` does."""
         found: list[list[Text]] = [[] for _ in images]
-        for detection in self._run(images, bgr):
+        for detection in self._run(images, bgr, thresholds):
             found[detection.index] = [Text(*each) for each in zip(detection.polygons, detection.scores, strict=True)]
         return found
+
+    def detect_each(
+        self,
+        images: Iterable[Picture],
+        bgr: bool = False,
+        on_error: Callable[[UserError], None] | None = None,
+        **thresholds: Any,
+    ) -> Iterator[tuple[Picture, list[Text]]]:
+        """Each image with its text, one after the other, so that memory holds one image at a time.
+
+        A PDF or TIFF file gives each of its pages, with a path such as `scan.pdf#page=2`. What cannot be read goes to
+        `on_error` and is left out; without it, UserError ends the iteration.
+        """
+        for image in images:
+            try:
+                pages = list_pages(Path(image)) if isinstance(image, str | Path) else [image]
+                for page in pages:
+                    yield page, self.detect(page, bgr, **thresholds)
+            except ImageError as error:
+                if on_error is None:
+                    raise
+                on_error(error)
 
     def prob_map(self, image: Picture, bgr: bool = False) -> np.ndarray:
         """(height, width) uint8, the probability of text x 255, of the image resized to image_size at its longer side.
 
         Raises as `detect` does.
         """
-        [detection] = self._run([image], bgr)
+        [detection] = self._run([image], bgr, {})
         assert detection.prob_map is not None  # as an image that cannot be read raises
         return detection.prob_map.copy()
 
-    def _run(self, images: Sequence[Picture], bgr: bool) -> Iterator[Detection]:
-        config = self.config.changed(workers=0, strict=True)  # processes would take longer to start than they save
-        return Pipeline(_Pictures(images, config, bgr), config, self.network.device).detect(self.network)
+    def _run(self, images: Sequence[Picture], bgr: bool, thresholds: dict[str, Any]) -> Iterator[Detection]:
+        for name in thresholds.keys() - set(THRESHOLDS):
+            raise UserError(f"{name}: cannot change from call to call; these can: {', '.join(THRESHOLDS)}")
+        # Processes or threads would take longer to start than they save.
+        config = self.config.changed(workers=0, strict=True, **thresholds)
+        pipeline = Pipeline(_Pictures(images, config, bgr), config, self.network.device, InlineExecutor())
+        return pipeline.detect(self.network)
 
 
 class _Pictures(ImageDataset):
     """Images that are in memory, or in files."""
 
     def __init__(self, images: Sequence[Picture], config: Config, bgr: bool) -> None:
-        in_files = [image if isinstance(image, str | Path) else "" for image in images]
-        super().__init__(list(map(Path, in_files)), config)
-        self.pixels = {
-            place: _pixels(image, bgr) for place, image in enumerate(images) if not isinstance(image, str | Path)
-        }
-        self._sizes = {place: pixels.shape[1::-1] for place, pixels in self.pixels.items()}
+        paths = [Path(each) if isinstance(each, str | Path) else Path(f"image {i}") for i, each in enumerate(images, 1)]
+        super().__init__(paths, config)
+        self.data: dict[int, bytes] = {}
+        self.pixels: dict[int, np.ndarray] = {}
+        for place, image in enumerate(images):
+            if isinstance(image, bytes | bytearray) or hasattr(image, "read"):
+                self.data[place] = bytes(image) if isinstance(image, bytes | bytearray) else image.read()
+            elif not isinstance(image, str | Path):
+                self.pixels[place] = _pixels(image, bgr)
+                self._sizes[place] = (self.pixels[place].shape[1], self.pixels[place].shape[0])
+
+    def size(self, place: int) -> tuple[int, int] | None:
+        if place in self.data and place not in self._sizes:
+            self._sizes[place] = read_size(self.paths[place], self.data[place])
+        return super().size(place)
 
     def load(self, place: int) -> tuple[np.ndarray, Letterbox]:
-        if place not in self.pixels:
-            return super().load(place)
-        pixels = self.pixels[place]
-        letterbox = resized_as(pixels.shape[1::-1], self.config)
+        side = self.side(place)
+        if place in self.pixels:
+            pixels = self.pixels[place]
+            size = (pixels.shape[1], pixels.shape[0])
+        else:
+            pixels, size = read_image(self.paths[place], side, self.data.get(place))
+        letterbox = Letterbox(*size, side)
         return letterbox.resize(pixels), letterbox
 
 
-def _pixels(image: np.ndarray | Image.Image, bgr: bool) -> np.ndarray:
+def _pixels(image: Any, bgr: bool) -> np.ndarray:
     """(height, width, 3) uint8 RGB, upright."""
     if isinstance(image, Image.Image):
         with library_errors(f"{image}: cannot be decoded"):  # Pillow decodes only now
             return to_rgb(ImageOps.exif_transpose(image))
-    if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+    is_image = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3)
+    channels = (image.shape[2] if image.ndim == 3 else 1) if is_image else 0
+    if channels not in (1, 3, 4):
         kind = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise UserError(f"takes a file, a Pillow image or (height, width, 3) uint8 RGB pixels, not {kind}")
+        raise UserError(
+            f"takes a file, its bytes, a Pillow image, or uint8 pixels that are (height, width) grey, "
+            f"(height, width, 3) RGB or (height, width, 4) RGBA, not {kind}"
+        )
     if not image.size:
         raise UserError(f"takes an image with pixels in it, not {image.shape}")
+    if channels == 1:
+        return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+    if channels == 4:
+        return to_rgb(Image.fromarray(cv2.cvtColor(image, cv2.COLOR_BGRA2RGBA) if bgr else image))
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if bgr else image

@@ -125,7 +125,7 @@ def grow_regions(regions: list[Region], config: Config, enough: float) -> Iterat
             yield Grown(None, 0.0)
         elif not config.use_polygon:
             box = cv2.minAreaRect(polygon)
-            yield Grown(_corners(box), min(box[1]))
+            yield Grown(corners(box), min(box[1]))
         elif least >= enough:
             yield Grown(polygon, least)
         else:
@@ -208,10 +208,10 @@ def _min_area_box(contour: np.ndarray, min_size: float) -> tuple[np.ndarray | No
     """(4, 2) float32 minimum-area rectangle of the contour, None if its shorter side is below `min_size`; and that."""
     box = cv2.minAreaRect(contour)
     breadth = min(box[1])
-    return _corners(box) if breadth >= min_size else None, breadth
+    return corners(box) if breadth >= min_size else None, breadth
 
 
-def _corners(box: tuple) -> np.ndarray:
+def corners(box: tuple) -> np.ndarray:
     """(4, 2) float32 corners of OpenCV's (centre, size, angle), clockwise from the top left one.
 
     OpenCV's own order differs between its versions.

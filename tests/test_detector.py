@@ -1,5 +1,7 @@
 """The Python API, and what an installed copy consists of."""
 
+import io
+import json
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 from support import CPU
 
+import dbnet
 from dbnet import Detector
 from dbnet.checkpoint import save_checkpoint
 from dbnet.config import Config
@@ -85,18 +88,80 @@ def test_the_probability_map_has_the_resized_images_shape(checkpoint, files):
 def test_threads_share_a_detector(checkpoint, files):
     detector = Detector.load(checkpoint, device="cpu", tta=True)
     expected = [detector.detect(path) for path in files[:4]]
-    with ThreadPoolExecutor(4) as threads:
+    with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(detector.detect, files[:4] * 2))
     assert all(map(same, found, expected * 2))
+
+
+def test_an_image_comes_as_bytes_an_open_file_grey_or_with_alpha(checkpoint, files):
+    detector = Detector.load(checkpoint, device="cpu")
+    expected, data = detector.detect(files[0]), files[0].read_bytes()
+    assert same(detector.detect(data), expected) and same(detector.detect(bytearray(data)), expected)
+    assert same(detector.detect(io.BytesIO(data)), expected)
+    with files[0].open("rb") as file:
+        assert same(detector.detect(file), expected)
+    pixels = read_image(files[0])[0]
+    opaque = np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
+    assert same(detector.detect(opaque), expected)
+    assert same(detector.detect(opaque[..., [2, 1, 0, 3]], bgr=True), expected)
+    grey = pixels[..., 1]
+    assert same(detector.detect(grey), detector.detect(np.dstack([grey] * 3)))
+    assert same(detector.detect(grey[..., None]), detector.detect(grey))
+
+
+def test_results_unpack_and_become_plain_numbers(checkpoint, files):
+    text, *_ = Detector.load(checkpoint, device="cpu").detect(files[0])
+    polygon, score = text
+    assert polygon is text.polygon and score == text.score
+    assert json.loads(json.dumps(text.to_dict())) == text.to_dict()
+    assert text.quad.shape == (4, 2) and text.to_dict()["quad"] == text.quad.tolist()
+    assert cv2.contourArea(text.quad.astype(np.float32)) >= cv2.contourArea(text.polygon.astype(np.float32)) * 0.95
+
+
+def test_a_call_has_thresholds_of_its_own(checkpoint, files):
+    detector = Detector.load(checkpoint, device="cpu")
+    found = detector.detect(files[0])
+    assert found and detector.detect(files[0], box_thresh=1.0) == []
+    assert all(len(text.polygon) == 4 for text in detector.detect(files[0], use_polygon=False))
+    assert same(detector.detect(files[0]), found)
+    with pytest.raises(UserError, match="image_size: cannot change"):
+        detector.detect(files[0], image_size=64)
+    with pytest.raises(UserError, match="box-thresh"):
+        detector.detect(files[0], box_thresh=2.0)
+
+
+def test_many_images_and_pages_come_one_by_one(checkpoint, files, tmp_path):
+    detector = Detector.load(checkpoint, device="cpu")
+    first, second = (Image.open(path).convert("RGB") for path in files[:2])
+    first.save(tmp_path / "two.tif", save_all=True, append_images=[second])
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    asked, errors = [], []
+
+    def images():
+        for image in (files[0], tmp_path / "broken.jpg", tmp_path / "two.tif", files[1].read_bytes()):
+            asked.append(image)
+            yield image
+
+    results = detector.detect_each(images(), on_error=errors.append)
+    next(results)
+    assert len(asked) == 1  # nothing is read ahead
+    names = [getattr(image, "name", "bytes") for image, _ in results]
+    assert names == ["two.tif#page=1", "two.tif#page=2", "bytes"]
+    assert len(errors) == 1 and "broken.jpg" in str(errors[0])
+    with pytest.raises(dbnet.UserError, match=r"broken\.jpg"):
+        list(detector.detect_each([tmp_path / "broken.jpg"]))
 
 
 @pytest.mark.parametrize(
     ("image", "words"),
     [
-        (np.zeros((4, 4)), "uint8 RGB"),
+        (np.zeros((4, 4)), "uint8"),
         (np.zeros((4, 4, 3)), "float64"),
+        (np.zeros((4, 4, 2), np.uint8), "grey"),
         (np.zeros((0, 4, 3), np.uint8), "pixels in it"),
         (7, "not int"),
+        (b"", "the file is empty"),
+        (b"abc", "not an image"),
         ("absent.jpg", r"absent\.jpg: cannot be read"),
     ],
 )

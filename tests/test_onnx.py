@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SHARED
 from support import CPU
 
 from dbnet.annotations import read_submission
@@ -124,3 +125,96 @@ def test_what_a_file_cannot_do_is_said(exported, tmp_path):
         assert "\n" not in str(caught.value)
     refused = run("export.py", "best.pt", "--onnx", "best.bin", cwd=exported)
     assert refused.returncode == 2 and "ends in .onnx" in refused.stderr
+
+
+def model_of(path, nodes=(), shape=("n", "h", "w", 3), metadata="", **more):
+    """Write an ONNX model that gives the first channel of images as its map, after `nodes`."""
+    from onnx import TensorProto, helper
+
+    last = helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT)
+    mean = helper.make_node("ReduceMean", ["floats"], ["prob_maps"], axes=[len(shape) - 1], keepdims=0)
+    graph = helper.make_graph(
+        [*nodes, last, mean],
+        "graph",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, shape)],
+        [helper.make_tensor_value_info("prob_maps", TensorProto.FLOAT, shape[:-1])],
+        **more,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    helper.set_model_props(model, {"dbnet_config": metadata or json.dumps(Config.from_preset("lite").to_dict())})
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def endless_loop():
+    """`while True`, as a node."""
+    from onnx import TensorProto, helper
+
+    ends = [helper.make_tensor_value_info(name, kind, []) for name, kind in (("i", TensorProto.INT64),)]
+    goes_on = helper.make_tensor_value_info("on", TensorProto.BOOL, [])
+    still = helper.make_tensor_value_info("still", TensorProto.BOOL, [])
+    body = helper.make_graph([helper.make_node("Identity", ["on"], ["still"])], "body", [*ends, goes_on], [still])
+    return helper.make_node("Loop", ["", ""], [], body=body)
+
+
+def test_an_onnx_file_that_is_not_ours_is_rejected_in_one_line(tmp_path):
+    from onnx import TensorProto, helper
+
+    far = helper.make_tensor("far", TensorProto.FLOAT, [1], [1.0])
+    del far.float_data[:]
+    far.data_location = TensorProto.EXTERNAL
+    far.external_data.add(key="location", value="/etc/passwd")
+    huge = helper.make_node(
+        "ConstantOfShape", ["size"], ["huge"], value=helper.make_tensor("v", TensorProto.FLOAT, [1], [0.0])
+    )
+    tail = [helper.make_node("ReduceSum", ["huge"], ["sum"], keepdims=0)]
+    size = helper.make_tensor("size", TensorProto.INT64, [2], [1 << 20, 1 << 18])
+    for path, words in (
+        (model_of(tmp_path / "loop.onnx", [endless_loop()]), "the operation Loop"),
+        (model_of(tmp_path / "far.onnx", initializer=[far]), "data in other files"),
+        (model_of(tmp_path / "deep.onnx", metadata="[" * 100_000), "no configuration"),
+        (model_of(tmp_path / "rank.onnx", shape=("n", "h", 3)), "other arrays"),
+        (model_of(tmp_path / "fixed.onnx", shape=(7, 7, 7, 3)), "fails on an image"),
+        (tmp_path / "empty.onnx", "not an ONNX file|no network"),
+        (tmp_path / "cut.onnx", "not an ONNX file, or a damaged one"),
+        (tmp_path / "text.onnx", "not an ONNX file, or a damaged one"),
+    ):
+        if path.stem == "empty":
+            path.touch()
+        elif path.stem == "cut":
+            path.write_bytes((tmp_path / "loop.onnx").read_bytes()[:-7])
+        elif path.stem == "text":
+            path.write_text("no model at all")
+        with pytest.raises(UserError, match=words) as caught:
+            OnnxNetwork(path, {}).probabilities(np.zeros((1, 32, 32, 3), np.uint8))
+        assert "\n" not in str(caught.value) and path.name in str(caught.value)
+    path = model_of(tmp_path / "huge.onnx", [huge, *tail], initializer=[size])
+    with pytest.raises((UserError, MemoryError)) as caught:
+        OnnxNetwork(path, {}).probabilities(np.zeros((1, 32, 32, 3), np.uint8))
+        raise UserError("it has been optimized away")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["deep.onnx", "inp.onnx"])
+def test_hostile_onnx_files_are_rejected(name):
+    path = SHARED / "cases/hostile" / name
+    if not path.exists():
+        pytest.skip("../shared/cases is not here")
+    with pytest.raises(UserError, match=r"export it with export\.py"):
+        OnnxNetwork(path, {})
+
+
+def test_without_torch_each_command_and_the_detector_say_what_to_install(exported):
+    for script, words in (
+        ("evaluate.py", ["best.pt"]),
+        ("predict.py", ["best.pt", "--images", "."]),
+        ("export.py", ["best.pt", "--onnx", "other.onnx"]),
+    ):
+        result = run(script, *words, cwd=exported, without_torch=True)
+        assert result.returncode == 2, result.stderr
+        [line] = result.stderr.splitlines()
+        assert line.startswith("error: ") and "pip install torch torchvision" in line
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['torch'] = sys.modules['torchvision'] = None; "
+    code += "import dbnet\ntry: dbnet.Detector.load()\nexcept dbnet.UserError as error: print(error)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pip install torch torchvision" in result.stdout, result.stderr
