@@ -11,13 +11,18 @@ import numpy as np
 import pytest
 
 import evaluate
+import export
+import predict
+import train
 from dbnet.annotations import RESULT_MARK, Annotation, read_submission, write_detections
-from dbnet.checkpoint import load_checkpoint
+from dbnet.checkpoint import load_checkpoint, save_checkpoint
+from dbnet.config import Config
 from dbnet.errors import UserError
 from dbnet.evaluation import SCORES_MARK, Comparison, Evaluation
-from dbnet.files import Journal, check_outputs, write_json
+from dbnet.files import Journal, check_outputs, write_json, write_whole
 from dbnet.formats import read_labels_at
 from dbnet.images import read_image, read_size
+from dbnet.model import DBNet
 from dbnet.pictures import PICTURE_MARK, write_image
 from dbnet.report import REPORT_MARK, write_report
 
@@ -186,3 +191,41 @@ def test_evaluate_overwrites_no_file_of_its_user(tmp_path, monkeypatch, flag):
         with pytest.raises(UserError, match=r"is an input|no earlier result"):
             evaluate.main()
     assert before == {path: path.read_bytes() for path in before}
+
+
+def test_no_script_overwrites_a_file_of_its_user(tmp_path, monkeypatch):
+    theirs = {name: tmp_path / name for name in ("a.png", "a.jpg", "a.onnx", "a.pt", "labels.json", "a.csv", "a.zip")}
+    for path in theirs.values():
+        path.write_bytes(b"years of work")
+    config = Config.from_preset("lite", weights="none", image_size=64, pyramid_channels=32)
+    save_checkpoint(tmp_path / "best.pt", config, DBNet(config))
+    write_image(tmp_path / "photo.jpg", PIXELS[:64, :64])
+    photo = (tmp_path / "photo.jpg").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    for script, *words in (
+        (train, "--weights", "none", "--show-samples", "a.png"),
+        (export, "best.pt", "--onnx", "a.onnx"),
+        (export, "best.pt", "--half", "a.pt"),
+        (export, "best.pt", "--half", "best.pt"),
+        (evaluate, "best.pt", "--tune", "--tune-picture", "a.png"),
+        (evaluate, "best.pt", "--json", "best.pt"),
+        (predict, "best.pt", "--images", "photo.jpg", "--out", "a.csv"),
+        (predict, "best.pt", "--images", "photo.jpg", "--out", "labels.json"),
+        (predict, "best.pt", "--images", "photo.jpg", "--out", "labels.json", "--out-format", "coco"),
+        (predict, "best.pt", "--images", "photo.jpg", "--out", "a.zip"),
+        (predict, "best.pt", "--images", "photo.jpg", "--out", "photo.jpg", "--out-format", "csv"),
+        (predict, "best.pt", "--images", "photo.jpg", "--out", "b.csv", "--overlays", "."),
+    ):
+        monkeypatch.setattr(sys, "argv", ["script", *words])
+        with pytest.raises(UserError, match=r"is an input of this command|no earlier result of this kind"):
+            script.main()
+    assert {path.read_bytes() for path in theirs.values()} == {b"years of work"}
+    assert (tmp_path / "photo.jpg").read_bytes() == photo
+    load_checkpoint(tmp_path / "best.pt")
+
+
+def test_names_of_255_bytes_are_written_whole_or_not_at_all(tmp_path):
+    name = "나" * 83 + "na.jpg"
+    with write_whole(tmp_path / name, "w") as file:
+        file.write("x")
+    assert len(name.encode()) == 255 and [found.name for found in tmp_path.iterdir()] == [name]

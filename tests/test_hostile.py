@@ -34,7 +34,6 @@ from dbnet.annotations import read_submission, write_submission
 from dbnet.checkpoint import load_checkpoint, load_model, save_checkpoint
 from dbnet.config import PRESETS, Config
 from dbnet.errors import ImageError, UserError
-from dbnet.files import write_whole
 from dbnet.formats import read_annotations
 from dbnet.geometry import Letterbox
 from dbnet.images import read_image, read_size
@@ -349,13 +348,6 @@ def test_every_file_name_comes_through_the_commands(tmp_path, monkeypatch, capsy
     assert "new\\nline.png" in printed and "new\nline" not in printed
     run("predict", "best.pt", "--images", *(images / name for name in NAMES), "--out", "again.csv")
     assert list(read_submission(tmp_path / "again.csv")) == NAMES
-
-
-def test_names_of_255_bytes_are_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / NAMES[-1]
-    with write_whole(path, "w") as file:
-        file.write("x")
-    assert [found.name for found in tmp_path.iterdir()] == [NAMES[-1]]
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
