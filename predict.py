@@ -88,7 +88,7 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
     from dbnet.files import Journal, check_outputs, make_folder, stamp
     from dbnet.images import file_of
     from dbnet.inference import Pipeline, load_network
-    from dbnet.pictures import PICTURE_MARK, overlay_names, write_overlay
+    from dbnet.pictures import PICTURE_MARK, plan_overlays, write_overlay
     from dbnet.splits import find_images_at, read_images
 
     distributed.init()
@@ -98,17 +98,11 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
     images = find_images_at(args.images) if args.images else read_images(config.data, "test", config.format)
     paths = list(images.values())
     form = choose_format(args.out, args.out_format, list(images))
-    overlays: dict[Path, Path] = {}
-    if args.overlays:
-        make_folder(args.overlays)
-        names = overlay_names(list(images))
-        overlays = {path: args.overlays / names[name] for name, path in images.items()}
+    overlays = plan_overlays(args.overlays, images) if args.overlays else {}
     if form == "labelme":
         make_folder(args.out)
-    outputs = [
-        (args.out if form != "labelme" else None, result_mark(form)),
-        *((path, PICTURE_MARK) for path in overlays.values()),
-    ]
+    out = None if form == "labelme" else args.out
+    outputs = [(out, result_mark(form)), *((path, PICTURE_MARK) for path in overlays.values())]
     check_outputs(*outputs, inputs=[*checkpoints, *map(file_of, paths)])
 
     settings = {name: value for name, value in config.to_dict().items() if name not in SETTINGS_APART}
@@ -149,9 +143,8 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
         rows = {name: found[path] for name, path in images.items()}
         write_detections(args.out, form, rows, images)
         journal.remove()
-        print_summary(
-            args, form, rows, [unreadable[path] for path in paths if path in unreadable], config.max_candidates
-        )
+        lines = [unreadable[path] for path in paths if path in unreadable]
+        print_summary(args, form, rows, lines, config.max_candidates)
 
 
 def print_summary(

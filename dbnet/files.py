@@ -165,10 +165,8 @@ def _is_written_through(path: Path) -> bool:
     Raises UserError for what else is no file: writing into a named pipe might never end, into a disk destroys it.
     """
     there = _stat(path)
-    if not there or stat.S_ISREG(there.st_mode):
+    if not there or stat.S_ISREG(there.st_mode) or stat.S_ISDIR(there.st_mode):
         return False
-    if stat.S_ISDIR(there.st_mode):
-        raise UserError(f"{path}: is a folder; name a file")
     if _is_device(there) or (stat.S_ISFIFO(there.st_mode) and path.parts[:2] in (("/", "dev"), ("/", "proc"))):
         return True
     raise UserError(f"{path}: is a pipe, a socket or a disk; name a file")

@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from dbnet.dataset import Draw, TextDataset
 from dbnet.errors import UserError, one_line, printable
-from dbnet.files import Row, read_log, write_whole
+from dbnet.files import Row, make_folder, read_log, write_whole
 from dbnet.geometry import Letterbox
 from dbnet.images import name_stem, read_image
 
@@ -53,11 +53,18 @@ def write_overlay(path: Path, image: Path, polygons: Iterable[np.ndarray]) -> No
     write_image(path, draw_polygons(letterbox.resize(pixels), map(letterbox.to_network, polygons)))
 
 
-def overlay_names(names: list[str]) -> dict[str, str]:
-    """What the picture of each image is called: a.jpg of a.png; if two were called alike, NAME.jpg of all of them."""
-    short = [str(Path(name).parent / name_stem(Path(name).name)) for name in names]
-    stems = short if len(set(short)) == len(names) else names
-    return {name: f"{stem}.jpg" for name, stem in zip(names, stems, strict=True)}
+def plan_overlays(folder: Path, images: dict[str, Path]) -> dict[Path, Path]:
+    """Where the picture of each image goes, by the image's path; `images` holds the paths by name.
+
+    That is a.jpg of a.png and x/a.jpg of x/a.png or, if two pictures were called alike, NAME.jpg for all of them.
+    Creates the folders. Raises UserError where files cannot be written in them.
+    """
+    short = [str(Path(name).with_name(name_stem(Path(name).name))) for name in images]
+    stems = short if len(set(short)) == len(images) else list(images)
+    pictures = {path: folder / f"{stem}.jpg" for stem, path in zip(stems, images.values(), strict=True)}
+    for each in sorted({folder, *(picture.parent for picture in pictures.values())}):
+        make_folder(each)
+    return pictures
 
 
 def sample_sheet(dataset: TextDataset, count: int = 4, side: int = 480) -> np.ndarray:

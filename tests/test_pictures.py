@@ -6,6 +6,7 @@ import math
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 
 from dbnet import pictures
 from dbnet.files import read_log
-from dbnet.pictures import BLUE, VERMILION, draw_curves, draw_heat_map, overlay_names, show_progress, write_figure
+from dbnet.pictures import BLUE, VERMILION, draw_curves, draw_heat_map, plan_overlays, show_progress, write_figure
 
 
 def make_row(epoch, hmean, **values):
@@ -178,5 +179,8 @@ def test_the_heat_map_is_brightest_at_the_best_value_and_frames_it(tmp_path):
         (["s/a.pdf#page=1", "s/a.pdf#page=2"], ["s/a.pdf#page=1.jpg", "s/a.pdf#page=2.jpg"]),
     ],
 )
-def test_each_image_has_an_overlay_of_its_own_name(names, expected):
-    assert list(overlay_names(names).values()) == expected
+def test_each_image_has_an_overlay_of_its_own_name(tmp_path, names, expected):
+    overlays = plan_overlays(tmp_path / "o", {name: Path("photos", name) for name in names})
+    assert list(overlays) == [Path("photos", name) for name in names]
+    assert list(overlays.values()) == [tmp_path / "o" / name for name in expected]
+    assert all(path.parent.is_dir() for path in overlays.values())
