@@ -15,9 +15,33 @@ the save before it), log.jsonl (a line an epoch), curves.png, and events for `te
 
 import argparse
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from dbnet.config import PRESETS, ArgumentParser, Config, print_config, print_difference
+from dbnet.errors import UserError, is_out_of_memory, run_script, typed
+
+
+def parse_arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The script's own arguments, and the fields of the configuration that the command changes."""
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("--preset", help=f"configuration to start from: {', '.join(PRESETS)} (v1)")
+    parser.add_argument("--run", metavar="NAME", help="folder of the run under runs/ (preset and time)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run; without --run, the newest one")
+    parser.add_argument("--init", type=Path, metavar="CKPT", help="start from the weights of this checkpoint")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as JSON and exit")
+    parser.add_argument("--diff", metavar="PRESET", help="print what differs from this preset and exit")
+    parser.add_argument("--show-samples", type=Path, metavar="FILE.png", help="picture some training samples and exit")
+    parser.add_argument("--profile", action="store_true", help="measure memory and speed on this device and exit")
+    parser.add_config_flags()
+    return parser.parse()
+
+
+if Path(sys.argv[0]).stem in ("train", "dbnet-train") and {"-h", "--help"} & {*sys.argv}:
+    run_script(parse_arguments)  # prints the help, before PyTorch is imported
+    sys.exit()
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +49,9 @@ from tqdm import tqdm
 
 from dbnet import distributed
 from dbnet.checkpoint import build_model, save_checkpoint
-from dbnet.config import PRESETS, ArgumentParser, Config, print_config, print_difference
 from dbnet.dataset import Batches, TextDataset, count_workers, make_loader
 from dbnet.device import peak_memory, pick_amp_dtype, seed_all
 from dbnet.ensemble import Ensemble
-from dbnet.errors import UserError, is_out_of_memory, run_script, typed
 from dbnet.evaluation import Evaluation, advise_on_collapse, evaluate
 from dbnet.files import check_outputs
 from dbnet.inference import Pipeline
@@ -55,21 +77,6 @@ from dbnet.training import (
 )
 
 READING_INTERVAL = 1.0  # seconds between two looks at the losses, each of which waits for the device
-
-
-def parse_arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The script's own arguments, and the fields of the configuration that the command changes."""
-    parser = ArgumentParser(__doc__)
-    parser.add_argument("--preset", help=f"configuration to start from: {', '.join(PRESETS)} (v1)")
-    parser.add_argument("--run", metavar="NAME", help="folder of the run under runs/ (preset and time)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run; without --run, the newest one")
-    parser.add_argument("--init", type=Path, metavar="CKPT", help="start from the weights of this checkpoint")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as JSON and exit")
-    parser.add_argument("--diff", metavar="PRESET", help="print what differs from this preset and exit")
-    parser.add_argument("--show-samples", type=Path, metavar="FILE.png", help="picture some training samples and exit")
-    parser.add_argument("--profile", action="store_true", help="measure memory and speed on this device and exit")
-    parser.add_config_flags()
-    return parser.parse()
 
 
 def main() -> None:

@@ -102,7 +102,7 @@ class _Screen:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # where the buffer's rest goes
 
 
-def run_script(main: Callable[[], None]) -> None:
+def run_script(main: Callable[[], Any]) -> None:
     """Run a script's `main`; exit with 2 and one line on stderr for a `UserError` or a lack of memory, 130 on Ctrl-C.
 
     Other exceptions are faults of the program and keep their traceback (exit status 1). A screen that cannot be written
