@@ -1,4 +1,4 @@
-"""Scores of detections against a split: what train.py validates with and evaluate.py prints."""
+"""Scores of detections on a split, for validation in train.py and for evaluate.py."""
 
 import hashlib
 import json
@@ -38,20 +38,20 @@ MAX_ON_DONT_CARE = 0.5
 
 @dataclass(frozen=True)
 class IoUScore:
-    """Counts of words and detections of an image or a data set, and what follows from them."""
+    """Matches between words and detections of an image or a data set, and the scores that follow."""
 
     precision: float
-    """`matched / detections`, 0 where there are none"""
+    """`matched / detections`, 0 if there are none"""
     recall: float
-    """`matched / words`, 0 where there are none"""
+    """`matched / words`, 0 if there are none"""
     hmean: float
-    """harmonic mean of precision and recall"""
+    """Harmonic mean of precision and recall"""
     matched: int
-    """pairs of a word and a detection"""
+    """Pairs of a word and a detection"""
     words: int
-    """ground truths that are not don't-care"""
+    """Ground truths that are not don't-care"""
     detections: int
-    """detections that are not on a don't-care word"""
+    """Detections that are not on a don't-care word"""
 
 
 def score_iou(
@@ -61,9 +61,9 @@ def score_iou(
 ) -> IoUScore:
     """Match the (n, 2) detections of an image with its (n, 2) words.
 
-    Words are served in their order, each takes the first free detection that matches. Coordinates are truncated to
+    In the order of the words, each takes the first free detection that matches. Coordinates are truncated to
     integers, outlines that cross themselves are even-odd. A polygon without area is counted, and matches
-    nothing. `dont_care` says for each word whether it shall neither be found nor missed, None for none.
+    nothing. `dont_care` says which words are ignored, None for none.
 
     Raises ValueError as `metric.score_image` does.
     """
@@ -114,20 +114,20 @@ def _exceeds(areas: np.ndarray, limits: np.ndarray) -> np.ndarray:
 
 
 SIZE_EDGES = (0, 0.005, 0.01, 0.015, 0.02, 0.025, 0.1, 0.5, 1)
-"""Between these lie the bins; a word on an edge is in the bin above it, and the last bin takes all that is larger."""
+"""Edges of the bins; a word on an edge is in the bin above it, and the last bin has all larger words."""
 
 
 def text_heights(polygons: Sequence[ArrayLike]) -> np.ndarray:
     """(len,) heights in pixels of (n, 2) words: the shorter side of the rectangle of least area around each.
 
-    So the height does not depend on which way a word runs or how it is turned; of curved text it is that of the curve.
+    It does not depend on the direction or rotation of a word; for curved text it is the height of the curve.
     """
     sides = [cv2.minAreaRect(np.asarray(polygon, np.float32).reshape(-1, 2))[1] for polygon in polygons]
     return np.array(sides, np.float64).reshape(-1, 2).min(axis=1)
 
 
 def bin_of_size(heights: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(len,) which bin words of these heights in pixels are in, on an image of (width, height) pixels."""
+    """(len,) bin of each word, from its height in pixels and the (width, height) of the image in pixels."""
     return np.searchsorted(SIZE_EDGES[1:-1], heights / max(size), side="right")
 
 
@@ -135,7 +135,7 @@ def chars_by_size(polygons: Sequence[ArrayLike], size: tuple[int, int], gt_chars
     """(bins, 2) int: characters of the words in each bin that were found, and all.
 
     `gt_chars` are those of each word of an image of `size` (width, height) pixels, as `ImageMatch.gt_chars` gives them.
-    The columns sum to `chars_tp` and `chars_gt` of the image. The penalties for splits are no matter of size.
+    The columns sum to `chars_tp` and `chars_gt` of the image. Penalties for splits are left out.
     """
     bins = bin_of_size(text_heights(polygons), size)
     counts = [np.bincount(bins, chars, minlength=len(SIZE_EDGES) - 1) for chars in gt_chars.T]
@@ -143,7 +143,7 @@ def chars_by_size(polygons: Sequence[ArrayLike], size: tuple[int, int], gt_chars
 
 
 def size_rows(counts: Iterable[np.ndarray]) -> list[dict[str, float]]:
-    """The sum over images as plain values, a dict for each bin: its edges, characters, found ones and recall."""
+    """Sum over images as plain values, a dict for each bin: its edges, characters, found characters and recall."""
     totals = sum(counts, np.zeros((len(SIZE_EDGES) - 1, 2), int))
     return [
         {"from": low, "to": high, "chars_gt": chars, "chars_tp": found, "recall": found / max(chars, 1)}
@@ -168,19 +168,19 @@ class Comparison:
     """Scores of an earlier evaluation beside those of this one, for the images that both have."""
 
     path: Path
-    """file of the earlier scores"""
+    """File of the earlier scores"""
 
     before: dict[str, PrecisionRecall]
-    """all of them, by file name"""
+    """The earlier scores, by file name"""
 
     after: dict[str, PrecisionRecall] = field(default_factory=dict)
-    """those of this evaluation, in the order of the split, for the names in `before`"""
+    """The scores of this evaluation, in the order of the split, for the names in `before`"""
 
     labels: dict[str, str | None] = field(default_factory=dict)
     """`label_fingerprint` of each image of the earlier evaluation; None where its file has none"""
 
     other_labels: list[str] = field(default_factory=list)
-    """images in both whose labels are others now, or may be"""
+    """Images in both whose labels have changed, or may have"""
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -197,12 +197,12 @@ class Comparison:
             raise UserError(f"{path}: holds no scores by image; write them with evaluate.py CKPT --json FILE") from None
 
     def check_shares(self, names: Iterable[str]) -> None:
-        """Raise UserError unless one of these images has earlier scores; for before the work that would be lost."""
+        """Raise UserError unless one of these images has earlier scores; to be called before the long work."""
         if self.before.keys().isdisjoint(names):
             raise UserError(f"{self.path}: has no image of this split; name scores of the same --data and --split")
 
     def compare(self, evaluation: "Evaluation") -> None:
-        """Take in the scores of this evaluation."""
+        """Add the scores of this evaluation."""
         self.after = {
             name: PrecisionRecall(score.precision, score.recall, score.hmean)
             for name, score in evaluation.per_image.items()
@@ -225,7 +225,7 @@ class Comparison:
         return sorted((change for change in self._changes() if change[1] < -_SAME), key=lambda change: change[1])
 
     def table(self) -> str:
-        """The change of the means, and the images that changed most, as text."""
+        """Text: the change of the means, and the images that changed most."""
         before, after = self.means()
         better, worse = self.better(), self.worse()
         lines = [f"\n{'':<9}  {'there':>6}    here   change   ({self.path}; {len(self.after)} images in both)"]
@@ -245,7 +245,7 @@ class Comparison:
         return "\n".join(lines)
 
     def warning(self) -> str:
-        """A line for scores that were made on other labels; empty where the labels are the same."""
+        """One line if the scores were made on other labels; empty if the labels are the same."""
         if not self.other_labels:
             return ""
         if not any(self.labels.values()):
@@ -273,34 +273,34 @@ RESAMPLINGS = 2000  # for the interval of the H-Mean
 
 @dataclass
 class Evaluation:
-    """CLEval of a split, image by image, and beside it CLEval's recall by size of text, and IoU."""
+    """Scores of a split, image by image: CLEval, its recall by size of text, and IoU."""
 
     per_image: dict[str, ImageScore] = field(default_factory=dict)
-    """the score of each file, in the order of the split"""
+    """CLEval of each file, in the order of the split"""
 
     iou_per_image: dict[str, IoUScore] = field(default_factory=dict)
-    """precision and recall by the ICDAR 2015 protocol, likewise"""
+    """Precision and recall by the ICDAR 2015 protocol of each file"""
 
     chars_per_image: dict[str, np.ndarray] = field(default_factory=dict)
-    """(bins, 2) characters and found ones by size of text; of images whose size is known"""
+    """(bins, 2) characters found and all, by size of text; only of images whose size is known"""
 
     highest: float = 0.0
-    """greatest probability, 0..1, in all probability maps that were looked at"""
+    """Highest probability, 0..1, in all probability maps"""
 
     unreadable: list[str] = field(default_factory=list)
-    """a line for each image that could not be read; it counts as one without detections"""
+    """A line for each image that could not be read; it counts as an image without detections"""
 
     pictures: dict[str, Any] = field(default_factory=dict)
-    """what a report shows of each file"""
+    """What a report shows of each file"""
 
     labels: dict[str, str] = field(default_factory=dict)
     """`label_fingerprint` of each file"""
 
     unscored: dict[str, int] = field(default_factory=dict)
-    """detections of files that have more than the MAX_DETECTIONS that CLEval scores"""
+    """Number of detections of files with more than the MAX_DETECTIONS that CLEval scores"""
 
     at_limit: list[str] = field(default_factory=list)
-    """files with as many detections as max_candidates allows: there may be more text"""
+    """Files with as many detections as max_candidates allows: there may be more text"""
 
     def update(
         self,
@@ -327,7 +327,7 @@ class Evaluation:
             self.unreadable.append(error)
 
     def merge(self, other: Self) -> None:
-        """Take in what another process has scored."""
+        """Add the scores of another process."""
         self.per_image |= other.per_image
         self.iou_per_image |= other.iou_per_image
         self.highest = max(self.highest, other.highest)
@@ -343,9 +343,9 @@ class Evaluation:
         return CLEval(list(self.per_image.values())).compute()
 
     def interval(self) -> tuple[float, float]:
-        """95% interval of the H-Mean: what other images of the same kind would give, by resampling these (bootstrap).
+        """95% interval of the H-Mean over images of this kind, by resampling the images (bootstrap).
 
-        Both ends are the H-Mean itself where there are less than two images.
+        Both ends are the H-Mean itself if there are fewer than two images.
         """
         hmeans = np.array([score.hmean for score in self.per_image.values()])
         if len(hmeans) < 2:
@@ -360,7 +360,7 @@ class Evaluation:
         return total_iou(self.iou_per_image.values())
 
     def by_size(self) -> list[dict[str, float]]:
-        """Characters, found ones and recall in each bin of the size of text, over all images of known size."""
+        """Characters, found characters and recall by size of text, over all images of known size."""
         return size_rows(self.chars_per_image.values())
 
     def worst(self, count: int) -> list[tuple[str, ImageScore]]:
@@ -384,7 +384,7 @@ class Evaluation:
         }
 
     def table(self) -> str:
-        """Totals, recall by size of text and the worst images, as text."""
+        """Text: totals, recall by size of text and the worst images."""
         score, iou, (low, high) = self.compute(), self.total_iou(), self.interval()
         lines = [
             *(f"counts 0: {line}" for line in self.unreadable),
@@ -423,7 +423,7 @@ class Evaluation:
         return lines
 
     def _size_lines(self) -> list[str]:
-        """CLEval's characters, and the share of them that was found, by height of text over the longer side."""
+        """CLEval's characters and their recall, by the height of text over the longer side."""
         rows = self.by_size()
         lines = [
             "size of text  " + "".join(f"{row['from']:>8g}" for row in rows) + f"{rows[-1]['to']:>5g}",
@@ -529,10 +529,10 @@ def evaluate_submission(
 
 
 def advise_on_collapse(score: DatasetScore, highest: float, config: Config) -> str | None:
-    """One line on what to look at when a validation finds no text though there is some; None where it is all right.
+    """One line of advice if a validation finds no text although there is some; else None.
 
-    `highest` is the greatest probability, 0..1, in all of its maps (nan where the network gives no numbers): it tells a
-    network that has learned nothing from thresholds that it does not reach.
+    `highest` is the highest probability, 0..1, in all maps (nan if the network's output is not finite): it tells a
+    network that has learned nothing from thresholds that are too high.
     """
     if score.detections or not score.words:
         return None

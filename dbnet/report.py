@@ -1,10 +1,10 @@
-"""A page that shows what was found and what was not: one HTML file that opens from disk, without a network.
+"""A report of an evaluation: one HTML file that shows each image and each mistake, and opens without a connection.
 
     evaluation = evaluate(pipeline, network, picture=picture_of)
     write_report(Path("report.html"), evaluation, "best.pt on val", settings)
 
-The page itself is report.html beside this module. Here its data is made: names, numbers and polygons as one JSON, and
-the pictures as base64, each in an element of its own, so that a browser decodes only those that it shows.
+The page is report.html beside this module. This module adds its data: names, numbers and polygons as one JSON, and the
+pictures as base64, each in an element of its own, so that a browser decodes only those that it shows.
 """
 
 import base64
@@ -35,40 +35,40 @@ MAP_LEVELS = 16  # of probability, 4 bits a pixel
 
 REPORT_MARK = "report by dbnet"  # near the end of every page, which may be overwritten therefore
 _DATA_MARK = "<!-- data -->"
-_QUALITIES = (75, 65, 55, 45, 35, 25)  # of JPEG, tried one after the other
+_QUALITIES = (75, 65, 55, 45, 35, 25)  # of JPEG, in the order in which they are tried
 _SHRINK = 0.8
-_FAR = 100_000  # pixels; what lies beyond is drawn there
+_FAR = 100_000  # pixels; coordinates beyond are clipped
 
-# Low to high probability: dark violet over green to yellow, ever less transparent; the lowest, noise, is not seen.
+# Low to high probability: violet, green, yellow, with growing opacity; the lowest level, noise, is transparent.
 _MAP_COLORS = cv2.applyColorMap(np.linspace(0, 255, MAP_LEVELS, dtype=np.uint8)[None], cv2.COLORMAP_VIRIDIS)[0, :, ::-1]
 _MAP_ALPHAS = np.linspace(-15, 215, MAP_LEVELS).clip(0).astype(np.uint8)
 
 
 @dataclass
 class Picture:
-    """What the page shows of one image."""
+    """One image on the page."""
 
     width: int
-    """of the upright original in pixels, or as far as its polygons reach where it cannot be read"""
+    """Width of the upright original in pixels; of its polygons, if it cannot be read"""
 
     height: int
-    """likewise"""
+    """Height, likewise"""
 
     jpeg: bytes
-    """the image reduced; empty where it cannot be read"""
+    """The reduced image; empty if it cannot be read"""
 
     prob_map: bytes
-    """a PNG of the probability map, see `encode_map`; empty where there is none"""
+    """PNG of the probability map, see `encode_map`; empty if there is none"""
 
     error: str | None
-    """one line, where the image cannot be read"""
+    """One line, if the image cannot be read"""
 
     gt: list[list[Any]]
-    """a row for each ground truth: index of its outcome in `Outcome`, characters found, all that count, bin of its
+    """A row for each ground truth: index of its outcome in `Outcome`, characters found, all that count, bin of its
     size, [x, y, x, y, ...] in pixels of the original"""
 
     det: list[list[Any]]
-    """a row for each detection: index of its outcome, score or None, [x, y, x, y, ...]"""
+    """A row for each detection: index of its outcome, score or None, [x, y, x, y, ...]"""
 
 
 _OUTCOMES = list(Outcome)
@@ -83,7 +83,7 @@ def picture_of(
     scores: Sequence[float] | None = None,
     prob_map: np.ndarray | None = None,
 ) -> Picture:
-    """What the page shows of an image file with its ground truth and its detections.
+    """The entry of an image file, with its ground truth and its detections.
 
     An image that cannot be read is shown as its polygons alone, with the reason.
 
@@ -183,8 +183,10 @@ def _recall_by_size(pictures: list[Picture]) -> list[dict[str, Any]]:
 
 
 def encode_picture(pixels: np.ndarray) -> bytes:
-    """(height, width, 3) uint8 RGB as a JPEG of at most PICTURE_SIDE pixels and PICTURE_BYTES; quality
-    gives way, then size."""
+    """JPEG of (height, width, 3) uint8 RGB, of at most PICTURE_SIDE pixels and PICTURE_BYTES.
+
+    Quality is reduced first, then size.
+    """
     height, width = pixels.shape[:2]
     side = min(PICTURE_SIDE, max(width, height))
     while True:
@@ -197,8 +199,10 @@ def encode_picture(pixels: np.ndarray) -> bytes:
 
 
 def encode_map(prob_map: np.ndarray) -> bytes:
-    """A (height, width) uint8 probability map x 255 as a PNG to lay over the picture, of at most MAP_SIDE pixels and
-    MAP_BYTES: coloured, of MAP_LEVELS levels, the lowest transparent."""
+    """PNG overlay of a (height, width) uint8 probability map x 255, of at most MAP_SIDE pixels and MAP_BYTES.
+
+    It has MAP_LEVELS colours; the lowest is transparent.
+    """
     height, width = prob_map.shape
     side = min(MAP_SIDE, max(width, height))
     while True:
@@ -231,7 +235,7 @@ def _describe(comparison: Comparison) -> dict[str, Any]:
 
 
 def _json_in_html(data: Any) -> str:
-    """JSON that no name in it can end: it is ASCII, and without `<` there is neither a tag nor a comment in it."""
+    """JSON that no name can break out of: it is ASCII, and without `<` it has neither a tag nor a comment."""
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 

@@ -1,12 +1,12 @@
-"""Post-processing settings by measurement: CLEval of a whole grid of them, from probability maps computed once.
+"""Search for the best post-processing settings: CLEval of a grid of them, from probability maps computed once.
 
-    tuning = tune(pages, config)                 # a page: the probability map of an image, and its words
+    tuning = tune(maps, config)                  # of annotated images
     print(tuning.combinations[tuning.best])      # thresh, box_thresh, unclip ratio and min_size
-    print(tuning.cross_validated)                # H-Mean to expect of values chosen like this
+    print(tuning.cross_validated)                # expected H-Mean of values that are chosen like this
 
-Every combination scores exactly what `extract_polygons` and `score_image` give with it, but little of that is computed
-anew for each: contours and their scores depend on thresh alone, offsets and how they lie on the words depend on the
-unclip ratio too, and the other two only select among the polygons. Nothing here knows of the network.
+Every combination scores exactly what `extract_polygons` and `score_image` give with it, but most of the work is shared:
+contours and their scores depend on thresh alone, offset polygons and their matches on thresh and the unclip ratio, and
+box_thresh and min_size only select among the polygons.
 """
 
 import math
@@ -47,25 +47,25 @@ class ScoredMap(NamedTuple):
     """The probability map of an annotated image."""
 
     name: str
-    """its file name, which decides the half that it belongs to in cross-validation"""
+    """File name, which decides the half of the images in cross-validation"""
 
     prob_map: np.ndarray | None
-    """(height, width) uint8, probability x 255, of the image without padding; None if the image could not be read"""
+    """(height, width) uint8, probability x 255, without padding; None if the image could not be read"""
 
     size: tuple[int, int] | None
-    """width and height of the image in pixels; None only where there is no map"""
+    """Width and height of the image in pixels; None only where there is no map"""
 
     annotation: Annotation
-    """its words"""
+    """The words of the image"""
 
 
 class Values(NamedTuple):
-    """One combination of what is tuned; each is the field of the configuration of the same name."""
+    """One combination of the settings that are tuned, named like the fields of the configuration."""
 
     thresh: float
     box_thresh: float
     unclip_ratio: float
-    """polygon_unclip_ratio or box_unclip_ratio, whichever is in use"""
+    """polygon_unclip_ratio with use_polygon, else box_unclip_ratio"""
     min_size: float
 
     @classmethod
@@ -85,7 +85,7 @@ class Values(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """The values that are combined, each with each; the fields are those of `Values`."""
+    """The values of each setting; the search tries all combinations."""
 
     thresh: Sequence[float] = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
     box_thresh: Sequence[float] = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7)
@@ -101,23 +101,23 @@ class Grid(NamedTuple):
         return [Values(*values) for values in product(*self)]
 
     def steps(self, one: Values, other: Values) -> int:
-        """How many steps lie between two combinations."""
+        """Number of steps on the grid between two combinations."""
         return sum(abs(axis.index(a) - axis.index(b)) for axis, a, b in zip(self, one, other, strict=True))
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What each combination scores on each page."""
+    """Scores of each combination on each image."""
 
     grid: Grid
-    """the values that were combined, those of the configuration among them"""
+    """The values that were combined, including those of the configuration"""
 
     combinations: list[Values]
-    """the configuration's own values first, then by their steps from these on the grid: of two that score the same, the
-    first is the more careful choice"""
+    """The configuration's own values first, then in the order of their distance to these on the grid: of two that score
+    the same, the first changes less"""
 
     scores: np.ndarray
-    """(combinations, pages, 3) CLEval precision, recall and H-Mean; pages by name"""
+    """(combinations, images, 3) CLEval precision, recall and H-Mean; images sorted by name"""
 
     @cached_property
     def means(self) -> np.ndarray:
@@ -126,17 +126,17 @@ class Tuning:
 
     @property
     def best(self) -> int:
-        """Index of the combination with the highest H-Mean; no matter how small its lead is."""
+        """Index of the combination with the highest H-Mean, even if its lead is small."""
         return int(self.means[:, 2].argmax())
 
     @property
     def cross_validated(self) -> float:
-        """H-Mean to expect on other images of values that are chosen as `best` is."""
+        """Expected H-Mean on other images of values that are chosen as `best` is."""
         return float(cross_validate(self.scores[..., 2]).mean())
 
     @property
     def doubt(self) -> str:
-        """Why the best values may be no better than the configuration's own on other images; empty where they are."""
+        """The reason not to trust the best values on other images; empty if there is none."""
         images = self.scores.shape[1]
         if images < MIN_IMAGES:
             return f"{images} images are too few to choose on; label {MIN_IMAGES} or more"
@@ -147,7 +147,7 @@ class Tuning:
         return f"the gain of {gain:.4f} is within its standard error of {error:.4f}" if gain <= error else ""
 
     def ranking(self, count: int) -> list[int]:
-        """Indices of the best combinations, best first; of those that score alike on every page only the first."""
+        """Indices of the best combinations, best first; of those with equal scores on every image only the first."""
         best: dict[bytes, int] = {}
         for index in np.argsort(-self.means[:, 2], kind="stable").tolist():
             best.setdefault(self.scores[index].tobytes(), index)
@@ -156,7 +156,7 @@ class Tuning:
         return list(best.values())
 
     def table(self, config: Config) -> str:
-        """The best combinations beside the configuration's own, and what of the gain lasts elsewhere, as text."""
+        """Text: the best combinations, the configuration's own, and the cross-validated gain."""
         own = self.means[0, 2]
         header = [f"{name:>{max(len(name), 6)}}" for name in Values.names(config)]
         lines = [
@@ -175,7 +175,7 @@ class Tuning:
         return "\n".join(lines)
 
     def by_thresholds(self) -> np.ndarray:
-        """(box_thresh, thresh) H-Means over two axes of the grid, with the other two values those of the best."""
+        """(box_thresh, thresh) H-Means, with the unclip ratio and min_size of the best combination."""
         place = {values: index for index, values in enumerate(self.combinations)}
         best = self.combinations[self.best]
         return np.array(
@@ -204,53 +204,54 @@ class Tuning:
         }
 
 
-def tune(pages: Sequence[ScoredMap], config: Config, grid: Grid | None = None, workers: int = 0) -> Tuning:
-    """Score the combinations of `grid` and of the configuration's own values on all pages, with a progress bar.
+def tune(maps: Sequence[ScoredMap], config: Config, grid: Grid | None = None, workers: int = 0) -> Tuning:
+    """Score the combinations of `grid` and of the configuration's own values on all images, with a progress bar.
 
-    The pages are shared out among so many processes; with less than two all is done in this one.
-
-    Raises UserError for less than two pages, as there would be nothing to cross-validate with.
+    The work is shared among `workers` processes; with fewer than two it is done in this process. Raises UserError for
+    fewer than two images, which cannot be cross-validated.
     """
-    if len(pages) < 2:
-        raise UserError(f"--tune: needs two images or more, not {len(pages)}; half of them check the other half")
+    if len(maps) < 2:
+        raise UserError(f"--tune: needs two images or more, not {len(maps)}; half of them check the other half")
     own = Values.of(config)
     grid = (grid or Grid()).including(own)
-    score = partial(score_page, config=config, grid=grid)
-    pages = sorted(pages, key=lambda page: page.name)
+    score = partial(score_map, config=config, grid=grid)
+    maps = sorted(maps, key=lambda each: each.name)
     with _Processes(workers) if workers > 1 else nullcontext() as processes:
-        results = processes.map(score, pages) if processes else map(score, pages)
-        scores = list(tqdm(results, "tuning", len(pages), unit="img", leave=False, dynamic_ncols=True, smoothing=0))
+        results = processes.map(score, maps) if processes else map(score, maps)
+        scores = list(tqdm(results, "tuning", len(maps), unit="img", leave=False, dynamic_ncols=True, smoothing=0))
     combinations = grid.combinations()
     order = sorted(range(len(combinations)), key=lambda index: grid.steps(combinations[index], own))
     return Tuning(grid, [combinations[index] for index in order], np.stack(scores, axis=1)[order])
 
 
-def score_page(page: ScoredMap, config: Config, grid: Grid) -> np.ndarray:
-    """(combinations, 3) CLEval precision, recall and H-Mean of one page with each of `grid.combinations()`."""
+def score_map(image: ScoredMap, config: Config, grid: Grid) -> np.ndarray:
+    """(combinations, 3) CLEval precision, recall and H-Mean of one image with each of `grid.combinations()`."""
     scores = np.zeros((*map(len, grid), 3))
-    if page.prob_map is not None:
+    if image.prob_map is not None:
         for t, thresh in enumerate(grid.thresh):
             loosest = config.changed(thresh=thresh, box_thresh=min(grid.box_thresh), min_size=min(grid.min_size))
-            regions = find_regions(page.prob_map, loosest)
+            regions = find_regions(image.prob_map, loosest)
             for u, unclip_ratio in enumerate(grid.unclip_ratio):
                 values = Values.of(loosest)._replace(unclip_ratio=unclip_ratio)
-                scores[t, :, u] = _score_selections(page, regions, config.changed(**values.changes(config)), grid)
+                scores[t, :, u] = _score_selections(image, regions, config.changed(**values.changes(config)), grid)
     return scores.reshape(-1, 3)
 
 
-def _score_selections(page: ScoredMap, regions: list[Region], config: Config, grid: Grid) -> np.ndarray:
-    """(box_thresh, min_size, 3) scores of what the values of these two axes leave of `regions`, best first, once they
-    are grown by the unclip ratio of `config`."""
+def _score_selections(image: ScoredMap, regions: list[Region], config: Config, grid: Grid) -> np.ndarray:
+    """(box_thresh, min_size, 3) scores of the `regions` that each pair of values selects.
+
+    The regions come best first and are offset by the unclip ratio of `config`.
+    """
     grown = list(grow_regions(regions, config, max(grid.min_size) + 2))
     region_scores = np.array([region.score for region in regions])
     breadths = np.array([region.breadth for region in regions])
     grown_breadths = np.array([each.breadth for each in grown])
-    assert page.prob_map is not None  # `regions` come from it
-    height, width = page.prob_map.shape
-    scale = 1 / (np.array([width, height]) / page.size)  # as Letterbox has it, to the last bit
-    nothing = np.empty((0, 2), np.int32)  # in place of what is not one piece, and has no breadth
+    assert image.prob_map is not None  # `regions` come from it
+    height, width = image.prob_map.shape
+    scale = 1 / (np.array([width, height]) / image.size)  # as Letterbox has it, to the last bit
+    nothing = np.empty((0, 2), np.int32)  # for a region that is not one piece; it has no breadth
     whole = [nothing if each.polygon is None else each.polygon for each in grown]
-    polygons = to_image_pixels(whole, tuple(scale), page.size)
+    polygons = to_image_pixels(whole, tuple(scale), image.size)
 
     selections: dict[bytes, np.ndarray] = {}
     chosen_by = {}
@@ -260,7 +261,7 @@ def _score_selections(page: ScoredMap, regions: list[Region], config: Config, gr
         is_chosen &= is_chosen.cumsum() <= config.max_candidates
         chosen_by[place] = is_chosen.tobytes()
         selections[chosen_by[place]] = is_chosen
-    annotation = page.annotation
+    annotation = image.annotation
     found = score_selections(annotation.polygons, polygons, annotation.dont_care, list(selections.values()))
     score_of = dict(zip(selections, found, strict=True))
     scores = np.empty((len(grid.box_thresh), len(grid.min_size), 3))
@@ -339,15 +340,15 @@ def draw_tuning(tuning: Tuning) -> "Figure":
 
 
 def choose(hmeans: np.ndarray) -> int:
-    """Of (combinations, pages) H-Means the index of the combination with the highest mean, the first of equals."""
+    """Index of the combination with the highest mean of (combinations, images) H-Means, the first of equals."""
     return int(hmeans.mean(axis=1).argmax())
 
 
 def cross_validate(hmeans: np.ndarray) -> np.ndarray:
     """(images,) H-Means, each with the values chosen on the half of the images that it does not belong to.
 
-    `hmeans` is (combinations, pages). The halves are the first and the last pages: receipts of a series, which look
-    alike, mostly have neighbouring names, and on both sides they would make the check too easy.
+    `hmeans` is (combinations, images). The halves are the first and the last images by name: receipts of a series look
+    alike and mostly have neighbouring names; on both sides they would make the check too easy.
     """
     is_first = np.arange(hmeans.shape[1]) < hmeans.shape[1] // 2
     held_out = np.empty(hmeans.shape[1])
@@ -357,8 +358,7 @@ def cross_validate(hmeans: np.ndarray) -> np.ndarray:
 
 
 class _Processes(ProcessPoolExecutor):
-    """Processes that are started anew rather than forked, so that threads and a GPU of this one do not concern them,
-    and in which OpenCV keeps to one thread."""
+    """Spawned processes, which share neither threads nor a GPU with this one; OpenCV has one thread in each."""
 
     def __init__(self, workers: int) -> None:
         context = multiprocessing.get_context("spawn")

@@ -243,14 +243,14 @@ def test_comparison_is_of_the_images_in_both(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"per_image": []}', '{"per_image": {"a": {"precision": 1}}}', "\xff"]
 )
-def test_a_file_without_scores_is_refused(tmp_path, text):
+def test_a_file_without_scores_is_rejected(tmp_path, text):
     file = tmp_path / "other.json"
     file.write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=r"other\.json.*--json"):
         Comparison.read(file)
 
 
-def test_scores_out_of_range_or_of_other_images_are_refused(tmp_path):
+def test_scores_out_of_range_or_of_other_images_are_rejected(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         Comparison.read(tmp_path / "missing.json")
     file = tmp_path / "other.json"

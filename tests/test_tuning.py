@@ -136,7 +136,7 @@ def test_the_score_of_an_image_takes_no_part_in_the_choice_of_its_own_values():
             assert total == pytest.approx(expected / 9)
 
 
-def test_halves_are_by_file_name_whatever_the_order_of_the_pages():
+def test_halves_are_by_file_name_in_any_order_of_the_images():
     pages = [planted_page(name, shift) for name, shift in (("c.png", 0), ("a.png", 9), ("d.png", 5), ("b.png", 2))]
     pages[0].annotation.polygons.pop()
     pages[0].annotation.dont_care.pop()
