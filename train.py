@@ -113,6 +113,7 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
     device = distributed.pick_device(config.device)
     seed_all(config)
     train_set = TextDataset(config, "train", train=True)
+    distributed.print0(f"{config.data}: {train_set.count_words()}")
     val_set = TextDataset(config, "val", train=False)
     validation = Pipeline(val_set, config, device)
     training = Training.begin(build_model(config, run, last, init), config, device)

@@ -28,7 +28,7 @@ from dbnet.augment import Augmentation
 from dbnet.augment import draw as draw_augmentation
 from dbnet.config import STRIDE, Config
 from dbnet.errors import ImageError, UserError, is_out_of_memory
-from dbnet.geometry import Letterbox, clip_polygons, inference_side, padded, split_polygons, visible_shares
+from dbnet.geometry import Letterbox, areas, clip_polygons, inference_side, padded, split_polygons, visible_shares
 from dbnet.images import read_image, read_size
 from dbnet.memory import keep_freed_memory
 from dbnet.splits import read_split
@@ -315,6 +315,27 @@ class Words:
         return self.points[points], self.counts[polygons], self.dont_care[polygons]
 
 
+class WordCounts(NamedTuple):
+    """What training makes of the words of a data set, before any augmentation."""
+
+    learned: int
+
+    dont_care: int
+    """masked, as their annotations say"""
+
+    degenerate: int
+    """masked, because they have fewer than three points or no area"""
+
+    outside: int
+    """left out, because they lie outside of their image"""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.learned} words are learned; masked: {self.dont_care} don't care and {self.degenerate} without "
+            f"area; {self.outside} lie outside of their images"
+        )
+
+
 class TextDataset(ImageDataset):
     """A split of an annotated data set. For training (`train=True`) a sample is a dict of
 
@@ -361,6 +382,25 @@ class TextDataset(ImageDataset):
                 draws.append(Draw(first + i, epoch, repeat=times))
             first += size
         return draws
+
+    def count_words(self) -> WordCounts:
+        """How many words are learned, and how many are not and why; of an image that cannot be read, none is outside.
+
+        Raises UserError where there is nothing to learn.
+        """
+        words = self.words
+        sizes = np.array([self.size(place) or (np.inf, np.inf) for place in range(len(self))])
+        limits = np.repeat(sizes, np.diff(words.first_polygon), axis=0)  # (polygons, 2)
+        clipped = np.clip(words.points, 0, np.repeat(limits, words.counts, axis=0))
+        has_area = areas(words.points, words.counts) > 0
+        outside = has_area & (areas(clipped, words.counts) == 0) & ~words.dont_care
+        degenerate = ((words.counts < 3) | (areas(clipped, words.counts) < 1)) & ~outside & ~words.dont_care
+        ignored, no_area, gone = (int(which.sum()) for which in (words.dont_care, degenerate, outside))
+        counts = WordCounts(len(words.counts) - ignored - no_area - gone, ignored, no_area, gone)
+        if not counts.learned:
+            hint = "compare the annotations with the images; --show-samples draws them"
+            raise UserError(f"{self.config.data}: there is nothing to learn: {counts}; {hint}")
+        return counts
 
     def augmentation(self, draw: Draw) -> Augmentation:
         if not self.train:

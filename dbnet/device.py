@@ -2,7 +2,6 @@
 
 import os
 import random
-import resource
 import shutil
 import sys
 from typing import Any
@@ -89,8 +88,12 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Most memory that tensors took on the GPU, or the process on the host, in GB."""
+    """Most memory that tensors took on the GPU, or the process on the host, in GB; 0 where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

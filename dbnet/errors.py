@@ -126,6 +126,9 @@ def run_script(main: Callable[[], Any]) -> None:
         elif is_out_of_memory(error):
             hint = "close other programs, or lower --batch-size, --image-size or --workers"
             print(f"error: not enough memory ({printable(one_line(error))}); {hint}", file=sys.stderr)
+        elif isinstance(error, ImportError) and ".so" in str(error):  # OpenCV's wheel on a machine without a screen
+            hint = "pip install opencv-python-headless in place of opencv-python, or apt install libgl1 libglib2.0-0"
+            print(f"error: a library is missing ({printable(one_line(error))}); for OpenCV: {hint}", file=sys.stderr)
         else:
             raise
         status = 2

@@ -7,7 +7,6 @@ Real optimizer steps on synthetic batches, for each plan of the fallback (`dbnet
 """
 
 import multiprocessing
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from dbnet.config import Config
-from dbnet.device import pick_amp_dtype, pick_device
+from dbnet.device import peak_memory, pick_amp_dtype, pick_device
 from dbnet.errors import is_out_of_memory
 from dbnet.memory import SMALLER_SIZES, BatchPlan, free_memory, keep_freed_memory
 from dbnet.model import DBNet
@@ -219,7 +218,7 @@ def resident_gb() -> dict[str, float]:
         wanted = ("RssAnon:", "RssFile:", "VmHWM:")
         return {line[0].rstrip(":"): int(line[1]) * 1024 / 1e9 for line in lines if line[0] in wanted}
     except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+        peak = peak_memory(torch.device("cpu"))
         return {"RssAnon": peak, "RssFile": 0.0, "VmHWM": peak}
 
 

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from dbnet import distributed
 from dbnet.checkpoint import load_checkpoint, save_checkpoint
 from dbnet.config import Config
+from dbnet.dataset import describe_failure
 from dbnet.device import compile_model, peak_memory, pick_amp_dtype, random_state, restore_random_state
 from dbnet.errors import UserError, is_out_of_memory
 from dbnet.files import check_writable, make_folder, read_log, remove_leftovers, write_json, write_whole
@@ -159,10 +160,10 @@ def step_batches(loader: DataLoader, accumulate: int) -> Iterator[tuple[list[dic
             if len(group) == accumulate:
                 yield group, ""
                 group = []
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if "DataLoader worker" not in str(error):
             raise
-        yield [], str(error)
+        yield [], describe_failure(error)
     yield group, ""
     while True:
         yield [], ""
@@ -486,7 +487,7 @@ class Training:
             saver.save(self)
         if counts.worker_died:
             line = death or "a data worker of another process has died"
-            raise UserError(f"{line}; go on with --resume, and if memory is short with fewer --workers, or --workers 0")
+            raise UserError(f"{line}; then go on with --resume")
         if counts.data_gone:
             raise UserError(f"{config.data}: the folder has gone; bring it back and go on with --resume")
         if counts.signals and interruption:

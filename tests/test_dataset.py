@@ -22,7 +22,7 @@ from support import ROOT, make_training
 import train
 from dbnet import augment
 from dbnet.annotations import Annotation
-from dbnet.dataset import Batches, Draw, TextDataset, Words, describe_failure, make_loader
+from dbnet.dataset import Batches, Draw, TextDataset, WordCounts, Words, describe_failure, make_loader
 from dbnet.errors import UserError
 from dbnet.formats import read_annotations
 from dbnet.geometry import Letterbox, areas, clip_polygons, split_polygons
@@ -115,6 +115,24 @@ def test_words_that_a_cut_parts_are_masked_and_those_outside_are_gone(small):
     assert [polygon.tolist() for polygon in text] == [[[8, 8], [80, 8], [80, 24], [8, 24]]]
     assert [polygon.tolist() for polygon in masked] == [[[100, 60], [180, 60], [180, 76], [100, 76]]]
     assert dropped == 0
+
+
+def test_words_are_counted_by_what_training_makes_of_them(small):
+    dataset = TextDataset(small, "train", train=True)
+    width, _ = dataset.size(0)
+    square = np.array([[0.0, 0], [10, 0], [10, 10], [0, 10]])
+    far = square + np.array((width + 5, 0))
+    words = [square, square + 3, far, square - 50, square[:2], square * np.array((1, 0)), np.empty((0, 2)), square]
+    dont_care = [False] * 7 + [True]
+    none = [Annotation() for _ in dataset.paths[1:]]
+    dataset.words = Words.gather([Annotation(words, dont_care), *none])
+    counts = dataset.count_words()
+    assert counts == WordCounts(learned=2, dont_care=1, degenerate=3, outside=2)
+    assert "2 words are learned; masked: 1 don't care and 3 without area; 2 lie outside" in str(counts)
+    for nothing in ([far], [square[:2]], []):
+        dataset.words = Words.gather([Annotation(nothing, [False] * len(nothing)), *none])
+        with pytest.raises(UserError, match="there is nothing to learn: 0 words are learned"):
+            dataset.count_words()
 
 
 def test_the_micro_batches_of_a_step_share_one_of_the_train_sizes(small):

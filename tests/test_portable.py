@@ -1,0 +1,82 @@
+"""Windows and macOS lack modules and functions of Linux: everything is imported, and works, without them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+# What the process and all that it starts see: for this program alone, since PyTorch and Python here are those of Linux.
+WITHOUT = """
+import builtins, ctypes, os, signal, sys
+
+MODULES = {"resource", "fcntl", "pwd", "grp", "termios", "posix"}
+FUNCTIONS = ["preadv", "pwritev", "pread", "pwrite", "sched_getaffinity", "statvfs", "fstatvfs", "posix_fallocate",
+             "fork", "getuid", "geteuid", "mkfifo", "killpg", "setpgid", "getpgid", "setsid", "sync"]
+imported = builtins.__import__
+
+def without(name, globals=None, *rest):
+    module = (globals or {}).get("__name__", "")
+    if name in MODULES and module.split(".")[0] in {"dbnet", "train", "evaluate", "predict", "export", "__main__"}:
+        raise ImportError(f"{name} is not there, for {module}")
+    return imported(name, globals, *rest)
+
+builtins.__import__ = without
+for function in FUNCTIONS:
+    if hasattr(os, function):
+        delattr(os, function)
+for number in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGCHLD", "SIGQUIT"):
+    if hasattr(signal, number):
+        delattr(signal, number)
+"""
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """Run Python as on another system, in a folder of its own."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT)
+
+    def run(*words):
+        path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        words = [sys.executable, *map(str, words)]
+        result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run
+
+
+def test_every_module_is_imported_without_what_linux_has(elsewhere):
+    files = [*(ROOT / "dbnet").rglob("*.py"), *(ROOT / name for name in ("train.py", "predict.py"))]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files if path.stem != "__main__"]
+    names = [name.removesuffix(".__init__") for name in names]
+    code = f"import importlib\nfor name in {names}:\n    importlib.import_module(name)\nprint('all')"
+    assert elsewhere("-c", code) == "all\n"
+
+
+def test_the_scripts_run_with_spawned_workers_without_what_linux_has(elsewhere, rendered, tmp_path):
+    train = ["--preset", "demo", "--weights", "none", "--data", rendered, "--image-size", "64", "--epochs", "1"]
+    elsewhere(ROOT / "train.py", *train, "--workers", "2", "--run", "r", "--batch-size", "4")
+    assert "H-Mean" in elsewhere(ROOT / "evaluate.py", "runs/r/best.pt")
+    images = rendered / "images" / "test"
+    elsewhere(ROOT / "predict.py", "runs/r/best.pt", "--images", images, "--overlays", "overlays", "--out", "a.csv")
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 1 + len(list(images.iterdir()))
+    assert not list(Path(tmp_path).glob("**/dbnet-cache-*"))
+
+
+def test_a_missing_library_of_opencv_is_one_line_with_the_way_out(tmp_path):
+    """As on a server without a screen, where the wheel opencv-python finds no libGL."""
+    (tmp_path / "cv2.py").write_text(
+        'raise ImportError("libGL.so.1: cannot open shared object file: No such file or directory")'
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    for script in ("predict.py", "evaluate.py"):
+        words = [sys.executable, ROOT / script, "a.pt"]
+        result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        lines = result.stderr.strip().splitlines()
+        assert result.returncode == 2 and len(lines) == 1, result.stderr
+        assert "libGL.so.1" in lines[0] and "opencv-python-headless" in lines[0] and "libgl1" in lines[0]
