@@ -17,11 +17,11 @@ FUNCTIONS = ["preadv", "pwritev", "pread", "pwrite", "sched_getaffinity", "statv
              "fork", "getuid", "geteuid", "mkfifo", "killpg", "setpgid", "getpgid", "setsid", "sync"]
 imported = builtins.__import__
 
-def without(name, globals=None, *rest):
+def without(name, globals=None, *rest, **more):
     module = (globals or {}).get("__name__", "")
     if name in MODULES and module.split(".")[0] in {"dbnet", "train", "evaluate", "predict", "export", "__main__"}:
         raise ImportError(f"{name} is not there, for {module}")
-    return imported(name, globals, *rest)
+    return imported(name, globals, *rest, **more)
 
 builtins.__import__ = without
 for function in FUNCTIONS:
