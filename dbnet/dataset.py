@@ -45,6 +45,14 @@ _MIN_FREE = 1 << 28  # bytes of the disk that the cache leaves to others
 _HEADER = np.dtype([("key", "i8", 3), ("shape", "i8", 2), ("size", "i8", 2)])
 
 
+def _free_bytes(folder: str) -> float:
+    """Free space on the disk of a folder; infinite where the system does not say."""
+    try:
+        return shutil.disk_usage(folder).free
+    except AttributeError:
+        return math.inf
+
+
 class PixelCache:
     """A slot on disk for the decoded pixels of each image, in one temporary file that all workers map into memory.
 
@@ -61,7 +69,7 @@ class PixelCache:
         self._folder = tempfile.gettempdir()
         self._is_owner = True
         try:
-            room = int(min(config.cache_gb * 1e9, shutil.disk_usage(self._folder).free / 2))
+            room = int(min(config.cache_gb * 1e9, _free_bytes(self._folder) / 2))
             count = min(images, room // slot_bytes)
             if count:
                 opened, self._file = tempfile.mkstemp(prefix="dbnet-cache-")
@@ -106,7 +114,7 @@ class PixelCache:
         """
         if self._slots is None or index >= len(self._slots):
             return
-        if shutil.disk_usage(self._folder).free < _MIN_FREE + self._slots.shape[1]:
+        if _free_bytes(self._folder) < _MIN_FREE + self._slots.shape[1]:
             self._slots = None
             print(f"\nimages are no longer cached ({self._folder} is nearly full)", file=sys.stderr)
             return
