@@ -1,4 +1,4 @@
-"""CLEval for text detection: how many characters of the words were found, and at what price in splits and merges.
+"""CLEval for text detection: which characters of the words were found, less a penalty for splits and merges.
 
 CLEval (arXiv 2006.06244) cuts every ground truth into pseudo-characters and asks which of their centres lie inside
 which detections. A detection may therefore cover several words, or a word several detections; each surplus piece
@@ -10,8 +10,7 @@ costs one character. This is the variant of the competition; docs/how-it-works.m
         metric.update(gt_polygons, det_polygons)
     print(metric.compute().hmean)
 
-No code here loops over pairs of polygons: it is arithmetic on arrays of pairs. The geometry is in
-`dbnet/geometry.py`.
+Pairs of polygons are arrays, so that no code here loops over them; their geometry is in `dbnet/geometry.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,10 +29,10 @@ CLEVAL_MIN_POINTS = 4
 """Polygons with fewer points are skipped."""
 
 MAX_DETECTIONS = 500
-"""Only so many detections of an image are scored: the first."""
+"""Only the first detections of an image, this many, are scored."""
 
 MAX_CHARACTERS = 100
-"""No word counts as more characters than this."""
+"""Most characters that a word or a detection counts as."""
 
 MIN_AREA_PRECISION = np.float32(0.3)
 """Share of a detection's area that must lie inside what it matches. Area precisions are float32, as the competition
@@ -44,18 +43,18 @@ FLOAT32_EPS = np.finfo(np.float32).eps
 
 @dataclass(frozen=True)
 class ImageScore:
-    """CLEval of one image; counts are of pseudo-characters unless they say otherwise."""
+    """CLEval of one image; counts are of pseudo-characters unless stated otherwise."""
 
     precision: float
-    """`max(0, chars_tp - gran_precision) / chars_det`, 0 where there is nothing to divide by."""
+    """`max(0, chars_tp - gran_precision) / chars_det`, 0 if the divisor is 0."""
     recall: float
-    """`max(0, chars_tp - gran_recall) / chars_gt`, 0 where there is nothing to divide by."""
+    """`max(0, chars_tp - gran_recall) / chars_gt`, 0 if the divisor is 0."""
     hmean: float
     """Harmonic mean of precision and recall."""
     words: int
-    """Ground truths scored, those that are don't-care among them."""
+    """Ground truths scored, including don't-care ones."""
     detections: int
-    """Detections scored, those that are don't-care among them."""
+    """Detections scored, including don't-care ones."""
     chars_gt: int
     """In all ground truths that are not don't-care."""
     chars_det: int
@@ -63,9 +62,9 @@ class ImageScore:
     chars_tp: int
     """Found: inside at least one detection that is matched with their ground truth."""
     fp_chars: int
-    """Estimated for the detections that match nothing, from their aspect ratio."""
+    """Estimated from the aspect ratio of detections without a match."""
     overlaps: int
-    """How often a found character was found again by a later detection."""
+    """Number of times that a later detection found a character again."""
     splits: int
     """Ground truths matched with several detections."""
     merges: int
@@ -84,7 +83,7 @@ class DatasetScore(ImageScore):
 
 
 class Outcome(StrEnum):
-    """What became of a ground truth or a detection."""
+    """Match outcome of a ground truth or a detection."""
 
     CORRECT = "correct"
     """Matched one to one."""
@@ -97,24 +96,24 @@ class Outcome(StrEnum):
     MERGED = "merged"
     """A detection matched with several ground truths, or one of these."""
     DONT_CARE = "dont_care"
-    """A don't-care ground truth, or a detection mainly on such: neither right nor wrong."""
+    """A don't-care ground truth, or a detection mainly on such ones: neither right nor wrong."""
     UNSCORED = "unscored"
-    """Of fewer than CLEVAL_MIN_POINTS points, or after the first MAX_DETECTIONS detections."""
+    """It has fewer than CLEVAL_MIN_POINTS points, or comes after the first MAX_DETECTIONS detections."""
 
 
 @dataclass(frozen=True)
 class ImageMatch:
-    """Which ground truths and detections of an image CLEval matched, and what came of it."""
+    """The matches of CLEval between ground truths and detections of an image, and their score."""
 
     score: ImageScore
     gt_scored: np.ndarray
-    """(ground truths,) which of those given are scored. Below, indices of ground truths are among these."""
+    """(ground truths,) bool: which of those given are scored. Indices of ground truths below count only these."""
     det_scored: np.ndarray
-    """(detections,) which of those given are scored. Below, indices of detections are among these."""
+    """(detections,) bool: which of those given are scored. Indices of detections below count only these."""
     gt_valid: np.ndarray
-    """(gt_scored.sum(),) which are not don't-care."""
+    """(gt_scored.sum(),) bool: which are not don't-care."""
     det_valid: np.ndarray
-    """(det_scored.sum(),) which are not don't-care."""
+    """(det_scored.sum(),) bool: which are not don't-care."""
     gt: np.ndarray
     """(matches,) the ground truth of each matched pair."""
     det: np.ndarray
@@ -122,21 +121,23 @@ class ImageMatch:
     lengths: np.ndarray
     """(gt_scored.sum(),) characters of each ground truth."""
     is_found: np.ndarray
-    """(lengths.sum(),) which characters were found, word after word."""
+    """(lengths.sum(),) bool: which characters were found, word after word."""
 
     def gt_outcomes(self) -> list[Outcome]:
-        """For each ground truth given. One both split and merged is SPLIT, so those are `score.splits` many."""
+        """The outcome of each ground truth given; SPLIT if it is both split and merged, so that they add up to
+        `score.splits`."""
         outcomes = _outcomes(self.gt_valid, self.gt, self.det, (Outcome.MISSED, Outcome.SPLIT, Outcome.MERGED))
         return _spread(outcomes, self.gt_scored)
 
     def det_outcomes(self) -> list[Outcome]:
-        """For each detection given. One both split and merged is MERGED, so those are `score.merges` many."""
+        """The outcome of each detection given; MERGED if it is both split and merged, so that they add up to
+        `score.merges`."""
         outcomes = _outcomes(self.det_valid, self.det, self.gt, (Outcome.FALSE, Outcome.MERGED, Outcome.SPLIT))
         return _spread(outcomes, self.det_scored)
 
     def gt_chars(self) -> np.ndarray:
-        """(ground truths, 2) int, for each given: its characters that were found, and all; 0 where it is unscored or
-        don't-care. They sum to `score.chars_tp` and `score.chars_gt`."""
+        """(ground truths, 2) int: found characters and all characters of each ground truth given, 0 if it is unscored
+        or don't-care. They sum to `score.chars_tp` and `score.chars_gt`."""
         chars = np.zeros((len(self.gt_scored), 2), np.intp)
         word = np.repeat(np.arange(len(self.lengths)), self.lengths)
         chars[self.gt_scored, 0] = np.bincount(word[self.is_found], minlength=len(self.lengths))
@@ -146,7 +147,7 @@ class ImageMatch:
 
 @dataclass
 class CLEval:
-    """Collects the scores of images; `compute` sums them up. Processes that share a data set concatenate `images`."""
+    """Collect the scores of images; `compute` sums them up. Processes that share a data set concatenate `images`."""
 
     images: list[ImageScore] = field(default_factory=list)
 
@@ -163,8 +164,7 @@ class CLEval:
         return score
 
     def compute(self) -> DatasetScore:
-        """Means and sums over the images so far; all 0 where there were none."""
-
+        """Means and sums over the images so far; all 0 if there were none."""
         totals = {of.name: sum(getattr(score, of.name) for score in self.images) for of in fields(ImageScore)}
         means = {name: totals[name] / max(len(self.images), 1) for name in ("precision", "recall", "hmean")}
         return DatasetScore(**totals | means, images=len(self.images))
@@ -180,15 +180,14 @@ def score_image(
     Args:
         gt_polygons: the words, each (n, 2) points (x, y) in pixels: along the top edge, then back along the bottom.
         det_polygons: the detections, likewise, in the order in which they claim characters.
-        dont_care: for each ground truth, whether it shall neither be found nor missed; None for none.
+        dont_care: for each ground truth, whether it counts as neither found nor missed; None for none.
 
-    Polygons that were read for another metric are not read again. Coordinates are truncated to integers. Any polygon is
-    scored, be it crossing itself or without area; the time of one that crosses itself grows with its crossings, so
-    `dbnet.geometry.fault_of` refuses the worst where files are read.
+    `Polygons` that were read for another metric are not read again. Coordinates are truncated to integers. An outline
+    that crosses itself is even-odd, as in the competition's scorer.
 
     Raises:
-        ValueError: if a polygon is not (n, 2) or has a coordinate that is not finite or beyond all images, or
-            `dont_care` is not one flag for each ground truth.
+        ValueError: if a polygon is not (n, 2) or has a coordinate that is not finite or beyond
+            `geometry.MAX_COORDINATE`, or if `dont_care` is not one flag for each ground truth.
     """
     return match_image(gt_polygons, det_polygons, dont_care).score
 
@@ -198,9 +197,9 @@ def match_image(
     det_polygons: Sequence[ArrayLike] | Polygons,
     dont_care: Sequence[bool] | None = None,
 ) -> ImageMatch:
-    """`score_image`, and what became of each polygon; arguments and errors are the same."""
-    page = _measure(gt_polygons, det_polygons, dont_care)
-    return _match_selection(page, np.arange(len(page.dets))[:MAX_DETECTIONS])
+    """`score_image` with the matches behind the score; arguments and errors are the same."""
+    image = _compare(gt_polygons, det_polygons, dont_care)
+    return _match_selection(image, np.arange(len(image.dets))[:MAX_DETECTIONS])
 
 
 def score_selections(
@@ -209,21 +208,21 @@ def score_selections(
     dont_care: Sequence[bool] | None,
     selections: Sequence[np.ndarray],
 ) -> list[ImageScore]:
-    """`score_image` of each of several selections of the detections; polygons are compared once for all of them.
+    """`score_image` of each of several selections of the detections; the polygons are compared only once.
 
     Each selection is (len(det_polygons),) bool. The other arguments are as in `score_image`.
     """
-    page = _measure(gt_polygons, det_polygons, dont_care)
-    chosen = [np.flatnonzero(selection[page.dets.is_given])[:MAX_DETECTIONS] for selection in selections]
-    return [_match_selection(page, detections).score for detections in chosen]
+    image = _compare(gt_polygons, det_polygons, dont_care)
+    chosen = [np.flatnonzero(selection[image.dets.is_given])[:MAX_DETECTIONS] for selection in selections]
+    return [_match_selection(image, detections).score for detections in chosen]
 
 
-def _measure(
+def _compare(
     gt_polygons: Sequence[ArrayLike] | Polygons,
     det_polygons: Sequence[ArrayLike] | Polygons,
     dont_care: Sequence[bool] | None,
-) -> "_Page":
-    """All that there is to say about polygons and pairs of them, whichever detections count in the end."""
+) -> "_Comparison":
+    """Measure the polygons and pairs of them: all that does not depend on which detections are selected."""
     gts, dets = Polygons.read(gt_polygons, CLEVAL_MIN_POINTS), Polygons.read(det_polygons, CLEVAL_MIN_POINTS)
     given = len(gts.is_given)
     if dont_care is not None and len(dont_care) != given:
@@ -232,15 +231,15 @@ def _measure(
     lengths = _lengths(gts, np.arange(len(gts)), _word_length)
     centres = _character_centres(gts, lengths)
     pairs = _pair_up(gts, dets, gt_valid, lengths, centres)
-    return _Page(gts, dets, gt_valid, lengths, pairs)
+    return _Comparison(gts, dets, gt_valid, lengths, pairs)
 
 
-def _match_selection(page: "_Page", chosen: np.ndarray) -> ImageMatch:
+def _match_selection(image: "_Comparison", chosen: np.ndarray) -> ImageMatch:
     """CLEval of the detections at the indices `chosen`, as if there were no others."""
-    is_chosen = np.zeros(len(page.dets), bool)
+    gts, dets, gt_valid, lengths = image.gts, image.dets, image.gt_valid, image.lengths
+    is_chosen = np.zeros(len(dets), bool)
     is_chosen[chosen] = True
-    gts, dets, gt_valid, lengths = page.gts, page.dets, page.gt_valid, page.lengths
-    pairs = page.pairs if is_chosen.all() else page.pairs.of_detections(is_chosen)
+    pairs = image.pairs if is_chosen.all() else image.pairs.of_detections(is_chosen)
     det_valid = _valid_detections(pairs, gt_valid, len(dets)) & is_chosen
     is_matched = _match(pairs, gt_valid, det_valid)
 
@@ -275,19 +274,22 @@ def _match_selection(page: "_Page", chosen: np.ndarray) -> ImageMatch:
         gran_recall=gran_recall,
         gran_precision=gran_precision,
     )
-    det_scored = np.zeros(len(page.dets.is_given), bool)
-    det_scored[np.flatnonzero(page.dets.is_given)[chosen]] = True
-    place = np.cumsum(is_chosen) - 1
+    det_scored = np.zeros(len(dets.is_given), bool)
+    det_scored[np.flatnonzero(dets.is_given)[chosen]] = True
+    index_in_chosen = np.cumsum(is_chosen) - 1
     return ImageMatch(
-        score, page.gts.is_given, det_scored, gt_valid, det_valid[chosen], gt, place[det], lengths, is_claimed
+        score, gts.is_given, det_scored, gt_valid, det_valid[chosen], gt, index_in_chosen[det], lengths, is_claimed
     )
 
 
 def _outcomes(
     is_valid: np.ndarray, own: np.ndarray, partner: np.ndarray, names: tuple[Outcome, Outcome, Outcome]
 ) -> list[Outcome]:
-    """Outcomes of the ground truths or of the detections, from the matched pairs: (k,) indices `own` on this side and
-    `partner` on the other. `names` are of those without a partner, with several, and with one that has several."""
+    """Outcomes of the ground truths, or of the detections, from the matched pairs.
+
+    The pairs are (k,) indices `own` on this side and `partner` on the other. `names` are the outcomes of those without
+    a partner, with several partners, and with one partner that has several.
+    """
     partners = np.bincount(own, minlength=len(is_valid))
     shares_partner = np.zeros(len(is_valid), bool)
     shares_partner[own[np.bincount(partner)[partner] > 1]] = True
@@ -296,14 +298,14 @@ def _outcomes(
 
 
 def _spread(outcomes: list[Outcome], is_scored: np.ndarray) -> list[Outcome]:
-    """The outcomes of what is scored, in their places among all."""
-    following = iter(outcomes)
-    return [next(following) if scored else Outcome.UNSCORED for scored in is_scored]
+    """Insert UNSCORED among the outcomes of the scored polygons, so that there is one for each polygon given."""
+    scored_outcomes = iter(outcomes)
+    return [next(scored_outcomes) if scored else Outcome.UNSCORED for scored in is_scored]
 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Pairs of a ground truth and a detection: all that share a character centre, and all near ones of a don't-care."""
+    """Pairs of a ground truth and a detection: those that share a character centre, and those near a don't-care one."""
 
     gt: np.ndarray
     """(k,) indices of ground truths."""
@@ -314,9 +316,9 @@ class _Pairs:
     area_precision: np.ndarray
     """(k,) float32, area of both / area of the detection, 0 where the detection has none: AP."""
     pair_of_centre: np.ndarray
-    """(m,) for each time that a centre lies inside a detection, which pair that is, from 0 to k - 1."""
+    """(m,) for each centre inside a detection: index of the pair, 0 to k - 1."""
     centre: np.ndarray
-    """(m,) and which centre."""
+    """(m,) for each centre inside a detection: index of the centre."""
 
     def of_detections(self, is_chosen: np.ndarray) -> Self:
         """Only the pairs of these detections, (number of detections,) bool; their indices stay as they are."""
@@ -328,27 +330,27 @@ class _Pairs:
 
 
 @dataclass(frozen=True)
-class _Page:
-    """The polygons of an image, and what was measured on them."""
+class _Comparison:
+    """The ground truths and detections of an image, compared."""
 
     gts: Polygons
-    """ground truths that are scored"""
+    """Ground truths that are scored."""
     dets: Polygons
-    """detections that have points enough to be scored"""
+    """Detections with enough points to be scored."""
     gt_valid: np.ndarray
-    """(len(gts),) which are not don't-care"""
+    """(len(gts),) bool: which are not don't-care."""
     lengths: np.ndarray
-    """(len(gts),) pseudo-characters of each"""
+    """(len(gts),) pseudo-characters of each."""
     pairs: _Pairs
-    """ground truths and detections that may have to do with each other"""
+    """Ground truths and detections that can match."""
 
 
-# Lengths in characters, from aspect ratios. The arithmetic is the competition's, float32 and step by step: a box of
-# 30 x 10 pixels can have 4 characters in float32 and has 3 in float64, and a scan is full of such ratios.
+# Lengths in characters, from aspect ratios. The arithmetic is the competition's, step by step in float32: a box of
+# 30 x 10 pixels can have 4 characters in float32 and has 3 in float64, and scans have many boxes of such ratios.
 
 
 def _word_length(ratio: np.ndarray) -> np.ndarray:
-    """Characters of ground truths of these float32 aspect ratios, whichever way they read."""
+    """Characters of ground truths of these float32 aspect ratios, horizontal or vertical."""
     return _characters(np.maximum(ratio, 1 / (ratio + FLOAT32_EPS)))
 
 
@@ -365,10 +367,10 @@ def _characters(elongation: np.ndarray) -> np.ndarray:
 def _lengths(polygons: Polygons, select: np.ndarray, length_of_ratio: Callable[..., np.ndarray]) -> np.ndarray:
     """(k,) int lengths in characters of the polygons at the (k,) indices `select`.
 
-    Of the edges of the convex hull the first with the least rectangle counts, so the order of Qhull matters where two
-    of them tie and differ in length, as in a rectangle. Elsewhere a convex quadrilateral is its own hull, and for
-    upright boxes, most of a scan, the order is known: Qhull begins with a horizontal edge unless the polygon's first
-    two points are its left side.
+    The first edge of the convex hull with the least rectangle counts, so the order of Qhull matters where two edges tie
+    and give different lengths, as in a rectangle. Where none tie, a convex quadrilateral is its own hull. For upright
+    boxes, most words of a scan, the order is known: Qhull begins with a horizontal edge unless the polygon's first two
+    points are its left side.
     """
     quads = polygons.quads.take(select, axis=2)
     areas, ratios = _enclosing_rectangles(quads)
@@ -409,8 +411,10 @@ def _hull(points: np.ndarray) -> np.ndarray:
 
 
 def _enclosing_rectangles(hulls: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Along each edge of (2, n, k) convex polygons, the rectangle that encloses the polygon: (n, k) float32 areas and
-    (n, k) float32 ratios of the extent across the edge to that along it."""
+    """The enclosing rectangles along each edge of (2, n, k) convex polygons.
+
+    Returns (n, k) float32 areas, and (n, k) float32 ratios of the extent across the edge to the extent along it.
+    """
     hulls = hulls.astype(np.float32)
     edges = edges_of(hulls)
     directions = (edges / np.sqrt(dot(edges, edges)))[:, :, None]
@@ -437,14 +441,14 @@ def _character_centres(gts: Polygons, lengths: np.ndarray) -> np.ndarray:
         return np.trunc(begin + (end - begin) / length * step)
 
     top = cut_points(section, section + 1)
-    # Of an odd number of points the bottom has one more than the top; the last cut is at its last point all the same.
+    # With an odd number of points the bottom has one more than the top; the last cut is still at its last point.
     bottom = cut_points(np.where(is_end, count // 2, count - 1 - section), count - 2 - section)
     middle = top + bottom
     return (middle[:, :-1] + middle[:, 1:])[:, ~is_end[:-1]] / 4
 
 
 def _pair_up(gts: Polygons, dets: Polygons, gt_valid: np.ndarray, lengths: np.ndarray, centres: np.ndarray) -> _Pairs:
-    """The pairs that can matter, among those whose bounding boxes meet."""
+    """The pairs that can match, among those whose bounding boxes meet."""
     gt, det = near_pairs(gts, dets)
     first_centres = np.cumsum(lengths) - lengths
     pair = np.repeat(np.arange(len(gt)), lengths[gt])
@@ -476,7 +480,7 @@ def _area_precisions(
 
 
 def _cut_out_of_dont_care(shapes: np.ndarray, is_valid: np.ndarray) -> np.ndarray:
-    """The (k,) shapes of ground truths, with the valid ones cut out of the don't-care ones."""
+    """The (k,) shapes of ground truths, after cutting the valid ones out of the don't-care ones."""
     cut, dont_care, valid = shapes.copy(), np.flatnonzero(~is_valid), np.flatnonzero(is_valid)
     hole_of, hole = shapely.STRtree(shapes[valid]).query(shapes[dont_care], predicate="intersects")
     for index in np.unique(hole_of):

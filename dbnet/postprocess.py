@@ -2,10 +2,9 @@
 
     polygons, scores = extract_polygons(prob_map, config, scale=(1 / letterbox_scale, 1 / letterbox_scale))
 
-The network learned polygons that are shrunk, so each region above the threshold is moved outward again. Nothing here
-knows of the network or a GPU. One pass over the map finds the contours; after that the cost is that of the boxes around
-them, and only what has passed the score comes to the offset, which is the dear part. What numpy can do for all polygons
-of an image at once, it does.
+The network has learned shrunk polygons, so each region above the threshold is moved outward again. One pass over the
+map finds the contours; after that each region costs work on the box around it, and the offset, which takes the most
+time, is computed only for regions with a sufficient score.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ if TYPE_CHECKING:
     from dbnet.config import Config
 
 SIMPLIFY_RATIO = 0.002
-"""How far a polygon may stray from its contour, as a share of the contour's perimeter."""
+"""Distance allowed between a polygon and its contour, as a share of the contour's perimeter."""
 
 OFFSET_ERROR = 2
-"""Pixels that an offset polygon may be narrower than twice the distance: whole pixels, and arcs made of lines."""
+"""Pixels by which an offset polygon may be narrower than twice the distance, because of rounding and coarse arcs."""
 
 
 def extract_polygons(
@@ -39,12 +38,11 @@ def extract_polygons(
 ) -> tuple[list[np.ndarray], list[float]]:
     """The text regions of a probability map, best first.
 
-    `prob_map` is (height, width) float32 in 0..1, nan counting as 0, or uint8 in 0..255, a quarter of the bytes to move
-    and to look at. `config` says how: `thresh`, `box_thresh`, `max_candidates`, `min_size` (pixels of the map), and
-    `use_polygon` with `polygon_unclip_ratio` for contours or `box_unclip_ratio` for minimum-area rectangles. `scale` is
-    what x and y are multiplied by to get from the map to the image. With `max_size`, (width, height) of the image,
-    coordinates are clipped to 0..width and 0..height; without it they may lie a little outside, as polygons at the edge
-    are offset beyond it.
+    `prob_map` is (height, width) float32 in 0..1, nan counting as 0, or uint8 in 0..255, which is quicker. `config` has
+    the settings: `thresh`, `box_thresh`, `max_candidates`, `min_size` (pixels of the map), and `use_polygon` with
+    `polygon_unclip_ratio` for contours or `box_unclip_ratio` for minimum-area rectangles. `scale` are the factors of x
+    and y from the map to the image. With `max_size`, (width, height) of the image, coordinates are clipped to 0..width
+    and 0..height; without it they may lie a little outside, because polygons at the edge are offset beyond it.
 
     Returns polygons as (n, 2) int32 arrays (n = 4 for rectangles, clockwise from the top left) and the mean probability
     in each before the offset, both by descending score. No more than `max_candidates` come back, and these are the
@@ -74,17 +72,17 @@ class Region(NamedTuple):
     """(n, 2) int32 simplified contour, or (4, 2) float32 minimum-area rectangle, in pixels of the map"""
 
     breadth: float
-    """shorter side of the rectangle in pixels; infinite for a contour, which is measured once it is grown"""
+    """shorter side of the rectangle in pixels; infinite for a contour, which is measured after the offset"""
 
 
 class Grown(NamedTuple):
-    """A region moved outward to where the text ends."""
+    """A region moved outward to the outline of its text."""
 
     polygon: np.ndarray | None
     """(m, 2) int32, or (4, 2) float32 minimum-area rectangle, in pixels of the map; None where it is not one piece"""
 
     breadth: float
-    """shorter side of its minimum-area rectangle in pixels, or a lower bound that was enough; 0 for None"""
+    """shorter side of its minimum-area rectangle in pixels, or a sufficient lower bound; 0 for None"""
 
 
 def find_regions(prob_map: np.ndarray, config: Config) -> list[Region]:
@@ -113,9 +111,9 @@ def find_regions(prob_map: np.ndarray, config: Config) -> list[Region]:
 
 
 def grow_regions(regions: list[Region], config: Config, enough: float) -> Iterator[Grown]:
-    """Each region moved outward by area x unclip ratio / perimeter.
+    """Move each region outward by area x unclip ratio / perimeter.
 
-    A polygon that is sure to be `enough` pixels broad is not measured any closer: the offset alone made it so.
+    A polygon that the offset alone makes `enough` pixels broad is not measured.
     """
     shrunk = [region.shrunk for region in regions]
     distances = unclip_distances(shrunk, config.polygon_unclip_ratio if config.use_polygon else config.box_unclip_ratio)
@@ -148,8 +146,8 @@ def to_image_pixels(
 def region_score(prob_map: np.ndarray, polygon: np.ndarray) -> float:
     """Mean probability, 0..1, over the pixels of an (n, 2) polygon, its border included.
 
-    `prob_map` as in `extract_polygons`. `polygon` is int32, or float32 whose coordinates are cut to whole pixels; what
-    lies outside the map does not count. Only the box around the polygon is looked at.
+    `prob_map` as in `extract_polygons`. `polygon` is int32, or float32 whose coordinates are truncated; pixels outside
+    the map do not count. Only the box around the polygon is read.
     """
     height, width = prob_map.shape
     polygon = polygon.astype(np.int32, copy=False)
@@ -178,7 +176,7 @@ def unclip_distances(polygons: list[np.ndarray], unclip_ratio: float) -> list[fl
 def offset_polygons(polygons: list[np.ndarray], distances: list[float]) -> list[np.ndarray | None]:
     """(n, 2) polygons moved outward by distances in pixels, with round corners, within `OFFSET_ERROR` / 2.
 
-    Gives (m, 2) int32; None where the outcome is not one piece.
+    Each result is (m, 2) int32, or None if it is not exactly one piece.
     """
     grown = []
     for polygon, distance in zip(polygons, distances, strict=True):
@@ -194,7 +192,7 @@ def offset_polygons(polygons: list[np.ndarray], distances: list[float]) -> list[
 def _binarize(prob_map: np.ndarray, thresh: float) -> np.ndarray:
     """(height, width) uint8, 1 where the probability is above `thresh`."""
     if prob_map.dtype == np.uint8:
-        thresh = math.floor(thresh * 255)  # whole numbers above it are those above the product
+        thresh = math.floor(thresh * 255)  # the same whole numbers are above it as above the product
     return (prob_map > thresh).view(np.uint8)
 
 
