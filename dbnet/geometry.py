@@ -312,7 +312,7 @@ class Polygons:
     def _even_odd_shape(self, index: int) -> shapely.Geometry:
         """What a ray from outside reaches by crossing the outline an odd number of times."""
         points = self.points[:, self.starts[index] : self.starts[index] + self.counts[index]].T
-        if estimated_crossings(points) > MAX_CROSSINGS:
+        if is_tangled(points):
             return _even_odd_cells(points)
         faces = shapely.get_parts(shapely.polygonize([shapely.node(shapely.linearrings(points))]))
         inner_points = shapely.get_coordinates(shapely.point_on_surface(faces)).T
@@ -343,12 +343,19 @@ def _find_quads(points: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> t
     return is_quad, quads
 
 
-def estimated_crossings(points: np.ndarray) -> float:
-    """How often the outline of (n, 2) points crosses itself: counted on 64 of its edges at most, in time ~ n."""
+def is_tangled(points: np.ndarray) -> bool:
+    """Whether the outline of (n, 2) points crosses itself more than about MAX_CROSSINGS times.
+
+    Their number is estimated from 64 edges, in a time that grows with n as slowly as the outline itself.
+    """
+    count = len(points)
+    if count * (count - 3) / 2 <= MAX_CROSSINGS:  # each edge crosses all but itself and its neighbours at most
+        return False
     edges = shapely.linestrings(np.stack([points, np.roll(points, -1, axis=0)], axis=1))
-    sample = np.random.default_rng(0).permutation(len(edges))[:64]
+    sample = np.random.default_rng(0).permutation(count)[:64]
     meetings = len(shapely.STRtree(edges).query(edges[sample], predicate="intersects")[0])
-    return (meetings - 3 * len(sample)) / 2 * len(edges) / len(sample)  # an edge meets itself and its two neighbours
+    crossings = (meetings / len(sample) - 3) * count / 2  # an edge also meets itself and its neighbours
+    return crossings > MAX_CROSSINGS
 
 
 def _even_odd_cells(points: np.ndarray) -> shapely.Geometry:

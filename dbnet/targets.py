@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import pyclipper
 
-from dbnet.geometry import offset_distances
+from dbnet.geometry import is_tangled, offset_distances
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,8 +71,8 @@ def draw_targets(
 
     Returns `prob_map`, (height, width) uint8, 1 inside the shrunk polygons and 0 elsewhere; `thresh_levels`,
     (height, width) uint8 from 0 (at D and more from every outline) to 255 (on an outline); and the indices of the
-    polygons that no kernel stands for, because they have no area or vanish when shrunk. Their text would be learned as
-    background: mask it (`polygon_mask`).
+    polygons that no kernel stands for, because they have no area, vanish when shrunk, or are a tangle. Their text would
+    be learned as background: mask it (`polygon_mask`).
     """
     prob_map = np.zeros((height, width), np.uint8)
     thresh_levels = np.zeros((height, width), np.uint8)
@@ -81,8 +81,8 @@ def draw_targets(
         distances = offset_distances(
             points.reshape(-1, 2).astype(float), np.full(*points.shape[:2]), 1 - shrink_ratio**2
         )
-        has_area = distances > 0
-        indices, points, distances = indices[has_area], points[has_area], distances[has_area]
+        can_be_shrunk = (distances > 0) & ~np.fromiter(map(is_tangled, points), bool, len(points))
+        indices, points, distances = indices[can_be_shrunk], points[can_be_shrunk], distances[can_be_shrunk]
         for index, polygon, distance in zip(indices.tolist(), points.tolist(), distances.tolist(), strict=True):
             for kernel in _offset(polygon, -distance):  # one piece or several
                 cv2.fillPoly(prob_map, [np.array(kernel, np.int32)], 1)

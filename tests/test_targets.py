@@ -215,3 +215,10 @@ def test_any_polygons_of_files_are_clipped_to_the_image(polygons):
     assert (clipped >= 0).all() and (clipped <= (80, 60)).all()
     shares = visible_shares(clipped, counts, 40, 30)
     assert (shares >= 0).all() and len(shares) == len(is_degenerate) == len(polygons)
+
+
+def test_a_tangle_of_countless_crossings_is_named_to_be_masked_in_time():
+    tangle = np.random.default_rng(0).integers(0, 600, (20_000, 2))
+    with in_time():
+        prob_map, _, lost = draw_targets([tangle], 640, 640)
+    assert lost == [0] and not prob_map.any()
