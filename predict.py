@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbnet.config import ArgumentParser
-from dbnet.errors import run_script
+from dbnet.errors import printable, run_script
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -70,6 +70,15 @@ def main() -> None:
         help="format of that file (by its suffix)",
     )
     parser.add_argument("--overlays", type=Path, metavar="DIR", help="also write each image with its polygons here")
+    parser.add_argument(
+        "--crops", type=Path, metavar="DIR", help="also write each word here, upright, with index.csv in reading order"
+    )
+    parser.add_argument(
+        "--sort-by",
+        choices=("name", "uncertainty"),
+        default="name",
+        help="order of the images in the file: uncertainty puts first those whose labels need most correction",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with a prediction for --out that was cut short")
     parser.add_config_flags(of_checkpoint=True)
     args, changes = parser.parse()
@@ -82,13 +91,13 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
     from tqdm import tqdm
 
     from dbnet import distributed
-    from dbnet.annotations import Annotation, choose_format, result_mark, write_detections
+    from dbnet.annotations import Annotation, choose_format, result_mark, uncertainty, write_detections
     from dbnet.dataset import ImageDataset
     from dbnet.errors import ImageError
     from dbnet.files import Journal, check_outputs, make_folder, stamp
     from dbnet.images import file_of
     from dbnet.inference import Pipeline, load_network
-    from dbnet.pictures import PICTURE_MARK, plan_overlays, write_overlay
+    from dbnet.pictures import ImagePictures
     from dbnet.splits import find_images_at, read_images
 
     distributed.init()
@@ -98,21 +107,17 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
     images = find_images_at(args.images) if args.images else read_images(config.data, "test", config.format)
     paths = list(images.values())
     form = choose_format(args.out, args.out_format, list(images))
-    overlays = plan_overlays(args.overlays, images) if args.overlays else {}
+    pictures = ImagePictures(args.overlays, args.crops, images)
     if form == "labelme":
         make_folder(args.out)
-    out = None if form == "labelme" else args.out
-    outputs = [(out, result_mark(form)), *((path, PICTURE_MARK) for path in overlays.values())]
-    check_outputs(*outputs, inputs=[*checkpoints, *map(file_of, paths)])
+    out = None if form == "labelme" else args.out  # choose_format has seen that no file of the folder is overwritten
+    check_outputs((out, result_mark(form)), *pictures.outputs(), inputs=[*checkpoints, *map(file_of, paths)])
 
     settings = {name: value for name, value in config.to_dict().items() if name not in SETTINGS_APART}
     journal = Journal(args.out, distributed.rank(), [settings, *map(stamp, checkpoints)], args.resume)
     keys = {path: journal.key(path, file_of(path)) for path in paths}
-    found = {
-        path: Annotation.detected(*journal.done[keys[path]])
-        for path in paths
-        if keys[path] in journal.done and (path not in overlays or overlays[path].exists())
-    }
+    done = {path: Annotation.detected(*journal.done[keys[path]]) for path in paths if keys[path] in journal.done}
+    found = {path: annotation for path, annotation in done.items() if pictures.are_there(path, annotation)}
     rest = [path for path in paths if path not in found]
     distributed.all_gather(None)  # no process writes before each has read
     distributed.print0(
@@ -127,9 +132,9 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
     ):
         path, error = rest[detection.index], detection.error
         found[path] = Annotation.detected(detection.polygons, detection.scores, detection.size)
-        if path in overlays and not error:
+        if not error:
             try:
-                write_overlay(overlays[path], path, detection.polygons)
+                pictures.write(path, found[path])
             except ImageError as gone:  # since it was read for the network
                 error = str(gone)
         if error:
@@ -141,7 +146,10 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
         unreadable |= failed
     if distributed.is_first():
         rows = {name: found[path] for name, path in images.items()}
+        if args.sort_by == "uncertainty":
+            rows = dict(sorted(rows.items(), key=lambda row: -uncertainty(row[1])))
         write_detections(args.out, form, rows, images)
+        pictures.write_index(images, rows)
         journal.remove()
         lines = [unreadable[path] for path in paths if path in unreadable]
         print_summary(args, form, rows, lines, config.max_candidates)
@@ -162,8 +170,12 @@ def print_summary(
         )
     if form == "icdar" and any(len(polygon) != 4 for row in rows.values() for polygon in row.polygons):
         print(f"{args.out}: has polygons of more than four points; where a form rejects them, add --use-polygon false")
+    if args.sort_by == "uncertainty":
+        print(f"to correct first: {', '.join(printable(name) for name in list(rows)[:10])}")
     if args.overlays:
         print(f"{args.overlays}: the images with their polygons")
+    if args.crops:
+        print(f"{args.crops}: the words in reading order, listed in index.csv")
 
 
 def default_checkpoint() -> Path:

@@ -232,9 +232,10 @@ class Journal:
 
     def __init__(self, out: Path, rank: int, made_by: Any, resume: bool) -> None:
         """`made_by`: plain values that results depend on; `resume`: whether earlier ones are read or dropped."""
+        out = Path(os.path.abspath(out))  # a folder of label files may be called .
         self._out, self._made_by = out, made_by
         self._path = out.with_name(f"{cut_name(out)}.rank{rank}.partial")
-        self._is_kept = not _is_written_through(out)
+        self._is_kept = out.is_dir() or not _is_written_through(out)
         self.done: dict[str, Any] = {}
         if not resume:
             self._path.unlink(missing_ok=True)

@@ -513,7 +513,7 @@ ELONGATED = 1.5
 def fit_outline(polygon: np.ndarray) -> np.ndarray:
     """(n, 2) outline -> (4, 2) corners of the enclosing rectangle where it fits, else (8, 2): 4 points along the top,
     from the upper left, then 4 back along the bottom. A convex quadrilateral keeps its corners."""
-    corners = _enclosing_rectangle(polygon)
+    corners = enclosing_rectangle(polygon)
     if len(polygon) == 4:
         quads, is_convex = _clockwise(polygon[None])
         return np.roll(quads[0], -int(_upper_left(quads)[0]), axis=0) if is_convex[0] else corners
@@ -537,7 +537,7 @@ def _crossings(x: np.ndarray, y: np.ndarray, at: float) -> np.ndarray:
     return y + (at - x) / (next_x - x) * (next_y - y)
 
 
-def _enclosing_rectangle(polygon: np.ndarray) -> np.ndarray:
+def enclosing_rectangle(polygon: np.ndarray) -> np.ndarray:
     """(4, 2) corners of the least enclosing rectangle, clockwise from the upper left."""
     quads = cv2.boxPoints(cv2.minAreaRect(polygon.astype(np.float32)))[None].astype(np.float64)
     quads, _ = _clockwise(quads)
@@ -608,7 +608,7 @@ def _upper_left(quads: np.ndarray) -> np.ndarray:
 
 def _begins_at_an_end(polygon: np.ndarray) -> bool:
     """Whether the first half of an outline's points is one of its long sides, as far as it has long sides."""
-    corners = _enclosing_rectangle(polygon)
+    corners = enclosing_rectangle(polygon)
     axis = max(corners[1] - corners[0], corners[2] - corners[1], key=lambda side: math.hypot(*side))
     length, area = math.hypot(*axis), areas(corners, np.array([4]))[0]
     if length**2 <= 2 * area:
@@ -630,7 +630,7 @@ def reading_order(polygons: list[np.ndarray]) -> tuple[list[int], list[int]]:
     """
     if not polygons:
         return [], []
-    quads = np.stack([_enclosing_rectangle(polygon) for polygon in polygons])
+    quads = np.stack([enclosing_rectangle(polygon) for polygon in polygons])
     if is_turned(quads):
         quads = np.roll(quads[:, :, ::-1] * (1, -1), -1, axis=1)  # what runs down runs right
     along = quads[:, 1] - quads[:, 0] + quads[:, 2] - quads[:, 3]

@@ -1,5 +1,6 @@
 """Pictures to look at: polygons over images, training samples, the curves of a run and the search of a tuning."""
 
+import csv
 import errno
 import importlib.util
 import io
@@ -7,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,11 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from dbnet.annotations import Annotation, as_labels
 from dbnet.dataset import Draw, TextDataset
 from dbnet.errors import UserError, one_line, printable
 from dbnet.files import Row, make_folder, read_log, write_whole
-from dbnet.geometry import Letterbox
+from dbnet.geometry import Letterbox, enclosing_rectangle, is_turned
 from dbnet.images import name_stem, read_image
 
 if TYPE_CHECKING:
@@ -65,6 +67,80 @@ def plan_overlays(folder: Path, images: dict[str, Path]) -> dict[Path, Path]:
     for each in sorted({folder, *(picture.parent for picture in pictures.values())}):
         make_folder(each)
     return pictures
+
+
+INDEX_HEADER = ["crop", "image", "order", "line", "score", "polygon"]
+
+
+class ImagePictures:
+    """The pictures that predict.py writes for each image: an overlay in one folder, a crop of each word in another."""
+
+    def __init__(self, overlays: Path | None, crops: Path | None, images: dict[str, Path]) -> None:
+        """`images` are the files by name. Raises UserError for a folder that cannot be written, or holds other files
+        among which crops would get lost."""
+        if crops and crops.is_dir() and not (crops / "index.csv").exists() and any(crops.iterdir()):
+            raise UserError(f"{crops}: holds other files; name an empty folder for the crops")
+        self.overlays = plan_overlays(overlays, images) if overlays else {}
+        planned = plan_overlays(crops, images) if crops else {}
+        self.crops = {path: picture.with_suffix("") for path, picture in planned.items()}
+        self._index = crops / "index.csv" if crops else None
+
+    def outputs(self) -> list[tuple[Path | None, str]]:
+        """What `files.check_outputs` looks at."""
+        marked: list[tuple[Path | None, str]] = [(path, PICTURE_MARK) for path in self.overlays.values()]
+        return [*marked, (self._index, ",".join(INDEX_HEADER))]
+
+    def are_there(self, path: Path, annotation: Annotation) -> bool:
+        """Whether an earlier job has written those of an image."""
+        last = self._crop(path, len(annotation.polygons)) if self.crops and annotation.polygons else None
+        return all(picture.exists() for picture in (self.overlays.get(path), last) if picture)
+
+    def write(self, path: Path, annotation: Annotation) -> None:
+        """Write those of an image. Raises ImageError where it can no longer be read."""
+        if path in self.overlays:
+            write_overlay(self.overlays[path], path, annotation.polygons)
+        if path in self.crops and annotation.polygons:
+            for order, crop in enumerate(crop_words(read_image(path)[0], as_labels(annotation).polygons), start=1):
+                write_image(self._crop(path, order), crop)
+
+    def write_index(self, images: dict[str, Path], rows: dict[str, Annotation]) -> None:
+        """Write index.csv among the crops: a row for each crop, in reading order."""
+        if not self._index:
+            return
+        with write_whole(self._index, "w") as file:
+            writer = csv.writer(file)
+            writer.writerow(INDEX_HEADER)
+            for name, row in rows.items():
+                for polygon, _, word in as_labels(row).words():
+                    crop = self._crop(images[name], word["order"]).relative_to(self._index.parent).as_posix()
+                    outline = " ".join(map(str, polygon.ravel()))
+                    writer.writerow([crop, name, word["order"], word["line"], word.get("score", ""), outline])
+
+    def _crop(self, path: Path, order: int) -> Path:
+        return self.crops[path].with_name(f"{self.crops[path].name}_{order:04d}.png")
+
+
+def crop_words(pixels: np.ndarray, outlines: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """Each word of an image, upright: (height, width, 3) uint8, as high and long as the word is there.
+
+    `outlines` are (4, 2) or (8, 2) from `fit_outline`; one of 8 points is made straight in three parts. On a page that
+    lies on its side words are taken to run down, and are turned by a quarter anticlockwise.
+    """
+    turned = is_turned(np.stack([enclosing_rectangle(outline) for outline in outlines]))
+    for outline in outlines:
+        points = outline.astype(np.float32)
+        if turned and len(points) == 4:
+            points = np.roll(points, -1, axis=0)
+        top, bottom = points[: len(points) // 2], points[len(points) // 2 :][::-1]
+        height = max(1, round(float(np.hypot(*(bottom - top).T).mean())))
+        parts = []
+        for index in range(len(top) - 1):
+            corners = np.array([top[index], top[index + 1], bottom[index + 1], bottom[index]])
+            width = max(1, round((math.dist(corners[0], corners[1]) + math.dist(corners[2], corners[3])) / 2))
+            upright = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
+            matrix = cv2.getPerspectiveTransform(corners, upright)
+            parts.append(cv2.warpPerspective(pixels, matrix, (width, height), borderMode=cv2.BORDER_REPLICATE))
+        yield np.concatenate(parts, axis=1)
 
 
 def sample_sheet(dataset: TextDataset, count: int = 4, side: int = 480) -> np.ndarray:

@@ -1,0 +1,202 @@
+"""Labels that are written, corrected and read again: point order, reading order, crops, and the loop over them."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from support import ROOT, command, refused
+
+from dbnet.annotations import Annotation, as_labels, choose_format, uncertainty, write_detections, write_labels
+from dbnet.config import Config
+from dbnet.errors import UserError
+from dbnet.evaluation import evaluate_submission
+from dbnet.geometry import fit_outline, order_outlines, reading_order
+from dbnet.metric import score_image
+from dbnet.pictures import crop_words
+from dbnet.splits import read_split
+from dbnet.synth.scene import write_dataset
+
+WIDE = np.array([[50, 40], [250, 42], [249, 80], [50, 78]], float)
+TALL = np.array([[400, 40], [420, 40], [420, 90], [400, 90]], float)
+
+
+# ---- order of points
+
+
+@pytest.mark.parametrize(
+    "order",
+    [(0, 1, 2, 3), (1, 2, 3, 0), (2, 3, 0, 1), (3, 0, 1, 2), (0, 3, 2, 1), (3, 2, 1, 0), (0, 1, 3, 2), (0, 3, 1, 2)],
+)
+def test_quadrilaterals_are_put_in_order_from_any_corner_way_round_and_zigzag(order):
+    ordered, changed, doubtful = order_outlines([WIDE[list(order)], WIDE[list(order)] + 100])
+    assert ordered[0].tolist() == WIDE.tolist() and doubtful == 0
+    assert changed == (0 if order == (0, 1, 2, 3) else 2)
+
+
+def test_narrow_letters_follow_the_long_words_of_their_image():
+    shifted = [np.roll(polygon, -1, axis=0) for polygon in (WIDE, WIDE + 50, WIDE + 90, TALL)]
+    assert order_outlines(shifted)[0][3].tolist() == TALL.tolist()
+
+
+def test_words_of_a_page_that_lies_on_its_side_keep_their_corners():
+    running_down = [np.roll(np.add(TALL, (40 * index, 0)), -1, axis=0) for index in range(3)]
+    letter = np.roll(WIDE, -1, axis=0)
+    ordered, changed, doubtful = order_outlines([*running_down, letter])
+    assert [polygon.tolist() for polygon in ordered] == [polygon.tolist() for polygon in [*running_down, letter]]
+    assert (changed, doubtful) == (0, 0)
+
+
+def test_outlines_that_begin_elsewhere_are_counted_and_arrowheads_and_points_stay():
+    line = np.array([[0, 0], [50, 0], [100, 0], [150, 0], [150, 20], [100, 20], [50, 20], [0, 20]], float)
+    arrowhead = np.array([[0, 0], [100, 0], [30, 10], [0, 100]], float)
+    point = np.full((4, 2), 7.0)
+    ordered, changed, doubtful = order_outlines([line, np.roll(line, -2, axis=0), arrowhead, point, line[:3]])
+    assert (changed, doubtful) == (0, 1)
+    assert ordered[1].tolist() == np.roll(line, -2, axis=0).tolist()
+    assert ordered[2].tolist() == arrowhead.tolist() and ordered[3].tolist() == point.tolist()
+
+
+def test_a_closing_point_goes():
+    closed = np.concatenate([WIDE, WIDE[:1]])
+    assert order_outlines([closed])[0][0].tolist() == WIDE.tolist()
+
+
+@pytest.mark.parametrize("turn", [0, 1, 2, 3])
+def test_a_contour_becomes_a_rectangle_from_the_upper_left_wherever_it_begins(turn):
+    contour = np.array([[60, 10], [110, 10], [112, 20], [110, 30], [60, 31], [10, 30], [8, 20], [10, 10]])
+    outline = fit_outline(np.roll(contour, 2 * turn, axis=0))
+    assert np.abs(outline - [[8, 10], [112, 10], [112, 31], [8, 31]]).max() < 1.5
+    assert score_image([outline], [contour]).hmean == 1
+
+
+def test_a_curved_contour_becomes_four_points_along_the_top_and_four_back():
+    angles = np.linspace(np.pi, 2 * np.pi, 20)
+    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    contour = np.rint(np.concatenate([150 + 140 * circle, 150 + 100 * circle[::-1]])).astype(int)
+    outline = fit_outline(np.roll(contour, 7, axis=0))
+    assert outline.shape == (8, 2)
+    assert (np.diff(outline[:4, 0]) > 0).all() and (np.diff(outline[4:, 0]) < 0).all()
+    assert (outline[:4, 1] < outline[4:][::-1, 1]).all()
+
+
+@pytest.mark.parametrize("polygon", [[[5, 5]] * 4, [[0, 0], [9, 0], [4, 0], [2, 0], [1, 0]], [[0, 0], [9, 9], [3, 3]]])
+def test_contours_without_area_have_an_outline_too(polygon):
+    assert np.isfinite(fit_outline(np.array(polygon))).all()
+
+
+# ---- reading order and crops
+
+
+def test_words_are_read_line_by_line_on_a_skewed_page():
+    cosine, sine = np.cos(np.radians(8)), np.sin(np.radians(8))
+    places = [(column * 60, row * 20 + column % 2) for row in range(4) for column in range(5)]
+    words = [(WIDE * (0.2, 0.3) + place) @ [[cosine, sine], [-sine, cosine]] for place in places]
+    shuffled = np.random.default_rng(0).permutation(20).tolist()
+    order, lines = reading_order([words[index] for index in shuffled])
+    assert [shuffled[index] for index in order] == list(range(20))
+    assert [lines[index] for index in order] == [row + 1 for row in range(4) for _ in range(5)]
+    assert reading_order([]) == ([], [])
+
+
+def test_words_of_a_page_that_lies_on_its_side_are_read_downwards():
+    words = [np.add(TALL, (-60 * line, 70 * place)) for line in range(3) for place in range(4)]
+    order, lines = reading_order(words[::-1])
+    assert [11 - index for index in order] == list(range(12))
+    assert [lines[index] for index in order] == [1] * 4 + [2] * 4 + [3] * 4
+
+
+def test_a_crop_is_upright_and_as_long_as_the_word():
+    sheet = Image.new("RGB", (300, 200), "white")
+    word = Image.new("RGB", (120, 40), "white")
+    ImageDraw.Draw(word).rectangle((0, 0, 20, 39), fill="red")  # its beginning
+    sheet.paste(word.rotate(-30, expand=True, fillcolor="white"), (50, 50))
+    cosine, sine = np.cos(np.radians(30)), np.sin(np.radians(30))
+    corners = np.array([[0, 0], [120, 0], [120, 40], [0, 40]]) @ [[cosine, sine], [-sine, cosine]]
+    corners += (50, 50) - corners.min(axis=0)
+    [crop] = crop_words(np.asarray(sheet), [fit_outline(corners)])
+    assert crop.shape == (40, 120, 3)
+    assert (crop[5:35, 3:17] == (255, 0, 0)).mean() > 0.95 and (crop[5:35, 25:115] == 255).all()
+
+
+# ---- files
+
+
+def test_uncertainty_is_the_share_of_low_scores():
+    assert uncertainty(Annotation.detected([], [])) == 1
+    assert uncertainty(Annotation.detected([WIDE, TALL], [0.9, 0.3])) == 0.5
+
+
+def test_labelme_opens_the_image_and_corrected_files_are_not_overwritten(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "labels").mkdir()
+    found = {"a b.jpg": Annotation.detected([np.rint(WIDE)], [0.8], (640, 480))}
+    images = {"a b.jpg": tmp_path / "photos" / "a b.jpg"}
+    assert choose_format(tmp_path / "labels", "labelme", ["a b.jpg"]) == "labelme"
+    write_detections(tmp_path / "labels", "labelme", found, images)
+    content = json.loads((tmp_path / "labels" / "a b.json").read_text())
+    assert content["imagePath"] == "../photos/a b.jpg" and content["imageData"] is None
+    assert (content["imageWidth"], content["imageHeight"]) == (640, 480) and content["version"]
+    [shape] = content["shapes"]
+    assert shape["shape_type"] == "polygon" and shape["points"] == WIDE.tolist()
+    with pytest.raises(UserError, match=r"a b\.json: is there already, maybe corrected"):
+        choose_format(tmp_path / "labels", "labelme", ["a b.jpg"])
+
+
+def test_label_txt_names_the_folder_of_the_image(tmp_path):
+    assert choose_format(tmp_path / "Label.txt", "auto", []) == "ppocrlabel"
+    found = {"a.jpg": Annotation([WIDE, TALL], [False, True])}
+    write_labels(tmp_path / "Label.txt", "ppocrlabel", found, {"a.jpg": tmp_path / "photos" / "a.jpg"})
+    path, _, words = (tmp_path / "Label.txt").read_text().partition("\t")
+    assert path == "photos/a.jpg"
+    assert [(word["points"], word["difficult"]) for word in json.loads(words)] == [
+        (WIDE.tolist(), False),
+        (TALL.tolist(), True),
+    ]
+
+
+def test_labels_stand_in_reading_order_with_their_lines(tmp_path):
+    found = {"a.jpg": Annotation.detected([np.add(WIDE, (0, 100)), np.add(WIDE, (300, 3)), WIDE], [0.7, 0.8, 0.9])}
+    write_detections(tmp_path / "a.json", "competition", found)
+    words = json.loads((tmp_path / "a.json").read_text())["images"]["a.jpg"]["words"].values()
+    assert [(word["score"], word["order"], word["line"]) for word in words] == [(0.9, 1, 1), (0.8, 2, 1), (0.7, 3, 2)]
+    write_detections(tmp_path / "b.json", "coco", found)
+    words = json.loads((tmp_path / "b.json").read_text())["annotations"]
+    assert [(word["score"], word["order"], word["line"]) for word in words] == [(0.9, 1, 1), (0.8, 2, 1), (0.7, 3, 2)]
+    assert as_labels(found["a.jpg"]).lines == [1, 1, 2]
+
+
+# ---- the loop: predict, correct, train
+
+
+@pytest.fixture(scope="module")
+def receipts(tmp_path_factory):
+    """Rendered receipts, and detections of the shipped weights on those to train on."""
+    folder = tmp_path_factory.mktemp("loop")
+    write_dataset(folder / "truth", train=3, val=1, test=0, size=640, seed=9, workers=1)
+    (folder / "unlabelled" / "images").mkdir(parents=True)
+    shutil.copytree(folder / "truth" / "images" / "train", folder / "unlabelled" / "images" / "train")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("form", "out"),
+    [("labelme", "labels/train"), ("ppocrlabel", "images/train/Label.txt"), ("coco", "jsons/train.json")],
+)
+def test_labels_that_nobody_has_corrected_score_what_the_weights_find(receipts, tmp_path, form, out):
+    data = shutil.copytree(receipts / "unlabelled", tmp_path / "data")
+    (data / out).parent.mkdir(parents=True, exist_ok=True)
+    words = ["predict.py", ROOT / "weights" / "lite.pt", "--images", data / "images" / "train", "--workers", 0]
+    labels = command(*words, "--out", data / out, "--out-format", form, "--resume", cwd=tmp_path)
+    assert labels.returncode == 0, labels.stderr
+    contours = command(*words, "--out", "a.csv", "--crops", "crops", "--sort-by", "uncertainty", cwd=tmp_path)
+    assert contours.returncode == 0 and "to correct first: " in contours.stdout, contours.stderr
+    config = Config(data=str(data))
+    assert evaluate_submission(tmp_path / "a.csv", config, "train").compute().hmean >= 0.99
+    rows = list(csv.DictReader((tmp_path / "crops" / "index.csv").open()))
+    assert len(rows) == sum(len(each.polygons) for each in read_split(data, "train").annotations.values()) > 50
+    assert all((tmp_path / "crops" / row["crop"]).is_file() for row in rows)
+    if form == "labelme":
+        refused(command(*words, "--out", data / out, "--out-format", form, cwd=tmp_path), "is there already")
