@@ -1,8 +1,8 @@
-"""Augmentations of a training sample, drawn first and applied after: what is drawn tells the sample's shape.
+"""Augmentations of a training sample. They are drawn first and applied later: the shape of a sample is known early.
 
-drawn = draw(config, rng, side)
-drawn.render(image, canvas)                 # pixels stay 8-bit; the last step writes them where they belong
-points = drawn.move(points, width, height)  # the points of all polygons at once
+augmentation = draw_augmentation(config, rng, image_size)
+augmentation.render(image, canvas)                 # 8-bit pixels; the last step writes them into the canvas
+points = augmentation.move(points, width, height)  # the points of all polygons at once
 """
 
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ class Augmentation:
     limit: int | None = None
     """longest side in pixels of the result; what is longer after scaling is cut"""
 
-    place: tuple[float, float] = (0.5, 0.5)
+    cut_position: tuple[float, float] = (0.5, 0.5)
     """where the part that stays is cut out, from 0 (left, top) to 1 (right, bottom)"""
 
     @property
@@ -105,10 +105,10 @@ class Augmentation:
         of `image` may change."""
         scaled = self._scaled(image.shape[1], image.shape[0])
         width, height = self.size(image.shape[1], image.shape[0])
-        place = canvas[:height, :width]
+        region = canvas[:height, :width]
         image = self._change_values(image)
         if self.scale == 1 and not self.is_warp and scaled == (width, height):
-            self._turn(image, place)
+            self._turn(image, region)
             return
         image = self._turn(image)
         if image.shape[1::-1] != scaled:
@@ -117,11 +117,11 @@ class Augmentation:
             to_corner = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # OpenCV counts from the centre of pixel 0
             homography = np.linalg.inv(to_corner) @ self._homography(*scaled) @ to_corner
             cv2.warpPerspective(
-                image, homography, (width, height), dst=place, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+                image, homography, (width, height), dst=region, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
             )
         else:
             left, top = self._cut(*scaled)
-            place[:] = image[top : top + height, left : left + width]
+            region[:] = image[top : top + height, left : left + width]
 
     def _change_values(self, image: np.ndarray) -> np.ndarray:
         if self.brightness or self.contrast:
@@ -138,16 +138,16 @@ class Augmentation:
             image = compress(image, self.jpeg_quality)
         return image
 
-    def _turn(self, image: np.ndarray, place: np.ndarray | None = None) -> np.ndarray:
-        """Flip and quarter turns, into `place` if it is given."""
+    def _turn(self, image: np.ndarray, region: np.ndarray | None = None) -> np.ndarray:
+        """Flip and turn by quarters, into `region` if it is given."""
         if self.flip and self.quarter_turns == 2:
-            return cv2.flip(image, 0, dst=place)  # the mirror image turned by half is upside down
+            return cv2.flip(image, 0, dst=region)  # the mirror image turned by half is upside down
         if self.quarter_turns:
-            return cv2.rotate(cv2.flip(image, 1) if self.flip else image, _ROTATIONS[self.quarter_turns], dst=place)
+            return cv2.rotate(cv2.flip(image, 1) if self.flip else image, _ROTATIONS[self.quarter_turns], dst=region)
         if self.flip:
-            return cv2.flip(image, 1, dst=place)
-        if place is not None:
-            place[:] = image
+            return cv2.flip(image, 1, dst=region)
+        if region is not None:
+            region[:] = image
         return image
 
     def _scaled(self, width: int, height: int) -> tuple[int, int]:
@@ -161,7 +161,7 @@ class Augmentation:
     def _cut(self, width: int, height: int) -> tuple[int, int]:
         """Left and top, in pixels of a scaled image, of the part that stays."""
         limit = self.limit or max(width, height)
-        return round(self.place[0] * max(0, width - limit)), round(self.place[1] * max(0, height - limit))
+        return round(self.cut_position[0] * max(0, width - limit)), round(self.cut_position[1] * max(0, height - limit))
 
     def _homography(self, width: int, height: int) -> np.ndarray:
         """(3, 3) from a scaled image to the result: perspective, rotation about the centre, cut."""
@@ -174,13 +174,13 @@ class Augmentation:
         return rotation @ perspective
 
 
-def draw(config: Config, rng: np.random.Generator, side: int | None = None) -> Augmentation:
-    """Draw the augmentations that `config` gives a probability or a range to. `rng` is the only source of chance.
+def draw_augmentation(config: Config, rng: np.random.Generator, image_size: int | None = None) -> Augmentation:
+    """Draw the augmentations that have a probability or a range in `config`. `rng` is the only source of chance.
 
-    `side` is the longer side that images are to have before a random scaling, and the longest that the result has;
-    images come with config.image_size.
+    `image_size` is the longer side of images before a random scaling, and the longest side of the result; the images
+    that come have config.image_size.
     """
-    side = side or config.image_size
+    image_size = image_size or config.image_size
     flip, turn, shade, equalized = rng.random(4) < (
         config.flip_p,
         config.rotate90_p,
@@ -208,11 +208,11 @@ def draw(config: Config, rng: np.random.Generator, side: int | None = None) -> A
         noise=rng.uniform(*_NOISE_DEVIATIONS) if noisy else 0.0,
         noise_seed=int(rng.integers(2**31)) if noisy else 0,
         jpeg_quality=int(rng.integers(*_JPEG_QUALITIES)) if compressed else 0,
-        scale=scale * side / config.image_size,
+        scale=scale * image_size / config.image_size,
         angle=rng.uniform(-config.rotate, config.rotate) if config.rotate else 0.0,
         corners=_draw_corners(config.perspective, rng) if config.perspective else (),
-        limit=side,
-        place=tuple(rng.random(2)) if scale > 1 else (0.5, 0.5),
+        limit=image_size,
+        cut_position=tuple(rng.random(2)) if scale > 1 else (0.5, 0.5),
     )
 
 
@@ -255,6 +255,6 @@ def add_noise(image: np.ndarray, deviation: float, seed: int) -> np.ndarray:
 
 
 def compress(image: np.ndarray, quality: int) -> np.ndarray:
-    """(height, width, 3) uint8 after JPEG compression; which channel is called red does not matter to it much."""
+    """(height, width, 3) uint8 after JPEG compression; the order of the channels hardly matters."""
     _, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
     return np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))

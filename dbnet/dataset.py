@@ -24,8 +24,7 @@ import numpy as np
 
 from dbnet import distributed
 from dbnet.annotations import Annotation
-from dbnet.augment import Augmentation
-from dbnet.augment import draw as draw_augmentation
+from dbnet.augment import Augmentation, draw_augmentation
 from dbnet.config import STRIDE, Config
 from dbnet.errors import ImageError, UserError, is_out_of_memory
 from dbnet.geometry import Letterbox, areas, clip_polygons, inference_side, padded, split_polygons, visible_shares
@@ -138,7 +137,7 @@ class PixelCache:
             self._file = None
 
 
-_LIKE_SHAPES_AMONG = 16  # batches whose images are sorted by shape: enough to find company, few enough to stay random
+_LIKE_SHAPES_AMONG = 16  # batches whose images are sorted by shape: few, so that the order stays random
 MOSTLY_VISIBLE = 0.9
 """Share of a word's area inside an augmented image from which it is still learned; with less it is masked."""
 
@@ -180,13 +179,13 @@ class ImageDataset:
         self.pad = pad
         self.further_sizes: tuple[int, ...] = ()
         self._sizes: dict[int, tuple[int, int] | None] = {}
-        keep_freed_memory()  # whoever makes a data set is going to make and drop large arrays by the thousand
+        keep_freed_memory()  # loading allocates and frees thousands of large arrays
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def draws(self, epoch: int) -> list[Draw]:
-        """What an epoch consists of: each image once."""
+        """The samples of an epoch: each image once."""
         return [Draw(place, epoch) for place in range(len(self))]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -236,7 +235,7 @@ class ImageDataset:
         return inference_side(*size, self.config.image_size, self.config.enlarge)
 
     def augmentation(self, draw: Draw) -> Augmentation:
-        """What happens to a sample beside resizing and padding: here, nothing."""
+        """The augmentation of a sample in addition to resizing and padding: here, none."""
         return Augmentation()
 
     def sample(
@@ -262,7 +261,7 @@ class ImageDataset:
     def elongation(self, draw: Draw) -> int:
         """Width less height of a padded sample: images of one image_size and like elongation have like shapes.
 
-        An image without a header is as good as a square.
+        An image without a readable header counts as a square.
         """
         resized = Letterbox(*(self.size(draw.place) or (1, 1)), self.side(draw.place)).resized
         height, width = self._canvas([self.augmentation(draw).size(*resized)], draw.side)
@@ -282,7 +281,7 @@ class ImageDataset:
             return side or self.config.image_size, side or self.config.image_size
         widths, heights = zip(*sizes, strict=True) if sizes else ((1,), (1,))
         height, width = padded(max(heights)), padded(max(widths))
-        # At the coarsest stride a single pixel would be left, of which a batch norm in training can make nothing.
+        # At the coarsest stride a single pixel would be left, which a batch norm in training cannot normalize.
         return (2 * STRIDE, width) if height == width == STRIDE else (height, width)
 
 
@@ -372,10 +371,10 @@ class TextDataset(ImageDataset):
             self._cache = PixelCache(len(images), config.image_size, config)
 
     def draws(self, epoch: int) -> list[Draw]:
-        """What an epoch consists of: each image as often as config.data_weights says.
+        """The samples of an epoch: each image as often as config.data_weights says.
 
-        With a weight of 2.3, each image of the folder twice and 0.3 of them once more. Which ones goes round from epoch
-        to epoch, in an order that depends on the seed alone, so that all come equally often over the epochs.
+        With a weight of 2.3, each image of the folder twice and 0.3 of them once more. They take turns from epoch to
+        epoch, in an order that depends on the seed alone, so that all come equally often over the epochs.
         """
         if not (self.train and self.config.data_weights):
             return super().draws(epoch)
@@ -427,7 +426,7 @@ class TextDataset(ImageDataset):
         try:
             file = self.paths[place].stat()
         except OSError:
-            return super().load(place)  # which says what is wrong
+            return super().load(place)  # its error names the reason
         key = (file.st_mtime_ns, file.st_size, side)
         found = self._cache.load(place, key)
         if found:

@@ -74,7 +74,7 @@ def test_augmentation_moves_polygons_with_the_pixels(flip, quarter_turns):
         angle=st.floats(-20, 20),
         corners=st.just(()) | st.tuples(*[st.tuples(st.floats(-0.08, 0.08), st.floats(-0.08, 0.08))] * 4),
         limit=st.sampled_from([None, 150, 1000]),
-        place=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+        cut_position=st.tuples(st.floats(0, 1), st.floats(0, 1)),
     )
 )
 def test_any_geometry_moves_polygons_with_the_pixels(augmentation):
@@ -110,7 +110,7 @@ def test_words_that_a_cut_parts_are_masked_and_those_outside_are_gone(small):
         [[70, 90], [99, 99], [70, 99]],
     ]
     dataset.words = Words.gather([Annotation([np.array(word, float) for word in words], [False] * 3)])
-    cut = augment.Augmentation(scale=2.0, limit=128, place=(0.0, 0.0))
+    cut = augment.Augmentation(scale=2.0, limit=128, cut_position=(0.0, 0.0))
     text, masked, dropped = dataset.polygons(0, letterbox, cut)
     assert [polygon.tolist() for polygon in text] == [[[8, 8], [80, 8], [80, 24], [8, 24]]]
     assert [polygon.tolist() for polygon in masked] == [[[100, 60], [180, 60], [180, 76], [100, 76]]]
