@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dbnet.config import PRESETS, ArgumentParser, Config, print_config, print_difference
-from dbnet.errors import UserError, is_out_of_memory, run_script, typed
+from dbnet.errors import UserError, is_out_of_memory, run_script
 
 
 def parse_arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -40,8 +40,7 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
 
 
 if Path(sys.argv[0]).stem in ("train", "dbnet-train") and {"-h", "--help"} & {*sys.argv}:
-    run_script(parse_arguments)  # prints the help, before PyTorch is imported
-    sys.exit()
+    parse_arguments()  # prints the help and ends, before the seconds that PyTorch takes to be imported
 
 import torch
 from torch import Tensor, nn
@@ -59,22 +58,9 @@ from dbnet.loss import Losses, db_loss
 from dbnet.memory import micro_batches
 from dbnet.pictures import PICTURE_MARK, sample_sheet, show_progress, write_image
 from dbnet.profile import print_profile
-from dbnet.training import (
-    FP16_HALVINGS,
-    NON_FINITE_LIMIT,
-    Interrupted,
-    Interruption,
-    LastSave,
-    NothingTwice,
-    RunningEpoch,
-    Training,
-    append_row,
-    find_run,
-    learning_rate,
-    new_run,
-    prepare_folder,
-    step_batches,
-)
+from dbnet.training import Interrupted, Interruption, LastSave, NothingTwice, RunningEpoch, Training
+from dbnet.training import append_row, find_run, learning_rate
+from dbnet.training import lock_run, new_run, prepare_folder, step_batches
 
 READING_INTERVAL = 1.0  # seconds between two looks at the losses, each of which waits for the device
 
@@ -98,13 +84,8 @@ def main() -> None:
         print_profile(args.preset, config, optimizer_step)
     else:
         run = run or distributed.from_first(lambda: new_run(args.run, args.preset))
-        try:
+        with lock_run(run):
             train(config, run, args.init, last)
-        except (UserError, Interrupted, KeyboardInterrupt):
-            if (run / "last.pt").exists():
-                resume = f"{typed('train', distributed.world_size())} --run {run.name} --resume"
-                distributed.print0(f"\ngo on from the last save with: {resume}", flush=True)
-            raise
         distributed.destroy()
 
 
@@ -118,21 +99,18 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
     validation = Pipeline(val_set, config, device)
     training = Training.begin(build_model(config, run, last, init), config, device)
     if last:
-        training.load_state(last, config)
+        training.load_state(last, config, run / "last.pt")
     distributed.from_first(lambda: prepare_folder(run, config, training.epoch))
     saver = LastSave(run, config)
-    done = f", {training.running.images} images of it done" if training.running else ""
     distributed.print0(
-        f"{run}: {len(train_set)} training and {len(val_set)} validation images on {device}, {config.backbone}, "
-        f"{training.plan.image_size} px, batch {training.plan.in_force}"
-        + (f" x {distributed.world_size()} processes" if distributed.world_size() > 1 else "")
-        + f", epochs {training.epoch + 1}{done} to {config.epochs}"
+        f"{run}: {len(train_set)} training and {len(val_set)} validation images on {device}, "
+        + training.describe(config)
     )
     with Interruption() as interruption:
         while training.epoch < config.epochs and not training.is_stuck(config):
             if training.running is None:
                 training.running = RunningEpoch(training.plan.image_size or config.image_size).to(device)
-            if train_set.config.image_size != training.running.image_size:  # memory has run out in the last epoch
+            if train_set.config.image_size != training.running.image_size:  # memory has run out
                 train_set = TextDataset(config.changed(image_size=training.running.image_size), "train", train=True)
             row = training.running.row or train_epoch(training, train_set, config, saver, interruption)
             in_force = config.changed(image_size=training.plan.image_size)  # memory may have run out since
@@ -141,14 +119,13 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
             training.note_random_states()
             try:
                 with interruption.at_once():
-                    evaluation = evaluate(
-                        validation, Ensemble.of(training.scored_model, in_force, device), "validation"
-                    )
+                    scored = Ensemble.of(training.scored_model, in_force, device)
+                    evaluation = evaluate(validation, scored, "validation")
             except (Interrupted, UserError, RuntimeError, MemoryError) as error:
                 saver.write(training)  # the trained epoch; its validation starts again
                 if is_out_of_memory(error):
                     raise UserError(
-                        "out of memory in the validation; lower --image-size, or use --device cpu"
+                        "out of memory in the validation; lower --image-size and go on with --resume"
                     ) from None
                 raise
             training.running = None
@@ -157,14 +134,7 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
             saver.save(training)
             if interruption.signal:
                 interruption.stop()
-    for line in sorted(training.unreadable):
-        distributed.print0(f"left out: {line}")
-    if training.is_stuck(config):
-        distributed.print0(f"no better H-Mean in {config.patience} epochs: stopped early")
-    distributed.print0(
-        f"best H-Mean {training.best_hmean:.4f} in epoch {training.best_epoch}. Next: "
-        f"{typed('predict')} {run / 'best.pt'} --out submission.csv"
-    )
+    training.print_end(config, run)
 
 
 def train_epoch(
@@ -188,7 +158,6 @@ def train_epoch(
         torch.backends.cudnn.benchmark = config.pad == "square" and not config.deterministic
     order = (config.batch_size, config.seed, plan.accumulate * distributed.world_size(), training.epoch, epoch.batches)
     loader = make_loader(Batches(train_set, *order), count_workers(config), device.type == "cuda")
-    limit = NON_FINITE_LIMIT + (FP16_HALVINGS if pick_amp_dtype(config, device) == torch.float16 else 0)
     total = len(train_set.draws(training.epoch))
     started, read_at, images_before = time.monotonic() - epoch.seconds, time.monotonic(), epoch.images
     with tqdm(
@@ -214,18 +183,15 @@ def train_epoch(
             if counts.images and time.monotonic() - read_at > READING_INTERVAL:
                 speed = (epoch.images - images_before) / (time.monotonic() - read_at)
                 read_at, images_before = time.monotonic(), epoch.images
-                epoch.stop_unless_finite(training.epoch + 1, limit)
+                training.stop_unless_finite()
                 bar.set_postfix_str(
                     f"loss {losses[0]:.3f}, lr {epoch.lr:.1e}, {speed:.1f} img/s, "
                     f"{peak_memory(device):.1f} GB, batch {plan.in_force}"
                 )
             bar.update(counts.images + counts.failed)
-    epoch.stop_unless_finite(training.epoch + 1, limit)
-    if not epoch.images:
-        raise UserError(f"{config.data}: none of the training images can be read")
+    training.stop_unless_finite()
     epoch.seconds = time.monotonic() - started
-    training.unreadable.update(*distributed.all_gather(training.unreadable))
-    return epoch.finish(training.epoch + 1, len(training.unreadable), device)
+    return training.finish_epoch(config)
 
 
 def optimizer_step(
@@ -238,9 +204,8 @@ def optimizer_step(
 
     Returns the mean Losses, (4,), and the norm of the gradient before clipping, both on the device.
     """
-    model, optimizer, scaler, plan, device = (
-        training.model, training.optimizer, training.scaler, training.plan, training.device
-    )  # fmt: skip
+    model, optimizer, scaler = training.model, training.optimizer, training.scaler
+    plan, device = training.plan, training.device
     batches = [batch for batch in batches if "image" in batch]  # of the others, no image could be read
     ours = sum(len(batch["image"]) for batch in batches)
     images = images or ours
@@ -291,17 +256,8 @@ def log_epoch(training: Training, config: Config, run: Path, row: dict[str, Any]
     """Print and log the result of an epoch, and keep the best network."""
     score = evaluation.compute()
     plan = training.plan
-    row |= {
-        "precision": score.precision,
-        "recall": score.recall,
-        "hmean": score.hmean,
-        "detections": score.detections,
-        "image_size": plan.image_size,
-        "micro_batch": plan.micro_batch,
-        "batch": plan.in_force,
-        "ranks": distributed.world_size(),
-        "fallbacks": list(plan.fallbacks),
-    }
+    row |= {name: getattr(score, name) for name in ("precision", "recall", "hmean", "detections")}
+    row |= {**plan.log_fields(), "ranks": distributed.world_size()}
     better = score.hmean > training.best_hmean
     if better:
         training.best_hmean, training.best_epoch = score.hmean, training.epoch
@@ -313,7 +269,7 @@ def log_epoch(training: Training, config: Config, run: Path, row: dict[str, Any]
         save_checkpoint(run / "best.pt", in_force, training.scored_model, hmean=score.hmean, epoch=training.epoch)
     print(
         f"epoch {training.epoch}/{config.epochs}: loss {row['total_loss']:.3f}, precision {score.precision:.4f}, "
-        f"recall {score.recall:.4f}, H-Mean {score.hmean:.4f}{' (best)' if better else ''}"
+        f"recall {score.recall:.4f}, H-Mean {score.hmean:.4f}{' (best)' if better and score.hmean else ''}"
         + (f", {row['skipped_steps']} steps skipped" if row["skipped_steps"] else "")
     )
     advice = advise_on_collapse(score, evaluation.highest, config)

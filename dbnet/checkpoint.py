@@ -156,6 +156,8 @@ def start_from(model: nn.Module, content: dict[str, Any], path: Path) -> None:
     taken = {name: theirs[name] for name in ours if _layer(name) not in misfits}
     if not taken:
         raise UserError(f"{path}: none of its weights fits this network; leave out --init")
+    if not all(tensor.isfinite().all() for tensor in taken.values()):
+        raise UserError(f"{path}: its weights are not finite, so its training had failed; take another checkpoint")
     model.load_state_dict(taken, strict=False)
     print(
         f"{path}: {len(taken)} of {len(ours)} tensors taken"

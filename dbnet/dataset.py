@@ -278,7 +278,8 @@ class ImageDataset:
     def _canvas(self, sizes: list[tuple[int, int]], side: int | None) -> tuple[int, int]:
         """(height, width) that holds images of these (width, height), none longer than `side` (config.image_size)."""
         if self.pad == "square":
-            return side or self.config.image_size, side or self.config.image_size
+            square = max(side or self.config.image_size, 2 * STRIDE)  # of one pixel, as below
+            return square, square
         widths, heights = zip(*sizes, strict=True) if sizes else ((1,), (1,))
         height, width = padded(max(heights)), padded(max(widths))
         # At the coarsest stride a single pixel would be left, which a batch norm in training cannot normalize.

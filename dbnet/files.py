@@ -49,6 +49,53 @@ def write_whole(path: Path, mode: str = "wb", keep: Path | None = None) -> Itera
                 temporary.unlink(missing_ok=True)
 
 
+class FileLock:
+    """A lock that one process at a time holds on a file. It ends with its process, however that ends.
+
+    Raises UserError, a line that begins with `message`, where another process holds it.
+    """
+
+    def __init__(self, path: Path, message: str) -> None:
+        self.path = path
+        self._file = path.open("a+")
+        try:
+            _lock(self._file)
+        except BlockingIOError:
+            self._file.seek(0)
+            process = self._file.read().strip() or "of another machine"
+            raise UserError(f"{message} by process {process}; wait for its end, or stop it") from None
+        except OSError:  # a file system without locks
+            return
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()))
+        self._file.flush()
+
+    def release(self) -> None:
+        """Give the lock back, and remove its file."""
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
+        self._file.close()
+
+
+def _lock(file: IO) -> None:
+    """Lock a file that is open for writing. Raises BlockingIOError where another process holds the lock."""
+    if os.name == "nt":
+        import msvcrt
+
+        file.seek(1 << 20)  # a byte beyond the text, which stays readable
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError as error:
+            raise BlockingIOError(*error.args) from None
+    else:
+        import fcntl
+
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forked workers have no part in it
+        except PermissionError as error:  # how some systems say it
+            raise BlockingIOError(*error.args) from None
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what writers that were killed in `write_whole` have left in a folder that nobody else writes to."""
     for path in folder.glob(".*.tmp"):

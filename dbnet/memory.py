@@ -80,6 +80,15 @@ class BatchPlan:
         self.fallbacks.append(f"{before} -> {self._describe()}")
         distributed.print0(f"\nout of memory: {self.fallbacks[-1]}", file=sys.stderr)
 
+    def log_fields(self) -> dict[str, Any]:
+        """What the row of an epoch says of the plan."""
+        return {
+            "image_size": self.image_size,
+            "micro_batch": self.micro_batch,
+            "batch": self.in_force,
+            "fallbacks": list(self.fallbacks),
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for checkpoints and logs."""
         return dataclasses.asdict(self)

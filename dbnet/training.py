@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -29,8 +30,8 @@ from dbnet.checkpoint import load_checkpoint, save_checkpoint
 from dbnet.config import Config
 from dbnet.dataset import describe_failure
 from dbnet.device import compile_model, peak_memory, pick_amp_dtype, random_state, restore_random_state
-from dbnet.errors import UserError, is_out_of_memory
-from dbnet.files import check_writable, make_folder, read_log, remove_leftovers, write_json, write_whole
+from dbnet.errors import UserError, is_out_of_memory, typed
+from dbnet.files import FileLock, check_writable, make_folder, read_log, remove_leftovers, write_json, write_whole
 from dbnet.loss import Losses
 from dbnet.memory import BatchPlan, free_memory
 from dbnet.model import DBNet
@@ -61,6 +62,31 @@ def find_run(name: str | None) -> tuple[Path, dict[str, Any] | None]:
     if not saves:
         raise UserError("runs/: holds no last.pt to resume; leave out --resume to start a run")
     return saves[-1].parent, load_last(saves[-1].parent)
+
+
+@contextmanager
+def lock_run(run: Path) -> Iterator[None]:
+    """Let only one process train in a run's folder. When its block ends early, print how to go on.
+
+    Raises UserError where another process trains there.
+    """
+    held: list[FileLock] = []
+
+    def hold() -> None:
+        make_folder(run)
+        held.append(FileLock(run / ".lock", f"{run}: is being trained"))
+
+    distributed.from_first(hold)
+    try:
+        yield
+    except (UserError, Interrupted, KeyboardInterrupt):
+        if (run / "last.pt").exists():
+            resume = f"{typed('train', distributed.world_size())} --run {run.name} --resume"
+            distributed.print0(f"\ngo on from the last save with: {resume}", flush=True)
+        raise
+    finally:
+        for lock in held:
+            lock.release()
 
 
 def prepare_folder(run: Path, config: Config, epochs: int) -> None:
@@ -142,6 +168,9 @@ class Interruption:
             self.stop()
 
 
+_WORKER_LOST = re.compile(r"DataLoader worker \(pid|shared memory|torch_shm|/torch_|Too many open files")
+
+
 def step_batches(loader: DataLoader, accumulate: int) -> Iterator[tuple[list[dict[str, Any]], str]]:
     """The batches of each optimizer step, `accumulate` at a time (the last step may have fewer), and an empty text.
 
@@ -160,8 +189,8 @@ def step_batches(loader: DataLoader, accumulate: int) -> Iterator[tuple[list[dic
             if len(group) == accumulate:
                 yield group, ""
                 group = []
-    except (RuntimeError, MemoryError) as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError, MemoryError) as error:
+        if not (_WORKER_LOST.search(str(error)) or is_out_of_memory(error)):
             raise
         yield [], describe_failure(error)
     yield group, ""
@@ -365,30 +394,6 @@ class RunningEpoch:
             self.skipped = self.skipped + ~stepped
             self.non_finite_streak = torch.where(finite & stepped, 0, self.non_finite_streak + 1)
 
-    def stop_unless_finite(self, epoch: int, limit: int) -> None:
-        """Raise UserError after `limit` steps in a row without finite loss and gradients. Waits for the device."""
-        if int(self.non_finite_streak) >= limit:
-            raise UserError(
-                f"the loss or its gradients were not finite for {int(self.non_finite_streak)} steps in a row in epoch "
-                f"{epoch}; lower --lr, or try --amp off"
-            )
-
-    def finish(self, epoch: int, unreadable: int, device: torch.device) -> dict[str, Any]:
-        """The row of the log, without the validation."""
-        means = (self.losses / self.steps.clamp(min=1)).tolist()
-        self.row = {
-            "epoch": epoch,
-            "lr": self.lr,
-            **{f"{name}_loss": mean for name, mean in zip(Losses._fields, means, strict=True)},
-            "train_seconds": self.seconds,
-            "images_per_second": self.images / self.seconds,
-            "peak_memory_gb": peak_memory(device),
-            "skipped_steps": int(self.skipped),
-            "unreadable_images": unreadable,
-            "dropped_polygons": self.dropped,
-        }
-        return self.row
-
 
 @dataclass
 class Training:
@@ -486,12 +491,73 @@ class Training:
         if saver and (ends or counts.saves_due):
             saver.save(self)
         if counts.worker_died:
-            line = death or "a data worker of another process has died"
-            raise UserError(f"{line}; then go on with --resume")
+            raise UserError((death or "a data worker of another process has died") + "; then go on with --resume")
         if counts.data_gone:
             raise UserError(f"{config.data}: the folder has gone; bring it back and go on with --resume")
         if counts.signals and interruption:
             interruption.stop()
+
+    def stop_unless_finite(self) -> None:
+        """Raise UserError after too many steps in a row without finite loss and gradients. Waits for the device."""
+        assert self.running
+        streak = int(self.running.non_finite_streak)
+        if streak >= NON_FINITE_LIMIT + (FP16_HALVINGS if self.scaler.get_growth_interval() == 2000 else 0):
+            raise UserError(
+                f"the loss or its gradients were not finite for {streak} steps in a row in epoch {self.epoch + 1}; "
+                f"lower --lr, or try --amp off"
+            )
+
+    def finish_epoch(self, config: Config) -> dict[str, Any]:
+        """The row of the log for the running epoch, whose batches are done, without the validation.
+
+        Raises UserError where there was nothing to learn.
+        """
+        running = self.running
+        assert running
+        if not running.images:
+            raise UserError(f"{config.data}: none of the training images can be read")
+        self.unreadable.update(*distributed.all_gather(self.unreadable))
+        means = (running.losses / running.steps.clamp(min=1)).tolist()
+        running.row = {
+            "epoch": self.epoch + 1,
+            "lr": running.lr,
+            **{f"{name}_loss": mean for name, mean in zip(Losses._fields, means, strict=True)},
+            "train_seconds": running.seconds,
+            "images_per_second": running.images / running.seconds,
+            "peak_memory_gb": peak_memory(self.device),
+            "skipped_steps": int(running.skipped),
+            "unreadable_images": len(self.unreadable),
+            "dropped_polygons": running.dropped,
+        }
+        return running.row
+
+    def describe(self, config: Config) -> str:
+        """Words on how the run goes on: network, image size, batch and epochs."""
+        processes = distributed.world_size()
+        done = f", {self.running.images} images of it done" if self.running else ""
+        return (
+            f"{config.backbone}, {self.plan.image_size} px, batch {self.plan.in_force}"
+            + (f" x {processes} processes" if processes > 1 else "")
+            + (
+                f", epochs {self.epoch + 1}{done} to {config.epochs}"
+                if self.epoch < config.epochs
+                else f", all {config.epochs} epochs done; train longer with --epochs"
+            )
+        )
+
+    def print_end(self, config: Config, run: Path) -> None:
+        """Print what a finished run has left out, and its result."""
+        for line in sorted(self.unreadable):
+            distributed.print0(f"left out: {line}")
+        if self.is_stuck(config):
+            distributed.print0(f"no better H-Mean in {config.patience} epochs: stopped early")
+        if self.best_hmean > 0:
+            distributed.print0(
+                f"best H-Mean {self.best_hmean:.4f} in epoch {self.best_epoch}. Next: "
+                f"{typed('predict')} {run / 'best.pt'} --out submission.csv"
+            )
+        else:
+            distributed.print0("no epoch has found any text; look at --show-samples, train longer, or lower --lr")
 
     def set_learning_rate(self, lr: float) -> None:
         """Set the learning rate of the next step."""
@@ -568,11 +634,19 @@ class Training:
             "random": self.random_states,
         }
 
-    def load_state(self, state: dict[str, Any], config: Config) -> None:
-        """Go on from what `state` gave. Where the save has another configuration, `config` holds.
+    def load_state(self, state: dict[str, Any], config: Config, path: Path = Path("last.pt")) -> None:
+        """Go on from what `state` gave, the content of `path`; where the configurations differ, `config` holds.
 
-        A running epoch begins again where its batches have changed.
+        A running epoch begins again where its batches have changed. Raises UserError where it is no state of a run.
         """
+        try:
+            self._load_state(state, config)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+            raise UserError(
+                f"{path}: holds no state of a run (a copy of best.pt?); start a new run from its weights with --init"
+            ) from None
+
+    def _load_state(self, state: dict[str, Any], config: Config) -> None:
         device, before = self.device, state["config"]
         # The optimizer's own settings (weight decay, say) are those of the configuration, not of the save.
         settings = self.optimizer.state_dict()["param_groups"]

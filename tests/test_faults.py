@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -158,7 +159,8 @@ def file_system(folder, size):
 
 
 def test_a_full_disk_stops_the_run_in_one_line_and_with_room_it_goes_on(rendered, tmp_path):
-    words = [*FLAGS, "--data", rendered, "--epochs", "2", "--workers", "0"]
+    # Saved at the end of each epoch only, so that the speed of the machine changes nothing.
+    words = [*FLAGS, "--data", rendered, "--epochs", "2", "--workers", "0", "--save-minutes", "0"]
     with file_system(tmp_path / "runs", "100m") as remount:  # one save of 54 MB fits, and not another beside it
         launched = Launched("train.py", *words, cwd=tmp_path)
         stopped_with_one_line(launched, "last.pt", "No space left on device", "make room")
@@ -292,3 +294,99 @@ def test_the_newest_of_several_runs_is_resumed_and_an_unsaved_one_is_not(tmp_pat
     Path("runs/a").mkdir(parents=True)
     with pytest.raises(UserError, match=r"holds no last\.pt to resume"):
         train.main()
+
+
+def test_a_run_that_is_being_trained_is_not_trained_twice(rendered, tmp_path):
+    words = [*FLAGS, "--data", rendered, "--epochs", "300", "--workers", "0"]
+    first = Launched("train.py", *words, cwd=tmp_path)
+    until_saved(first)
+    log = (tmp_path / "runs/a/log.jsonl").read_text()
+    second = Launched("train.py", "--resume", "--run", "a", cwd=tmp_path)
+    assert second.wait() == 2
+    [line] = [line for line in second.text().splitlines() if line.startswith("error: ")]
+    assert f"runs/a: is being trained by process {first.pid}" in line
+    assert (tmp_path / "runs/a/log.jsonl").read_text().startswith(log)
+    first.kill()  # its lock does not count any more
+    run("train.py", "--resume", "--epochs", load_last(tmp_path / "runs/a")["epoch"] + 1, cwd=tmp_path)
+    assert not (tmp_path / "runs/a/.lock").exists()
+
+
+def tiny(data, **changes):
+    """A configuration whose epochs take a moment."""
+    return Config.from_preset("lite", weights="none", image_size=64, data=str(data), workers=0, epochs=1).changed(
+        batch_size=2, **changes
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda word: word.update(illegibility=True), "[1-9]\\d* don't care"),
+        (lambda word: word.update(points=[[x + 9999, y] for x, y in word["points"]]), "[1-9]\\d* lie outside"),
+        (None, "0 lie outside"),
+    ],
+)
+def test_training_on_nothing_stops_before_the_first_epoch(rendered, tmp_path, spoil, words):
+    data = copies(rendered, tmp_path / "data", train=3, val=1)
+    path = data / "jsons" / "train.json"
+    content = json.loads(path.read_text())
+    for image in content["images"].values():
+        for word in image["words"].values() if spoil else []:
+            spoil(word)
+        if not spoil:
+            image["words"] = {}
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"nothing to learn.*{words}"):
+        train.train(tiny(data), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_words_that_are_not_learned_are_counted_and_a_score_of_0_is_not_the_best(rendered, tmp_path, capsys):
+    data = copies(rendered, tmp_path / "data", train=2, val=1)
+    path = data / "jsons" / "train.json"
+    content = json.loads(path.read_text())
+    word = next(iter(next(iter(content["images"].values()))["words"].values()))
+    word["illegibility"] = True
+    path.write_text(json.dumps(content))
+    train.train(tiny(data, box_thresh=1.0), tmp_path / "a")
+    said = capsys.readouterr().out
+    assert re.search(r"\d+ words are learned; masked: [1-9] don't care", said)
+    assert "H-Mean 0.0000" in said and "(best)" not in said and "no epoch has found any text" in said
+    assert (tmp_path / "a" / "best.pt").exists()
+
+
+def test_a_copy_of_best_pt_is_not_resumed_and_a_finished_run_says_so(rendered, tmp_path, capsys):
+    config = tiny(rendered)
+    train.train(config, tmp_path / "a")
+    capsys.readouterr()
+    train.train(config, tmp_path / "a", last=load_last(tmp_path / "a"))
+    said = capsys.readouterr().out
+    assert "all 1 epochs done; train longer with --epochs" in said and "H-Mean" in said.splitlines()[-1]
+    shutil.copy(tmp_path / "a/best.pt", tmp_path / "a/last.pt")
+    with pytest.raises(UserError, match=r"last.pt: holds no state of a run.*--init"):
+        train.train(config, tmp_path / "a", last=load_last(tmp_path / "a"))
+
+
+def test_the_learning_rate_is_logged_where_a_run_was_cut_after_the_last_step_of_an_epoch(rendered, tmp_path):
+    config = tiny(rendered, warmup_epochs=2.0, save_minutes=1e-9)
+    saves, write = [], train.LastSave.write
+
+    def keep(self, training):
+        write(self, training)
+        saves.append(self.path.read_bytes())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.LastSave, "write", keep)
+        train.train(config, tmp_path / "a")
+    expected = rows(tmp_path / "a")
+    (tmp_path / "a/last.pt").write_bytes(saves[-2])  # all steps done, not validated
+    save = load_last(tmp_path / "a")
+    assert save["epoch"] == 0 and save["running"]["images"] == 6
+    train.train(config, tmp_path / "a", last=save)
+    assert rows(tmp_path / "a") == expected and expected[0]["lr"] < config.lr
+
+
+def test_the_smallest_training_size_learns_from_single_images(rendered, tmp_path):
+    config = tiny(rendered, train_sizes=(32, 64), pad="square").changed(batch_size=1)
+    train.train(config, tmp_path / "a")
+    assert rows(tmp_path / "a")[0]["total_loss"] > 0

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.size import ROOT, count_files, count_lines, functions, imports, sources
 
 ROOMS = (
-    *("errors", "files", "config"),
+    *("errors", "files", "distributed", "config"),
     *("images", "geometry", "annotations", "formats", "splits", "augment", "targets", "dataset"),
     *("backbone", "model", "loss"),
     *("device", "memory", "checkpoint", "training", "profile"),

@@ -203,6 +203,34 @@ def test_init_from_what_does_not_fit_at_all_is_refused(checkpoint, small):
             start_from(model, {**content, "model": weights}, checkpoint)
 
 
+def test_init_from_weights_that_are_not_finite_is_rejected(checkpoint, small):
+    content = load_checkpoint(checkpoint)
+    next(iter(content["model"].values())).fill_(float("nan"))
+    with pytest.raises(UserError, match=r"best.pt: its weights are not finite"):
+        start_from(DBNet(small), content, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("pyramid_channels", 400_000_000), ("workers", 10**9), ("image_size", 10**9)]
+)
+def test_a_checkpoint_that_asks_for_more_than_any_machine_has_is_rejected(checkpoint, field, value):
+    content = torch.load(checkpoint, weights_only=True)
+    content["config"][field] = value
+    torch.save(content, checkpoint)
+    with pytest.raises(UserError, match=f"best.pt: its configuration.*{field.replace('_', '-')}"):
+        load_checkpoint(checkpoint)
+
+
+def test_fields_that_format_3_has_not_are_dropped_from_older_checkpoints(checkpoint, small):
+    content = torch.load(checkpoint, weights_only=True)
+    old = {**content["config"], "clahe_clip": 2.0, "sync_batch_norm": True}
+    torch.save({**content, "format": 2, "config": old}, checkpoint)
+    assert load_checkpoint(checkpoint)["config"] == small
+    torch.save({**content, "config": old}, checkpoint)
+    with pytest.raises(UserError, match=r"clahe_clip|sync_batch_norm"):
+        load_checkpoint(checkpoint)
+
+
 def test_a_checkpoint_of_v0_is_a_network_of_v1(tmp_path):
     v0, v1 = PRESETS["v0"].changed(weights="none"), PRESETS["v1"].changed(weights="none")
     trained = DBNet(v0)

@@ -116,6 +116,27 @@ def test_training_stops_when_the_loss_stays_not_finite(small):
         run_epoch(training, config)
 
 
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_without_fp16_skipped_steps_leave_the_loss_scale_alone(small, amp):
+    config = small.changed(amp=amp, image_size=64, batch_size=1)
+    training, batches = make_training(config), step_batches(config)
+    poison(training.model, {0, 1, 2})
+    for _ in range(3):
+        train.optimizer_step(training, batches, config)
+    assert training.scaler.get_scale() == 1
+    before = [parameter.clone() for parameter in training.model.parameters()]
+    train.optimizer_step(training, batches, config)
+    assert not any(torch.equal(*pair) for pair in zip(before[-2:], list(training.model.parameters())[-2:], strict=True))
+
+
+def test_training_stops_when_gradients_stay_not_finite_though_the_loss_is(small):
+    config = small.changed(batch_size=1, image_size=64)
+    training = make_training(config)
+    next(training.model.backbone.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(UserError, match=r"not finite for \d steps in a row.*--lr"):
+        run_epoch(training, config)
+
+
 def test_accumulation_gives_the_gradient_of_the_whole_batch(small):
     """Four times the same sample, batch norm in eval mode: then every split has the same loss, and so the same mean."""
     [batch] = step_batches(small)
