@@ -176,8 +176,8 @@ class Config:
     device: str = "auto"
     """device of the network: auto (the GPU where there is one), cpu, cuda or cuda:N"""
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
-    """automatic mixed precision: auto is bf16 on GPUs that have it, fp16 on other GPUs, and on a CPU that has it bf16 for
-    detection"""
+    """automatic mixed precision: auto is bf16 on GPUs that have it, fp16 on other GPUs, and on a CPU that has it bf16
+    for detection"""
     compile: bool = False
     """compilation by torch.compile: minutes at the start for faster steps; needs a C++ compiler"""
 
