@@ -390,7 +390,7 @@ _FOREIGN_JSON = (
     ({"shapes"}, "a file of LabelMe", "put it into labels/SPLIT/ under the name of its image"),
     ({"images", "annotations"}, "COCO", "call it SPLIT.json in jsons/"),
 )
-"""Keys that JSON files of other formats have in their upper three levels, what these are, and what to do."""
+"""Keys that JSON files of other formats have in their upper levels, what these are, and what to do."""
 
 _FOREIGN_SUFFIXES = {
     ".xml": f"XML of Pascal VOC (labelImg), CVAT or PAGE; {_EXPORT}, or save as LabelMe",
@@ -406,7 +406,7 @@ _FOREIGN_SUFFIXES = {
 }
 
 
-def _keys(content: object, levels: int = 3) -> set[str]:
+def _keys(content: object, levels: int = 4) -> set[str]:
     """Names in the upper levels of a JSON value, of a few entries each."""
     if not levels or not isinstance(content, dict | list):
         return set()

@@ -11,16 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dbnet.annotations import Annotation, choose_format, write_detections, write_labels, write_submission
+from dbnet.annotations import Annotation, TextFile, choose_format, write_detections, write_labels, write_submission
 from dbnet.dataset import TextDataset
 from dbnet.errors import UserError
 from dbnet.formats import (
     TEXT_PARSERS,
+    parse_ctw1500,
     parse_icdar,
     parse_labelme,
     parse_polygons,
     read_detections,
     read_labels_at,
+    recognize_text_files,
 )
 from dbnet.images import name_stem
 from dbnet.metric import CLEval
@@ -514,3 +516,140 @@ def test_every_case_is_read_rightly_or_named(capsys):
     assert "comp_three_points/jsons/val.json: 1 of 2 outlines have fewer than four points" in said
     assert "zigzag/labels/val: 2 of 3 outlines now begin at the upper left" in said
     assert "skipped" not in said
+
+
+LABELS = "labels/val/receipt 1.txt"
+QUADS = ["50,40,250,40,250,80,50,80", "60,150,300,120,305,160,65,190", "400,300,560,300,560,330,400,330"]
+
+
+def folder_of(tmp_path, files):
+    """A data set of one image of 640 x 480, with these label files by path."""
+    for path, content in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    (tmp_path / "images" / "val").mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (640, 480)).save(tmp_path / "images" / "val" / "receipt 1.jpg")
+    return tmp_path
+
+
+def flags_of(tmp_path, files):
+    """The don't care flags of the image of `folder_of`, as read."""
+    return read_split(folder_of(tmp_path, files), "val").annotations["receipt 1.jpg"].dont_care
+
+
+def coco(image=(), **word):
+    """COCO of the three quads, `word` in the last of them."""
+    words = [{"image_id": 1, "segmentation": [[float(value) for value in quad.split(",")]]} for quad in QUADS]
+    words[2] |= word
+    names = [{"id": 1, "name": "text"}, {"id": 2, "name": "Don't Care"}]
+    return {
+        "images": [{"id": 1, "file_name": "receipt 1.jpg", **dict(image)}],
+        "annotations": words,
+        "categories": names,
+    }
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {LABELS: "\n".join(f"{quad},{text}" for quad, text in zip(QUADS, ["a", "b,c", " '###' "], strict=True))},
+        {LABELS: "\n".join(f'{quad},{flag},"9,00"' for quad, flag in zip(QUADS, "001", strict=True))},
+        {
+            LABELS: "\n".join(
+                f"{quad},{text}" for quad, text in zip(QUADS, ["1,2,3,4,5,6", "7,8,9,0", "###"], strict=True)
+            )
+        },
+        *(
+            {"jsons/val.json": coco(**word)}
+            for word in [
+                {"ignore": "1"},
+                {"category_id": "2"},
+                {"attributes": {"legible": False}},
+                {"attributes": [{"name": "illegible", "value": "True"}]},
+                {"legibility": "illegible"},
+                {"iscrowd": 1.0},
+                {"tags": ["difficult"]},
+            ]
+        ),
+    ],
+)
+def test_dont_care_is_seen_in_every_dialect(tmp_path, files):
+    assert flags_of(tmp_path, files) == [False, False, True]
+
+
+def test_what_does_not_say_dont_care_is_a_word(tmp_path):
+    word = {"attributes": {"legible": "true", "difficult": "false", "note": "ignore"}, "legibility": "legible"}
+    assert flags_of(tmp_path, {"jsons/val.json": coco(**word)}) == [False, False, False]
+    with pytest.raises(UserError, match='annotation 3: "difficult" must be true or false'):
+        flags_of(tmp_path, {"jsons/val.json": coco(attributes={"difficult": "maybe"})})
+
+
+@pytest.mark.parametrize(
+    ("degrees", "first"), [(90, [320, 120]), ("270", [280, 360]), (-90.0, [280, 360]), (180, [180, 220])]
+)
+def test_boxes_of_cvat_are_turned(tmp_path, degrees, first):
+    word = {"segmentation": [], "bbox": [180, 220, 240, 40], "attributes": {"rotation": degrees}}
+    content = coco() | {"annotations": [{"image_id": "1", **word}]}
+    [polygon] = (
+        read_split(folder_of(tmp_path, {"jsons/val.json": content}), "val").annotations["receipt 1.jpg"].polygons
+    )
+    assert polygon[0].tolist() == first
+
+
+def test_label_txt_is_read_beside_what_else_ppocrlabel_writes(tmp_path):
+    words = [
+        {"transcription": "a", "points": [[50, 40], [250, 40], [250, 80], [50, 80]], "difficult": flag}
+        for flag in (False, "true")
+    ]
+    files = {"fileState.txt": "x/receipt 1.jpg\t1\n", "rec_gt.txt": "crop_img/a.jpg\ta\n", "Cache.cach": ""}
+    files["Label.txt"] = f"val/receipt 1.jpg\t{json.dumps(words)}\n\n"
+    assert flags_of(tmp_path, {f"images/val/{name}": text for name, text in files.items()}) == [False, True]
+
+
+def test_sizes_that_labels_carry_are_compared_with_the_image_upright_and_as_stored(tmp_path):
+    assert flags_of(tmp_path / "a", {"jsons/val.json": coco({"width": 640, "height": "480"})}) == [False] * 3
+    with pytest.raises(UserError, match="320 x 240 px, but the image has 640 x 480 px; put the image"):
+        flags_of(tmp_path / "b", {"jsons/val.json": coco({"width": 320, "height": 240})})
+    turned = folder_of(tmp_path / "c", {"jsons/val.json": coco({"width": 640, "height": 480})})
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (640, 480)).save(turned / "images" / "val" / "receipt 1.jpg", exif=exif)
+    with pytest.raises(UserError, match=r"640 x 480 px, but the image has 480 x 640 px; the tool ignored that EXIF"):
+        read_split(turned, "val")
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (
+            {"receipt 1.jpg": {"img_dimensions": [480, 640], "img_hash": "x", "polygons": [[[1, 2]]]}},
+            "labels.json of docTR",
+        ),
+        ({"_via_settings": {}, "_via_img_metadata": {}}, "VIA"),
+        ([{"ocr": "a.jpg", "id": 1, "label": [{"original_width": 640}]}], "Label Studio"),
+        ({"gt_1": [{"transcription": "a", "points": [[1, 2]]}]}, "ArT"),
+        ([{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 1}], "put the images in too"),
+        ({"info": {}, "annotations": [{"image_id": "a", "paragraphs": []}]}, "HierText"),
+    ],
+)
+def test_json_of_other_tools_is_named(tmp_path, content, kind):
+    with pytest.raises(UserError, match=kind):
+        flags_of(tmp_path, {"jsons/val.json": content})
+
+
+def test_coordinates_that_are_shares_of_the_image_are_named(tmp_path):
+    with pytest.raises(UserError, match="shares of the image"):
+        flags_of(tmp_path, {LABELS: "0.1,0.1,0.4,0.1,0.4,0.2,0.1,0.2,a"})
+
+
+def test_ctw1500_is_told_from_polygons_of_sixteen_points():
+    offsets = [
+        *(value for x in range(7) for value in (x * 30, 0)),
+        *(value for x in range(6, -1, -1) for value in (x * 30, 40)),
+    ]
+    line = ",".join(map(str, [50, 40, 230, 80, *offsets]))
+    assert parse_ctw1500("a.txt", line).polygons[0][:2].tolist() == [[50, 40], [80, 40]]
+    curve = [*((50 + 20 * x, 40) for x in range(8)), *((50 + 20 * x, 80) for x in range(7, -1, -1))]
+    files = [TextFile("a.txt", "a", lambda: ",".join(str(value) for point in curve for value in point))]
+    assert recognize_text_files(files) == "polygons"
+    assert recognize_text_files([TextFile("a.txt", "a", lambda: line)]) == "ctw1500"
