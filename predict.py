@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from argparse import Namespace
 
     from dbnet.annotations import Annotation
+    from dbnet.files import Journal
+    from dbnet.inference import Network
+    from dbnet.pictures import ImagePictures
 
 SETTINGS_APART = {"batch_size", "cache_gb", "compile", "data", "device", "workers"}  # results do not depend on these
 
@@ -88,15 +91,11 @@ def main() -> None:
 
 def run(args: Namespace, changes: dict[str, Any]) -> None:
     """Detect text in the images that `args` names; the first process writes the results of all."""
-    from tqdm import tqdm
-
     from dbnet import distributed
     from dbnet.annotations import Annotation, choose_format, result_mark, uncertainty, write_detections
-    from dbnet.dataset import ImageDataset
-    from dbnet.errors import ImageError
     from dbnet.files import Journal, check_outputs, make_folder, stamp
     from dbnet.images import file_of
-    from dbnet.inference import Pipeline, load_network
+    from dbnet.inference import load_network
     from dbnet.pictures import ImagePictures
     from dbnet.splits import find_images_at, read_images
 
@@ -124,24 +123,8 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
         f"{' '.join(map(str, checkpoints))} ({network}) on {len(rest)} images, {network.device}"
         + (f"; {len(found)} are done" if args.resume else "")
     )
-    unreadable: dict[Path, str] = {}
-    detections = Pipeline(ImageDataset(rest, config), config, network.device).detect(network)
-    share = -(-len(rest) // distributed.world_size())
-    for detection in tqdm(
-        detections, total=share, unit="img", dynamic_ncols=True, smoothing=0, disable=not distributed.is_first()
-    ):
-        path, error = rest[detection.index], detection.error
-        found[path] = Annotation.detected(detection.polygons, detection.scores, detection.size)
-        if not error:
-            try:
-                pictures.write(path, found[path])
-            except ImageError as gone:  # since it was read for the network
-                error = str(gone)
-        if error:
-            unreadable[path] = error
-        else:
-            journal.add(keys[path], [[each.tolist() for each in detection.polygons], detection.scores, detection.size])
-    for theirs, failed in distributed.all_gather((found, unreadable)):
+    newly, unreadable = detect(rest, network, pictures, journal, keys)
+    for theirs, failed in distributed.all_gather((newly, unreadable)):
         found |= theirs
         unreadable |= failed
     if distributed.is_first():
@@ -153,6 +136,39 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
         journal.remove()
         lines = [unreadable[path] for path in paths if path in unreadable]
         print_summary(args, form, rows, lines, config.max_candidates)
+
+
+def detect(
+    paths: list[Path], network: Network, pictures: ImagePictures, journal: Journal, keys: dict[Path, str]
+) -> tuple[dict[Path, Annotation], dict[Path, str]]:
+    """What is found in this process's share of the images, and a line for each image that could not be read."""
+    from tqdm import tqdm
+
+    from dbnet import distributed
+    from dbnet.annotations import Annotation
+    from dbnet.dataset import ImageDataset
+    from dbnet.errors import ImageError
+    from dbnet.inference import Pipeline
+
+    found: dict[Path, Annotation] = {}
+    unreadable: dict[Path, str] = {}
+    detections = Pipeline(ImageDataset(paths, network.config), network.config, network.device).detect(network)
+    share = -(-len(paths) // distributed.world_size())
+    for detection in tqdm(
+        detections, total=share, unit="img", dynamic_ncols=True, smoothing=0, disable=not distributed.is_first()
+    ):
+        path, error = paths[detection.index], detection.error
+        found[path] = Annotation.detected(detection.polygons, detection.scores, detection.size)
+        if not error:
+            try:
+                pictures.write(path, found[path])
+            except ImageError as gone:  # since it was read for the network
+                error = str(gone)
+        if error:
+            unreadable[path] = error
+        else:
+            journal.add(keys[path], [[each.tolist() for each in detection.polygons], detection.scores, detection.size])
+    return found, unreadable
 
 
 def print_summary(
