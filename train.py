@@ -124,9 +124,7 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
             except (Interrupted, UserError, RuntimeError, MemoryError) as error:
                 saver.write(training)  # the trained epoch; its validation starts again
                 if is_out_of_memory(error):
-                    raise UserError(
-                        "out of memory in the validation; lower --image-size and go on with --resume"
-                    ) from None
+                    raise UserError("out of memory in the validation; lower --image-size, --resume") from None
                 raise
             training.running = None
             training.epoch += 1
@@ -160,14 +158,9 @@ def train_epoch(
     loader = make_loader(Batches(train_set, *order), count_workers(config), device.type == "cuda")
     total = len(train_set.draws(training.epoch))
     started, read_at, images_before = time.monotonic() - epoch.seconds, time.monotonic(), epoch.images
-    with tqdm(
-        desc=f"epoch {training.epoch + 1}/{config.epochs}",
-        total=total,
-        initial=epoch.images + epoch.failed,
-        unit="img",
-        dynamic_ncols=True,
-        disable=not distributed.is_first(),
-    ) as bar:
+    title, seen = f"epoch {training.epoch + 1}/{config.epochs}", epoch.images + epoch.failed
+    silent = not distributed.is_first()
+    with tqdm(desc=title, total=total, initial=seen, unit="img", dynamic_ncols=True, disable=silent) as bar:
         for batches, death in step_batches(loader, plan.accumulate):
             counts = training.count(batches, config, death, saver, interruption)
             epoch.seconds = time.monotonic() - started
