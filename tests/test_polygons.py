@@ -126,6 +126,22 @@ def test_a_star_has_the_area_of_its_tips_and_not_of_its_middle():
     assert not contains(pentagram, np.array([0]), np.zeros((2, 1)))[0]
 
 
+@pytest.mark.parametrize(
+    ("outline", "expected"),
+    [
+        (star(50, 7), False),
+        (star(500, 249), True),
+        (star(2000, 1), False),
+        (np.repeat(star(100, 1), 20, axis=0), False),  # points that are there several times
+        (np.tile(star(4, 1), (500, 1)), True),  # around the same square again and again
+        (np.concatenate([np.linspace([0, 0], [900, 0], 901), np.linspace([900, 9], [0, 9], 901)]), False),
+    ],
+    ids=["star", "tangled star", "circle", "repeated points", "many times around", "points along straight lines"],
+)
+def test_a_tangle_is_an_outline_that_meets_itself_hundreds_of_times(outline, expected):
+    assert is_tangled(outline) == expected
+
+
 def test_an_outline_with_countless_crossings_has_its_area_sampled():
     scribble = np.random.default_rng(0).integers(0, 300, (400, 2))
     assert is_tangled(scribble.astype(float)) and not is_tangled(star(50, 7))
