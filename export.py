@@ -35,11 +35,12 @@ def main() -> None:
         raise UserError(f"--onnx {args.onnx}: name a file that ends in .onnx; predict.py knows it by that")
 
     # Imported here, so that --help and a mistaken command line answer at once.
-    from dbnet.checkpoint import write_half
+    from dbnet.checkpoint import load_model, write_half
     from dbnet.files import check_outputs
 
     check_outputs((args.onnx, "dbnet_config"), (args.half, "pyramid_channels"), inputs=[args.checkpoint])
     if args.half:
+        load_model(args.checkpoint, changes | {"compile": False})  # raises where the weights are not of this network
         write_half(args.checkpoint, args.half, changes)
         print(f"{args.half}: {args.half.stat().st_size / 1e6:.1f} MB")
     if args.onnx:
@@ -58,7 +59,11 @@ def export_onnx(checkpoint: Path, path: Path, changes: dict[str, Any]) -> None:
     write_onnx(path, model, config)
     print(f"{path}: {config.backbone}, {config.image_size} px, {path.stat().st_size / 1e6:.1f} MB")
     if find_spec("onnxruntime"):
-        check(path, model, config)
+        try:
+            check(path, model, config)
+        except UserError:
+            path.unlink(missing_ok=True)
+            raise
     else:
         print("not checked against PyTorch; for that: pip install onnxruntime")
 
@@ -92,7 +97,6 @@ def check(path: Path, model: "DBNet", config: Config) -> None:
         map(np.array_equal, *([t.polygon for t in found] for found in (ours, theirs)))
     )
     if not difference <= TOLERANCE or not same:
-        path.unlink()
         raise UserError(
             f"{path}: not kept: ONNX Runtime finds {len(theirs)} polygons where PyTorch finds {len(ours)}, with a "
             f"largest difference of {difference:.0e}; these versions of torch and onnxruntime cannot export a "

@@ -12,6 +12,7 @@ import torch
 from conftest import SHARED
 from support import CPU
 
+import export
 from dbnet.annotations import read_submission
 from dbnet.checkpoint import load_model, save_checkpoint
 from dbnet.config import Config
@@ -218,3 +219,13 @@ def test_without_torch_each_command_and_the_detector_say_what_to_install(exporte
     code += "import dbnet\ntry: dbnet.Detector.load()\nexcept dbnet.UserError as error: print(error)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "pip install torch torchvision" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("weights", [{"a": 1}, {}, {"a": torch.zeros(3, 3)}, [1], {1: torch.zeros(2)}])
+def test_export_half_of_a_checkpoint_with_odd_weights_is_rejected(exported, tmp_path, weights, monkeypatch):
+    content = torch.load(exported / "best.pt", weights_only=True)
+    torch.save({**content, "model": weights}, tmp_path / "odd.pt")
+    monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path / "odd.pt"), "--half", str(tmp_path / "half.pt")])
+    with pytest.raises(UserError, match=r"odd\.pt"):
+        export.main()
+    assert not (tmp_path / "half.pt").exists()
