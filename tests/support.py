@@ -216,7 +216,13 @@ def save_some(folder, config, epochs):
 
 CASE_SECONDS = 5  # of processor time for a hostile case, so that a busy machine fails nothing
 
-hostile = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+def hostile(test):
+    """Mark a property test of hostile input: `make test-long` runs these with many more examples."""
+    unhurried = settings(
+        deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    )
+    return pytest.mark.hostile(unhurried(test))
 
 
 @contextmanager

@@ -1,20 +1,38 @@
 """Labels that are written, corrected and read again: point order, reading order, crops, and the loop over them."""
 
 import csv
+import importlib
 import json
 import shutil
+import string
+import sys
+import unicodedata
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw
-from support import ROOT, command, refused
+from support import ROOT, answered, command, damages, hostile, refused
 
-from dbnet.annotations import Annotation, as_labels, choose_format, uncertainty, write_detections, write_labels
+from dbnet.annotations import (
+    Annotation,
+    as_labels,
+    choose_format,
+    read_submission,
+    uncertainty,
+    write_detections,
+    write_labels,
+    write_submission,
+)
+from dbnet.checkpoint import save_checkpoint
 from dbnet.config import Config
 from dbnet.errors import UserError
 from dbnet.evaluation import evaluate_submission
+from dbnet.formats import read_annotations
 from dbnet.geometry import fit_outline, order_outlines, reading_order
 from dbnet.metric import score_image
+from dbnet.model import DBNet
 from dbnet.pictures import crop_words
 from dbnet.splits import read_split
 from dbnet.synth.scene import write_dataset
@@ -200,3 +218,129 @@ def test_labels_that_nobody_has_corrected_score_what_the_weights_find(receipts, 
     assert all((tmp_path / "crops" / row["crop"]).is_file() for row in rows)
     if form == "labelme":
         refused(command(*words, "--out", data / out, "--out-format", form, cwd=tmp_path), "is there already")
+
+
+# ---- hostile files
+
+
+NAMES = [
+    "a b.png",
+    "a,b.png",
+    "a\"b'c.png",
+    "new\nline.png",
+    "return\r\n.png",
+    "영수증.png",
+    unicodedata.normalize("NFD", "영수증.png"),
+    "-rf.png",
+    "--images.png",
+    "=1+1.png",
+    " .png",
+    "가" * 83 + "xy.png",  # 255 bytes
+]
+names = st.sampled_from(NAMES) | st.text(min_size=1, max_size=9)
+numbers = st.integers() | st.floats() | st.sampled_from([0, 1, 50, 1e9, -1e300, 10**400])
+wild_points = st.lists(st.lists(numbers, min_size=1, max_size=3) | numbers, max_size=5)
+tame_points = st.lists(st.tuples(st.integers(-9, 99), st.floats(-9, 99)), min_size=1, max_size=5)
+
+
+@hostile
+@given(st.dictionaries(names, st.lists(wild_points | tame_points, max_size=3), max_size=3), damages() | st.none())
+def test_any_annotations_are_read_as_they_are_or_rejected(tmp_path, images, damage):
+    path = tmp_path / "train.json"
+    content = {
+        name: {"words": {str(i): {"points": points} for i, points in enumerate(words)}}
+        for name, words in images.items()
+    }
+    data = json.dumps({"images": content}).encode()
+    path.write_bytes(damage(data) if damage else data)
+    found = answered(path, read_annotations)
+    if found is None:
+        return
+    for name, annotation in found.items():
+        assert (tmp_path / name).parent == tmp_path and (tmp_path / name).resolve().parent == tmp_path.resolve()
+        name.encode()
+        assert all(np.isfinite(polygon).all() and polygon.shape[1:] == (2,) for polygon in annotation.polygons)
+        if not damage:
+            assert [polygon.tolist() for polygon in annotation.polygons] == [
+                [[float(value) for value in point] for point in points] for points in images[name]
+            ]
+
+
+@pytest.mark.parametrize(
+    "name", ["..", ".", "../a.png", "/etc/passwd", "a//b.png", "a/../b.png", "", "a\0.png", "\ud800"]
+)
+def test_a_name_in_a_json_cannot_leave_the_folder(tmp_path, name):
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({"images": {name: {"words": {}}}}))
+    with pytest.raises(UserError, match="not a plain file name") as caught:
+        read_annotations(path)
+    assert str(caught.value).isprintable()
+
+
+def test_a_name_that_is_there_twice_in_a_json_is_rejected(tmp_path):
+    path = tmp_path / "train.json"
+    path.write_text('{"images": {"a.png": {"words": {}}, "a.png": {"words": {}}}}')
+    with pytest.raises(UserError, match=r"'a\.png' is there twice"):
+        read_annotations(path)
+
+
+@hostile
+@given(st.dictionaries(names, st.lists(tame_points, max_size=3), max_size=4), damages())
+def test_any_csv_is_read_or_rejected(tmp_path, rows, damage):
+    path = tmp_path / "a.csv"
+    rows = {name: found for name, found in rows.items() if name.isprintable() or name in NAMES}
+    write_submission(path, {name: [np.array(points).astype(int) for points in found] for name, found in rows.items()})
+    back = answered(path, read_submission)
+    assert list(back) == list(rows)
+    path.write_bytes(damage(path.read_bytes()))
+    for polygons in (answered(path, read_submission) or {}).values():
+        assert all(np.isfinite(polygon).all() and polygon.shape[1:] == (2,) for polygon in polygons)
+
+
+@hostile
+@given(st.text(st.sampled_from('0123456789_.eE-+ |,"\n\r\tnaif') | st.characters(codec="utf-8"), max_size=60))
+def test_any_text_in_a_row_is_read_or_rejected(tmp_path, text):
+    path = tmp_path / "a.csv"
+    path.write_text(f"filename,polygons\na.png,{text}", encoding="utf-8", newline="")
+    found = answered(path, read_submission)
+    if found and all(letter in string.digits + " " for letter in text):
+        expected = [list(map(float, text.split()))] if text.strip() else []
+        assert [polygon.ravel().tolist() for polygon in found["a.png"]] == expected
+
+
+def test_a_csv_that_ends_within_quotes_is_rejected(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('filename,polygons\n"a.png,1 2 3 4 5 6 7 8\nb.png,\n')
+    assert answered(path, read_submission) is None
+    path.write_text("filename,polygons\na.png,1_0 2 3 4 5 6 7 8\n")
+    assert answered(path, read_submission) is None
+
+
+def test_every_file_name_comes_through_the_commands(tmp_path, monkeypatch, capsys):
+    """From the folder into the CSV, and from there against the json."""
+    config = Config.from_preset("lite", weights="none", image_size=64, pyramid_channels=32)
+    save_checkpoint(tmp_path / "best.pt", config, DBNet(config))
+    images, jsons = tmp_path / "data" / "images" / "test", tmp_path / "data" / "jsons"
+    images.mkdir(parents=True)
+    jsons.mkdir()
+    for name in NAMES:
+        Image.new("RGB", (90, 70)).save(images / name, "PNG")
+    quad = [[0, 0], [50, 0], [50, 20], [0, 20]]
+    content = {name: {"words": {"1": {"points": quad}}} for name in NAMES}
+    (jsons / "test.json").write_text(json.dumps({"images": content}))
+    out = tmp_path / ("나" * 83 + ".csv")
+
+    def run(script, *words):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        importlib.import_module(script).main()
+
+    monkeypatch.chdir(tmp_path)
+    run("predict", "best.pt", "--data", "data", "--out", out.name)
+    assert list(read_submission(out)) == NAMES
+    capsys.readouterr()
+    run("evaluate", "--submission", out.name, "--data", "data", "--split", "test", "--json", "scores.json")
+    assert list(json.loads((tmp_path / "scores.json").read_text())["per_image"]) == NAMES
+    printed = capsys.readouterr().out
+    assert "new\\nline.png" in printed and "new\nline" not in printed
+    run("predict", "best.pt", "--images", *(images / name for name in NAMES), "--out", "again.csv")
+    assert list(read_submission(tmp_path / "again.csv")) == NAMES

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support import hostile
 
 from dbnet.annotations import Annotation, TextFile, choose_format, write_detections, write_labels, write_submission
 from dbnet.dataset import TextDataset
@@ -417,9 +418,9 @@ pieces = st.sampled_from(
 
 
 @pytest.mark.parametrize("form", list(TEXT_PARSERS))
-@settings(deadline=None)
+@hostile
 @given(text=st.lists(pieces, max_size=40).map("".join) | st.text(max_size=60))
-def test_any_text_is_read_or_refused(form, text):
+def test_any_text_of_a_format_is_read_or_rejected(form, text):
     try:
         annotation = TEXT_PARSERS[form]("a.txt", text)
     except UserError as error:
@@ -440,13 +441,13 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None)
+@hostile
 @given(
     images=st.lists(st.fixed_dictionaries({"id": st.integers(0, 2), "file_name": st.text(max_size=3)}), max_size=2),
     annotations=st.lists(st.fixed_dictionaries({"image_id": st.integers(0, 2), "segmentation": json_values})),
     other=json_values,
 )
-def test_any_coco_is_read_or_refused(tmp_path_factory, images, annotations, other):
+def test_any_coco_is_read_or_rejected(tmp_path_factory, images, annotations, other):
     path = tmp_path_factory.mktemp("coco") / "a.json"
     for content in ({"images": images, "annotations": annotations}, {"images": [other], "annotations": []}, [other]):
         path.write_text(json.dumps(content))

@@ -62,3 +62,35 @@ def test_every_module_is_used_and_says_what_it_is_for():
         text = path.read_text(encoding="utf-8")
         assert ast.get_docstring(ast.parse(text)), path
         assert path.parent.name != "dbnet" or used[path.stem] or path.stem == "__init__", path
+
+
+# ---- code from files
+
+
+FORBIDDEN_MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen"}
+
+
+def code_that_can_run_input(source):
+    """What in a module could run code from a file: lines and why."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
+            found += [(node.lineno, module) for module in modules if module.split(".")[0] in FORBIDDEN_MODULES]
+        if isinstance(node, ast.Call):
+            name, given = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+            safe_load = name != "torch.load" or given.get("weights_only") == "True"
+            plain = given.get("shell", "False") == "False" and given.get("allow_pickle", "False") == "False"
+            if name in FORBIDDEN_CALLS or not safe_load or not plain:
+                found.append((node.lineno, name))
+    return found
+
+
+def test_nothing_in_the_package_can_run_code_from_a_file():
+    files = [*ROOT.glob("*.py"), *(ROOT / "dbnet").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    assert len(files) > 20
+    assert {path.name: found for path in files if (found := code_that_can_run_input(path.read_text()))} == {}
+    for source in ("import pickle", "eval('1')", "torch.load(a)", "run(a, shell=True)", "from dill import load"):
+        assert code_that_can_run_input(source)
+    assert not code_that_can_run_input("model.eval()\ntorch.load(a, weights_only=True)\nmodel.compile()")

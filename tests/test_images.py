@@ -1,19 +1,24 @@
 """Image files of every kind, upright and 8-bit, or one line that says what is wrong."""
 
+import base64
 import errno
 import io
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
-from support import ROOT
+from support import CASE_SECONDS, ROOT, answered, damages, hostile
 
 from dbnet.errors import ImageError, UserError
+from dbnet.geometry import Letterbox
 from dbnet.images import _jpeg_scans, read_image, read_size, readable_suffixes
 from dbnet.splits import list_images
 
@@ -113,7 +118,7 @@ def test_a_broken_file_is_named_with_the_reason(tmp_path, picture, damage, words
     assert "\n" not in str(caught.value)
 
 
-def test_a_png_too_large_to_decode_is_refused(tmp_path):
+def test_a_png_too_large_to_decode_is_rejected(tmp_path):
     path = tmp_path / "a.png"
     Image.new("1", (20_000, 20_000)).save(path)
     with pytest.raises(ImageError, match=r"a\.png: .*reduce it first"):
@@ -243,3 +248,187 @@ def test_too_few_descriptors_are_not_taken_for_a_broken_image(tmp_path, picture,
     with pytest.raises(UserError, match=r"a\.png: cannot be opened \(Too many open files\); raise") as caught:
         read_image(tmp_path / "a.png")
     assert not isinstance(caught.value, ImageError)
+
+
+# ---- hostile files
+
+
+def noise_picture(width=90, height=70):
+    """A smooth picture without a symmetry, (height, width, 3)."""
+    noise = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    return Image.fromarray(cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC))
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def with_exif_at_the_end(png, exif):
+    return png[:-12] + chunk(b"eXIf", exif) + png[-12:]
+
+
+FRAMES = [noise_picture(), noise_picture().rotate(180), Image.new("RGB", (90, 70))]
+IMAGES = {
+    "png": encoded(noise_picture(), "PNG"),
+    "png palette": encoded(noise_picture().quantize(16), "PNG", transparency=3),
+    "png alpha": encoded(noise_picture().convert("RGBA"), "PNG"),
+    "png 16 bits": cv2.imencode(".png", np.asarray(noise_picture()).astype(np.uint16) * 257)[1].tobytes(),
+    "png animated": encoded(FRAMES[0], "PNG", save_all=True, append_images=FRAMES[1:]),
+    "jpeg": encoded(noise_picture(), "JPEG"),
+    "jpeg progressive": encoded(noise_picture(), "JPEG", progressive=True),
+    "jpeg cmyk": encoded(noise_picture().convert("CMYK"), "JPEG"),
+    "mpo": encoded(FRAMES[0], "MPO", save_all=True, append_images=FRAMES[1:2]),
+    "gif animated": encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]),
+    "webp": encoded(noise_picture(), "WEBP"),
+    "webp animated": encoded(FRAMES[0], "WEBP", lossless=True, save_all=True, append_images=FRAMES[1:]),
+    "bmp": encoded(noise_picture(), "BMP"),
+    "tiff": encoded(noise_picture(), "TIFF", compression="tiff_lzw"),
+}
+# 16 x 8 grey pixels of the value 200, arithmetic coding, which Pillow can read but not write
+ARITHMETIC_JPEG = base64.b64decode(
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAMCAgMCAgMDAwMEAwMEBQgFBQQEBQoHBwYIDAoMDAsKCwsNDhIQDQ4RDgsLEBYQERMUFRUVDA8XGBYUGBIUFRT/yQALCAAIABABAREA/8wABgAQEAX/2gAIAQEAAD8A0s1w/9k="
+)
+# 13,000 x 13,000 black pixels
+WEBP_BOMB = bytes.fromhex("524946461a000000574542505650384c0e0000002fc7f2b10c071011fd0f4444ff03")
+
+
+@pytest.fixture
+def place(tmp_path):
+    return tmp_path / 'a, "b"\n.png'
+
+
+@hostile
+@given(st.sampled_from(sorted(IMAGES)), damages(), st.sampled_from([None, 30]))
+def test_a_damaged_image_is_read_rightly_or_rejected(place, kind, damage, side):
+    whole, damaged = IMAGES[kind], damage(IMAGES[kind])
+    place.write_bytes(whole)
+    expected, _ = read_image(place, side)
+    place.write_bytes(damaged)
+    found = answered(place, read_image, side)
+    if found is None:
+        return
+    pixels, size = found
+    assert pixels.dtype == np.uint8 and pixels.shape[2] == 3 and pixels.flags.c_contiguous
+    assert read_size(place) == size
+    if side is None:
+        assert pixels.shape[1::-1] == size
+    if damage.kind == "cut" or kind.startswith("png"):  # what can be known: a cut of all, any damage by checksums
+        assert np.array_equal(pixels, expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "late", "WEBP", "TIFF", "MPO"])
+def test_every_orientation_of_every_format_is_upright(tmp_path, kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {"save_all": True, "append_images": FRAMES[1:2]}
+    image = noise_picture()
+    if kind == "late":
+        data = with_exif_at_the_end(encoded(image, "PNG"), exif.tobytes()[6:])
+    else:
+        data = encoded(image, kind, exif=exif, **(options if kind in ("WEBP", "MPO") else {}))
+    (tmp_path / "a.png").write_bytes(data)
+    turned = image.copy()
+    turned.getexif()[0x0112] = orientation
+    expected = np.asarray(ImageOps.exif_transpose(turned))
+    pixels, size = read_image(tmp_path / "a.png")
+    assert size == read_size(tmp_path / "a.png") == expected.shape[1::-1]
+    assert np.abs(pixels.astype(int) - expected).mean() < 4
+
+
+@pytest.mark.parametrize("kind", ["png animated", "gif animated", "webp animated", "mpo"])
+def test_of_several_pictures_the_first_is_read(place, kind):
+    place.write_bytes(IMAGES[kind])
+    pixels, _ = read_image(place)
+    assert np.abs(pixels.astype(int) - np.asarray(FRAMES[0])).mean() < 12  # a GIF has 256 colours
+
+
+def test_the_jpegs_of_phones_are_decoded_at_reduced_size_and_arithmetic_ones_at_all(tmp_path):
+    path = tmp_path / "a.jpg"
+    noise_picture(1000, 700).save(path, "MPO", save_all=True, append_images=FRAMES[:1])
+    pixels, size = read_image(path, image_size=240)
+    assert pixels.shape == (175, 250, 3) and size == (1000, 700)
+    path.write_bytes(ARITHMETIC_JPEG)
+    assert (read_image(path)[0] == 200).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 30_000), (30_000, 1)])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_the_narrowest_images_fit_the_network(tmp_path, size, kind):
+    path = tmp_path / "a.png"
+    Image.new("RGB", size, (9, 9, 9)).save(path, kind)
+    pixels, found = read_image(path, 640)
+    letterbox = Letterbox(*found, 640)
+    assert found == size and letterbox.resize(pixels).shape[1::-1] == letterbox.resized
+    assert max(letterbox.resized) == 640 and min(letterbox.resized) >= 1
+
+
+def test_what_would_start_another_program_is_no_image(place):
+    place.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 10\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(ImageError, match="not an image"):
+        read_image(place)
+
+
+def png_of_zeros(width, height):
+    """A PNG of one bit a pixel."""
+    pack = zlib.compressobj()
+    rows = [pack.compress(bytes(1 + (width + 7) // 8)) for _ in range(height)]
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    data = b"".join(rows) + pack.flush()
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def with_size(jpeg, width, height):
+    """A progressive JPEG that claims other sides."""
+    at = jpeg.index(b"\xff\xc2") + 5
+    return jpeg[:at] + struct.pack(">HH", height, width) + jpeg[at + 4 :]
+
+
+def with_scans(jpeg, count):
+    """A progressive JPEG with its last scan many times over."""
+    last = jpeg.rindex(b"\xff\xda")
+    return jpeg[:last] + jpeg[last:-2] * count + jpeg[-2:]
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from dbnet.images import ImageError, read_image
+before = resource.getrusage(resource.RUSAGE_SELF)
+for path in map(Path, sys.argv[1:]):
+    try:
+        read_image(path, 640)
+        print("read", path)
+    except ImageError as error:
+        assert path.name in str(error)
+after = resource.getrusage(resource.RUSAGE_SELF)
+print((after.ru_maxrss - before.ru_maxrss) // 1024, after.ru_utime - before.ru_utime)
+"""
+
+
+def test_bombs_are_rejected_before_they_take_memory_or_time(tmp_path):
+    progressive = encoded(noise_picture(2000, 2000), "JPEG", progressive=True)
+    bombs = {
+        "a.png": png_of_zeros(13_000, 13_000),
+        "b.png": png_of_zeros(60_000, 60_000)[:1000],
+        "c.webp": WEBP_BOMB,
+        "d.gif": b"GIF89a" + struct.pack("<HHBBB", 65_000, 65_000, 0, 0, 0) + b"," + bytes(9),
+        "e.jpg": with_size(progressive, 13_000, 13_000),
+        "f.jpg": with_scans(progressive, 600),
+    }
+    for name, data in bombs.items():
+        (tmp_path / name).write_bytes(data)
+    with (tmp_path / "g.png").open("wb") as file:
+        file.write(IMAGES["png"])
+        file.truncate(20 << 30)  # a hole of 20 GB
+    paths = [tmp_path / name for name in [*bombs, "g.png"]]
+    words = [sys.executable, "-c", MEASURE, *paths]
+    measured = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert len(measured) == 2, measured
+    assert int(measured[0]) < 60 and float(measured[1]) < CASE_SECONDS
