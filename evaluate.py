@@ -83,8 +83,8 @@ def check_tuning_flags(args: argparse.Namespace, changes: dict[str, Any]) -> Non
 def run(args: argparse.Namespace, changes: dict[str, Any]) -> None:
     """Score or tune what is named, write what was asked for, and print the scores last."""
     # Imported here, so that --help and a mistaken command line answer at once.
-    from dbnet import distributed
     from dbnet.dataset import TextDataset
+    from dbnet.device import init_process_group, is_first, print0
     from dbnet.evaluation import SCORES_MARK, Comparison, advise_on_collapse, evaluate, evaluate_submission
     from dbnet.files import check_outputs, write_json
     from dbnet.inference import Pipeline, load_network
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace, changes: dict[str, Any]) -> None:
     from dbnet.report import REPORT_MARK, picture_of, write_report
     from dbnet.tuning import tune_checkpoint
 
-    distributed.init()
+    init_process_group()
     search = args.tune_picture or args.checkpoints[0].with_name("tuning.png") if args.tune else None
     inputs = [path for path in (*args.checkpoints, args.submission, args.compare) if path]
     outputs = ((args.json, SCORES_MARK), (args.report, REPORT_MARK), (search, PICTURE_MARK))
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace, changes: dict[str, Any]) -> None:
     picture = picture_of if args.report else None
     names = " ".join(map(str, args.checkpoints or [args.submission]))
     if args.submission:
-        if not distributed.is_first():
+        if not is_first():
             return
         config = Config().changed(**changes)
         evaluation = evaluate_submission(args.submission, config, args.split, comparison, picture)
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace, changes: dict[str, Any]) -> None:
         network = load_network(args.checkpoints, changes)
         config = network.config
         dataset = TextDataset(config, args.split, train=False)
-        distributed.print0(f"{names} ({network}) on {args.split} of {config.data}, {network.device}")
+        print0(f"{names} ({network}) on {args.split} of {config.data}, {network.device}")
         pipeline = Pipeline(dataset, config, network.device)
         if search:
             save_to = args.checkpoints[0] if args.save else None
@@ -120,8 +120,8 @@ def run(args: argparse.Namespace, changes: dict[str, Any]) -> None:
         evaluation = evaluate(pipeline, network, picture=picture)
         settings = {field: getattr(config, field) for field in REPORTED}
         advice = advise_on_collapse(evaluation.compute(), evaluation.highest, config)
-        distributed.print0(advice or "", end="\n" if advice else "")
-    if not distributed.is_first():
+        print0(advice or "", end="\n" if advice else "")
+    if not is_first():
         return
     if comparison:
         comparison.compare(evaluation)

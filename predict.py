@@ -91,16 +91,16 @@ def main() -> None:
 
 def run(args: Namespace, changes: dict[str, Any]) -> None:
     """Detect text in the images that `args` names; the first process writes the results of all."""
-    from dbnet import distributed
     from dbnet.annotations import Annotation, choose_format, result_mark, uncertainty, write_detections
+    from dbnet.device import all_gather, from_first, init_process_group, is_first, print0, rank
     from dbnet.files import Journal, check_outputs, make_folder, stamp
     from dbnet.images import file_of
     from dbnet.inference import load_network
     from dbnet.pictures import ImagePictures
     from dbnet.splits import find_images_at, read_images
 
-    distributed.init()
-    checkpoints = args.checkpoints or [distributed.from_first(default_checkpoint)]
+    init_process_group()
+    checkpoints = args.checkpoints or [from_first(default_checkpoint)]
     network = load_network(checkpoints, changes)
     config = network.config
     images = find_images_at(args.images) if args.images else read_images(config.data, "test", config.format)
@@ -113,21 +113,21 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
     check_outputs((out, result_mark(form)), *pictures.outputs(), inputs=[*checkpoints, *map(file_of, paths)])
 
     settings = {name: value for name, value in config.to_dict().items() if name not in SETTINGS_APART}
-    journal = Journal(args.out, distributed.rank(), [settings, *map(stamp, checkpoints)], args.resume)
+    journal = Journal(args.out, rank(), [settings, *map(stamp, checkpoints)], args.resume)
     keys = {path: journal.key(path, file_of(path)) for path in paths}
     done = {path: Annotation.detected(*journal.done[keys[path]]) for path in paths if keys[path] in journal.done}
     found = {path: annotation for path, annotation in done.items() if pictures.are_there(path, annotation)}
     rest = [path for path in paths if path not in found]
-    distributed.all_gather(None)  # no process writes before each has read
-    distributed.print0(
+    all_gather(None)  # no process writes before each has read
+    print0(
         f"{' '.join(map(str, checkpoints))} ({network}) on {len(rest)} images, {network.device}"
         + (f"; {len(found)} are done" if args.resume else "")
     )
     newly, unreadable = detect(rest, network, pictures, journal, keys)
-    for theirs, failed in distributed.all_gather((newly, unreadable)):
+    for theirs, failed in all_gather((newly, unreadable)):
         found |= theirs
         unreadable |= failed
-    if distributed.is_first():
+    if is_first():
         rows = {name: found[path] for name, path in images.items()}
         if args.sort_by == "uncertainty":
             rows = dict(sorted(rows.items(), key=lambda row: -uncertainty(row[1])))
@@ -144,19 +144,17 @@ def detect(
     """What is found in this process's share of the images, and a line for each image that could not be read."""
     from tqdm import tqdm
 
-    from dbnet import distributed
     from dbnet.annotations import Annotation
     from dbnet.dataset import ImageDataset
+    from dbnet.device import is_first, world_size
     from dbnet.errors import ImageError
     from dbnet.inference import Pipeline
 
     found: dict[Path, Annotation] = {}
     unreadable: dict[Path, str] = {}
     detections = Pipeline(ImageDataset(paths, network.config), network.config, network.device).detect(network)
-    share = -(-len(paths) // distributed.world_size())
-    for detection in tqdm(
-        detections, total=share, unit="img", dynamic_ncols=True, smoothing=0, disable=not distributed.is_first()
-    ):
+    share = -(-len(paths) // world_size())
+    for detection in tqdm(detections, total=share, unit="img", dynamic_ncols=True, smoothing=0, disable=not is_first()):
         path, error = paths[detection.index], detection.error
         found[path] = Annotation.detected(detection.polygons, detection.scores, detection.size)
         if not error:

@@ -46,10 +46,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dbnet import distributed
 from dbnet.checkpoint import build_model, save_checkpoint
 from dbnet.dataset import Batches, TextDataset, count_workers, make_loader
-from dbnet.device import peak_memory, pick_amp_dtype, seed_all
+from dbnet.device import all_processes, all_reduce, from_first, is_first, print0, world_size
+from dbnet.device import destroy_process_group, init_process_group, peak_memory, pick_amp_dtype, pick_device, seed_all
 from dbnet.ensemble import Ensemble
 from dbnet.evaluation import Evaluation, advise_on_collapse, evaluate
 from dbnet.files import check_outputs
@@ -67,11 +67,11 @@ READING_INTERVAL = 1.0  # seconds between two looks at the losses, each of which
 
 def main() -> None:
     args, changes = parse_arguments()
-    distributed.init()
-    run, last = distributed.from_first(lambda: find_run(args.run)) if args.resume else (None, None)
+    init_process_group()
+    run, last = from_first(lambda: find_run(args.run)) if args.resume else (None, None)
     config = last["config"].changed(**changes) if last else Config.from_preset(args.preset or "v1", **changes)
     if last and (args.preset or args.init):
-        distributed.print0("--preset and --init: not looked at; the run keeps its settings but for single flags")
+        print0("--preset and --init: not looked at; the run keeps its settings but for single flags")
     if args.diff:
         print_difference(config, args.diff, Config.from_preset(args.diff))
     elif args.print_config:
@@ -83,26 +83,26 @@ def main() -> None:
     elif args.profile:
         print_profile(args.preset, config, optimizer_step)
     else:
-        run = run or distributed.from_first(lambda: new_run(args.run, args.preset))
+        run = run or from_first(lambda: new_run(args.run, args.preset))
         with lock_run(run):
             train(config, run, args.init, last)
-        distributed.destroy()
+        destroy_process_group()
 
 
 def train(config: Config, run: Path, init: Path | None = None, last: dict[str, Any] | None = None) -> None:
     """Train in the folder `run`: from scratch, from the weights of `init`, or on from the content of last.pt."""
-    device = distributed.pick_device(config.device)
+    device = pick_device(config.device)
     seed_all(config)
     train_set = TextDataset(config, "train", train=True)
-    distributed.print0(f"{config.data}: {train_set.count_words()}")
+    print0(f"{config.data}: {train_set.count_words()}")
     val_set = TextDataset(config, "val", train=False)
     validation = Pipeline(val_set, config, device)
     training = Training.begin(build_model(config, run, last, init), config, device)
     if last:
         training.load_state(last, config, run / "last.pt")
-    distributed.from_first(lambda: prepare_folder(run, config, training.epoch))
+    from_first(lambda: prepare_folder(run, config, training.epoch))
     saver = LastSave(run, config)
-    distributed.print0(
+    print0(
         f"{run}: {len(train_set)} training and {len(val_set)} validation images on {device}, "
         + training.describe(config)
     )
@@ -154,12 +154,12 @@ def train_epoch(
         torch.cuda.reset_peak_memory_stats(device)
         # Shapes that hardly ever come again would each be measured anew.
         torch.backends.cudnn.benchmark = config.pad == "square" and not config.deterministic
-    order = (config.batch_size, config.seed, plan.accumulate * distributed.world_size(), training.epoch, epoch.batches)
+    order = (config.batch_size, config.seed, plan.accumulate * world_size(), training.epoch, epoch.batches)
     loader = make_loader(Batches(train_set, *order), count_workers(config), device.type == "cuda")
     total = len(train_set.draws(training.epoch))
     started, read_at, images_before = time.monotonic() - epoch.seconds, time.monotonic(), epoch.images
     title, seen = f"epoch {training.epoch + 1}/{config.epochs}", epoch.images + epoch.failed
-    silent = not distributed.is_first()
+    silent = not is_first()
     with tqdm(desc=title, total=total, initial=seen, unit="img", dynamic_ncols=True, disable=silent) as bar:
         for batches, death in step_batches(loader, plan.accumulate):
             counts = training.count(batches, config, death, saver, interruption)
@@ -218,20 +218,20 @@ def optimizer_step(
                 weight = len(micro["image"]) / images
                 scaler.scale(losses.total * weight).backward()
                 mean_losses += torch.stack(losses).detach() * weight
-            if distributed.world_size() > 1:
+            if world_size() > 1:
                 summed = training.flatten(mean_losses, ours / images)
             fits = True
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         maps = losses = micro = None
-        fits = distributed.all_processes(fits)  # all fall back together
+        fits = all_processes(fits)  # all fall back together
         if not fits:
             summed = None  # past the except block, which held its tensors too
             training.restore_start()
             plan.shrink()  # 8 x 2 -> 4 x 4 -> 2 x 8 -> 1 x 16, then 896 and 800 px
     if summed is not None:
-        distributed.all_reduce(summed)  # losses, gradients and batch norm statistics in one collective call
+        all_reduce(summed)  # losses, gradients and batch norm statistics in one collective call
     with NothingTwice():
         if summed is not None:
             training.unflatten(summed, mean_losses)
@@ -250,11 +250,11 @@ def log_epoch(training: Training, config: Config, run: Path, row: dict[str, Any]
     score = evaluation.compute()
     plan = training.plan
     row |= {name: getattr(score, name) for name in ("precision", "recall", "hmean", "detections")}
-    row |= {**plan.log_fields(), "ranks": distributed.world_size()}
+    row |= {**plan.log_fields(), "ranks": world_size()}
     better = score.hmean > training.best_hmean
     if better:
         training.best_hmean, training.best_epoch = score.hmean, training.epoch
-    if not distributed.is_first():
+    if not is_first():
         return
     append_row(run / "log.jsonl", row)
     if better:

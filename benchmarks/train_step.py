@@ -18,8 +18,7 @@ from measure import ROOT, milliseconds, parse_arguments, print_table, print_vers
 import train
 from dbnet.config import Config
 from dbnet.dataset import Batches, TextDataset, count_workers, make_loader
-from dbnet.device import pick_device
-from dbnet.memory import keep_freed_memory
+from dbnet.device import keep_freed_memory, pick_device
 from dbnet.model import DBNet
 from dbnet.profile import synthetic_batch
 

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbnet import distributed
 from dbnet.config import Config
-from dbnet.device import compile_model
+from dbnet.device import compile_model, from_first
 from dbnet.errors import UserError, library_errors, one_line
 from dbnet.files import check_regular, write_whole
 from dbnet.model import DBNet, fold
@@ -129,7 +128,7 @@ def load_weights(model: nn.Module, content: dict[str, Any], path: Path, config: 
 
 def build_model(config: Config, run: Path, last: dict[str, Any] | None, init: Path | None) -> DBNet:
     """The network of a training: of the save `last` of `run`, else from the weights of `init`, else from scratch."""
-    content = last or (distributed.from_first(lambda: load_checkpoint(init)) if init else None)
+    content = last or (from_first(lambda: load_checkpoint(init)) if init else None)
     has_backbone = last or (content and content["config"].backbone == config.backbone)
     model = DBNet(config.changed(weights="none") if has_backbone else config)
     if last:

@@ -22,14 +22,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import cv2
 import numpy as np
 
-from dbnet import distributed
 from dbnet.annotations import Annotation
 from dbnet.augment import Augmentation, draw_augmentation
 from dbnet.config import STRIDE, Config
+from dbnet.device import keep_freed_memory, rank, world_size
 from dbnet.errors import ImageError, UserError, is_out_of_memory
 from dbnet.geometry import Letterbox, areas, clip_polygons, inference_side, padded, split_polygons, visible_shares
 from dbnet.images import read_image, read_size
-from dbnet.memory import keep_freed_memory
 from dbnet.splits import read_split
 from dbnet.targets import draw_targets, make_targets, polygon_mask
 
@@ -508,10 +507,10 @@ class Batches:
 
     def __len__(self) -> int:
         batches = -(-self.samples // self.batch_size)
-        return len(range(self.start + distributed.rank(), batches, distributed.world_size()))
+        return len(range(self.start + rank(), batches, world_size()))
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        return islice(self._of_all_processes(), self.start + distributed.rank(), None, distributed.world_size())
+        return islice(self._of_all_processes(), self.start + rank(), None, world_size())
 
     def _of_all_processes(self) -> Iterator[list[Draw]]:
         rng = None if self.seed is None else np.random.default_rng((self.seed, self.epoch))

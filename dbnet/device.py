@@ -1,22 +1,57 @@
-"""Which device the network runs on, and in which precision."""
+"""Device, precision, random numbers and processes of a run. PyTorch is imported where it is used: a process that runs
+an exported network works without it.
 
+Several processes work together as torchrun starts them, on one machine or several; alone, all of it is free.
+
+    init_process_group()               # nothing in a process that runs by itself
+    device = pick_device("auto")       # each process has a GPU of its own
+    [images] = sum_counts(len(batch))  # over all processes
+    rows = all_gather(rows)            # the rows of each process, in every process
+
+Training does not use DistributedDataParallel: between its collective calls a process may run out of memory, and all
+must fall back together. So each accumulates its gradients alone, one boolean says whether all got there
+(`all_processes`), and one call sums gradients, losses and batch norm statistics (`all_reduce`). What the host decides
+(counts, saves, stops) goes through gloo and never waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
 import os
 import random
 import shutil
 import sys
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
 
 from dbnet.config import Config
-from dbnet.errors import UserError
+from dbnet.errors import UserError, is_out_of_memory
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Value = TypeVar("Value")
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+_rank, _world_size = 0, 1
+_gpu_group: Any = None  # of collective calls on tensors of a GPU
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of `--device`: auto, cpu, cuda or cuda:N. Raises UserError where it does not exist."""
+    """The device of `--device`: auto, cpu, cuda or cuda:N; under torchrun, each process of a machine has its own GPU.
+
+    Raises UserError where it does not exist, or where there is none for this process.
+    """
+    global _gpu_group
+    import torch
+    import torch.distributed as dist
+
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -24,11 +59,23 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: not available here; use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: takes auto, cpu, cuda or cuda:N")
-    return device
+    if world_size() == 1 or device.type == "cpu":
+        return device
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device.index is not None:
+        raise UserError(f"--device {name}: each process takes a GPU of its own under torchrun; leave it out")
+    if local >= torch.cuda.device_count():
+        raise UserError(f"torchrun --nproc-per-node: process {local + 1} finds {torch.cuda.device_count()} GPUs only")
+    torch.cuda.set_device(local)
+    if _gpu_group is None:
+        _gpu_group = dist.new_group(backend="nccl")
+    return torch.device("cuda", local)
 
 
 def pick_amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     """The type of mixed precision on `device`, None for float32 throughout."""
+    import torch
+
     if config.amp == "auto":
         if device.type == "cpu":
             return None
@@ -39,6 +86,8 @@ def pick_amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
 
 def has_fast_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware, where inference takes half of the time."""
+    import torch
+
     return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
@@ -54,6 +103,8 @@ def compile_model(model: torch.nn.Module) -> None:
 
 def seed_all(config: Config) -> None:
     """Seed every source of random numbers, and with config.deterministic let no algorithm depend on chance."""
+    import torch
+
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
@@ -65,6 +116,8 @@ def seed_all(config: Config) -> None:
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """Where every source of random numbers of this process is, as tensors and plain values."""
+    import torch
+
     version, numbers, gauss = random.getstate()
     numpy_state: Any = np.random.get_state()  # a tuple, which its type leaves open
     name, keys, *position = numpy_state
@@ -78,6 +131,8 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Go back to what `random_state` gave."""
+    import torch
+
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *position = state["numpy"]
@@ -89,6 +144,8 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 def peak_memory(device: torch.device) -> float:
     """Most memory that tensors took on the GPU, or the process on the host, in GB; 0 where the system does not say."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
@@ -97,3 +154,140 @@ def peak_memory(device: torch.device) -> float:
         return 0.0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse the memory of freed arrays, in this process and in those forked from it.
+
+    By default glibc maps each large array anew, and the system fills it with zeros page by page: on a CPU that is half
+    of the time of a training step (benchmarks/RESULTS.md). Other C libraries are left as they are.
+    """
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return
+    set_option(_M_MMAP_MAX, 0)
+    set_option(_M_TRIM_THRESHOLD, -1)
+
+
+def init_process_group() -> None:
+    """Initialise the process group where torchrun has started several processes."""
+    global _rank, _world_size
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _world_size > 1:
+        return
+    import torch.distributed as dist
+
+    with _one_line_for_lost_processes():
+        store, _rank, _world_size = next(dist.rendezvous("env://"))
+        # torchrun's store still has the addresses of the processes that these may have been started in place of.
+        attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("gloo", store=attempt, rank=_rank, world_size=_world_size)
+
+
+def destroy_process_group() -> None:
+    """Destroy the process group, at the end of the work."""
+    global _rank, _world_size, _gpu_group
+    if _world_size > 1:
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+        _rank, _world_size, _gpu_group = 0, 1, None
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return _rank
+
+
+def world_size() -> int:
+    """Number of processes that work together."""
+    return _world_size
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and prints."""
+    return rank() == 0
+
+
+def print0(*words: Any, **how: Any) -> None:
+    """Print, in the first process only."""
+    if is_first():
+        print(*words, **how)
+
+
+def sum_counts(*values: int) -> list[int]:
+    """The sum of each value over the processes. All of them call it; none waits for its device."""
+    if world_size() == 1:
+        return [int(value) for value in values]
+    import torch
+    import torch.distributed as dist
+
+    sums = torch.tensor([int(value) for value in values])
+    with _one_line_for_lost_processes():
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def all_processes(flag: bool) -> bool:
+    """Whether `flag` is true in all processes. All of them call it."""
+    return sum_counts(not flag) == [0]
+
+
+def all_reduce(numbers: Tensor) -> None:
+    """Replace a tensor by its sum over the processes."""
+    if world_size() == 1:
+        return
+    import torch.distributed as dist
+
+    with _one_line_for_lost_processes():
+        dist.all_reduce(numbers, group=_gpu_group if numbers.is_cuda else None)
+
+
+def all_gather(value: Value) -> list[Value]:
+    """The value of each process, in the order of their ranks, in every process."""
+    if world_size() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * world_size()
+    with _one_line_for_lost_processes():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(compute: Callable[[], Value]) -> Value:
+    """Result of `compute` in the first process, in every process: files need to be on its machine only.
+
+    A UserError is raised in the first process; the others end without a message.
+    """
+    if world_size() == 1:
+        return compute()
+    import torch.distributed as dist
+
+    answer: list[Any] = [None]
+    error = None
+    if is_first():
+        try:
+            answer = [(compute(),)]
+        except UserError as mistake:
+            error = mistake
+    with _one_line_for_lost_processes():
+        dist.broadcast_object_list(answer)
+    if error:
+        raise error
+    if answer[0] is None:
+        sys.exit(2)
+    return answer[0][0]
+
+
+@contextmanager
+def _one_line_for_lost_processes() -> Iterator[None]:
+    """Turn the failure of a collective call into a one-line error."""
+    try:
+        yield
+    except RuntimeError as error:  # DistError, or gloo's own
+        if is_out_of_memory(error):
+            line = "out of memory in a collective call; lower --batch-size and go on with --resume"
+        else:
+            line = "another process of the run has ended or cannot be reached; its own message says why"
+        raise UserError(line) from None

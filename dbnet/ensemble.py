@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 from dbnet.checkpoint import load_model
 from dbnet.config import Config
-from dbnet.device import has_fast_bf16, pick_amp_dtype
-from dbnet.distributed import pick_device
+from dbnet.device import has_fast_bf16, pick_amp_dtype, pick_device
 from dbnet.geometry import Letterbox, inference_side, padded, windows
 from dbnet.memory import BatchPlan
 from dbnet.model import prepare_for_cpu

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 
-from dbnet import distributed
 from dbnet.annotations import Annotation
 from dbnet.config import Config
 from dbnet.dataset import TextDataset
+from dbnet.device import all_gather, is_first
 from dbnet.errors import ImageError, UserError, printable
 from dbnet.files import check_regular
 from dbnet.formats import read_detections
@@ -469,7 +469,7 @@ def evaluate(
         leave=False,
         dynamic_ncols=True,
         smoothing=0,
-        disable=not distributed.is_first(),
+        disable=not is_first(),
     ):
         name, annotation = dataset.names[detection.index], dataset.annotations[detection.index]
         size = dataset.size(detection.index)
@@ -481,7 +481,7 @@ def evaluate(
         if picture:
             found = detection.polygons, detection.scores, detection.prob_map
             evaluation.pictures[name] = picture(dataset.paths[detection.index], annotation, *found)
-    for others in distributed.all_gather(evaluation):
+    for others in all_gather(evaluation):
         evaluation.merge(others)
     evaluation.per_image = {name: evaluation.per_image[name] for name in dataset.names}
     return evaluation

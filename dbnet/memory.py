@@ -10,7 +10,6 @@ only, because another image size would give another result.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import gc
 import sys
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from dbnet import distributed
+from dbnet.device import print0
 from dbnet.errors import UserError, is_out_of_memory
 from dbnet.geometry import padded
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:  # most of this is used without PyTorch
 Result = TypeVar("Result")
 
 SMALLER_SIZES = (896, 800)
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 @dataclass
@@ -78,7 +76,7 @@ class BatchPlan:
                 f"out of memory: {tried}; lower --image-size, take a smaller --backbone, or use --device cpu"
             )
         self.fallbacks.append(f"{before} -> {self._describe()}")
-        distributed.print0(f"\nout of memory: {self.fallbacks[-1]}", file=sys.stderr)
+        print0(f"\nout of memory: {self.fallbacks[-1]}", file=sys.stderr)
 
     def log_fields(self) -> dict[str, Any]:
         """What the row of an epoch says of the plan."""
@@ -126,20 +124,6 @@ def free_memory() -> None:
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def keep_freed_memory() -> None:
-    """Let glibc reuse the memory of freed arrays, in this process and in those forked from it.
-
-    By default glibc maps each large array anew, and the system fills it with zeros page by page: on a CPU that is half
-    of the time of a training step (benchmarks/RESULTS.md). Other C libraries are left as they are.
-    """
-    try:
-        set_option = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
-        return
-    set_option(_M_MMAP_MAX, 0)
-    set_option(_M_TRIM_THRESHOLD, -1)
 
 
 def micro_batches(batches: list[dict[str, Any]], plan: BatchPlan, device: torch.device) -> Iterator[dict[str, Tensor]]:

@@ -21,9 +21,9 @@ import torch
 from tqdm import tqdm
 
 from dbnet.config import Config
-from dbnet.device import peak_memory, pick_amp_dtype, pick_device
+from dbnet.device import keep_freed_memory, peak_memory, pick_amp_dtype, pick_device
 from dbnet.errors import is_out_of_memory
-from dbnet.memory import SMALLER_SIZES, BatchPlan, free_memory, keep_freed_memory
+from dbnet.memory import SMALLER_SIZES, BatchPlan, free_memory
 from dbnet.model import DBNet
 from dbnet.splits import data_folders, read_split
 from dbnet.targets import draw_targets

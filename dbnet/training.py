@@ -25,11 +25,24 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from dbnet import distributed
 from dbnet.checkpoint import load_checkpoint, save_checkpoint
 from dbnet.config import Config
 from dbnet.dataset import describe_failure
-from dbnet.device import compile_model, peak_memory, pick_amp_dtype, random_state, restore_random_state
+from dbnet.device import (
+    all_gather,
+    all_reduce,
+    compile_model,
+    from_first,
+    is_first,
+    peak_memory,
+    pick_amp_dtype,
+    print0,
+    random_state,
+    rank,
+    restore_random_state,
+    sum_counts,
+    world_size,
+)
 from dbnet.errors import UserError, is_out_of_memory, typed
 from dbnet.files import FileLock, check_writable, make_folder, read_log, remove_leftovers, write_json, write_whole
 from dbnet.loss import Losses
@@ -76,13 +89,13 @@ def lock_run(run: Path) -> Iterator[None]:
         make_folder(run)
         held.append(FileLock(run / ".lock", f"{run}: is being trained"))
 
-    distributed.from_first(hold)
+    from_first(hold)
     try:
         yield
     except (UserError, Interrupted, KeyboardInterrupt):
         if (run / "last.pt").exists():
-            resume = f"{typed('train', distributed.world_size())} --run {run.name} --resume"
-            distributed.print0(f"\ngo on from the last save with: {resume}", flush=True)
+            resume = f"{typed('train', world_size())} --run {run.name} --resume"
+            print0(f"\ngo on from the last save with: {resume}", flush=True)
         raise
     finally:
         for lock in held:
@@ -217,11 +230,11 @@ def accumulation(config: Config) -> int:
     """Micro-batches of one optimizer step in each process. Raises UserError where they cannot make up the batch."""
     if not config.effective_batch:
         return config.accumulate
-    together = config.batch_size * distributed.world_size()
+    together = config.batch_size * world_size()
     if config.effective_batch % together:
         raise UserError(
             f"--effective-batch {config.effective_batch}: is no multiple of batch {config.batch_size} x "
-            f"{distributed.world_size()} processes; change --batch-size"
+            f"{world_size()} processes; change --batch-size"
         )
     return config.effective_batch // together
 
@@ -428,7 +441,7 @@ class Training:
         plan = plan or BatchPlan(config.batch_size, accumulation(config), config.image_size)
         training = cls(model, optimizer, make_scaler(config, device), plan, average)
         # NCCL allocates at its first sum; after the processes have agreed on a step, it must not.
-        distributed.all_reduce(torch.zeros(sum(each.numel() for each in _tensors(model)), device=device))
+        all_reduce(torch.zeros(sum(each.numel() for each in _tensors(model)), device=device))
         return training
 
     def __post_init__(self) -> None:
@@ -476,7 +489,7 @@ class Training:
             signals=bool(interruption and interruption.signal),
             saves_due=bool(saver and saver.is_due()),
         )
-        return StepCounts(*distributed.sum_counts(*ours))
+        return StepCounts(*sum_counts(*ours))
 
     def save_or_stop(
         self,
@@ -516,7 +529,7 @@ class Training:
         assert running
         if not running.images:
             raise UserError(f"{config.data}: none of the training images can be read")
-        self.unreadable.update(*distributed.all_gather(self.unreadable))
+        self.unreadable.update(*all_gather(self.unreadable))
         means = (running.losses / running.steps.clamp(min=1)).tolist()
         running.row = {
             "epoch": self.epoch + 1,
@@ -533,7 +546,7 @@ class Training:
 
     def describe(self, config: Config) -> str:
         """Words on how the run goes on: network, image size, batch and epochs."""
-        processes = distributed.world_size()
+        processes = world_size()
         done = f", {self.running.images} images of it done" if self.running else ""
         return (
             f"{config.backbone}, {self.plan.image_size} px, batch {self.plan.in_force}"
@@ -548,16 +561,16 @@ class Training:
     def print_end(self, config: Config, run: Path) -> None:
         """Print what a finished run has left out, and its result."""
         for line in sorted(self.unreadable):
-            distributed.print0(f"left out: {line}")
+            print0(f"left out: {line}")
         if self.is_stuck(config):
-            distributed.print0(f"no better H-Mean in {config.patience} epochs: stopped early")
+            print0(f"no better H-Mean in {config.patience} epochs: stopped early")
         if self.best_hmean > 0:
-            distributed.print0(
+            print0(
                 f"best H-Mean {self.best_hmean:.4f} in epoch {self.best_epoch}. Next: "
                 f"{typed('predict')} {run / 'best.pt'} --out submission.csv"
             )
         else:
-            distributed.print0("no epoch has found any text; look at --show-samples, train longer, or lower --lr")
+            print0("no epoch has found any text; look at --show-samples, train longer, or lower --lr")
 
     def set_learning_rate(self, lr: float) -> None:
         """Set the learning rate of the next step."""
@@ -618,7 +631,7 @@ class Training:
 
     def note_random_states(self) -> None:
         """Keep the random states of all processes; all of them call it."""
-        self.random_states = distributed.all_gather(random_state(self.device))
+        self.random_states = all_gather(random_state(self.device))
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values, for checkpoints."""
@@ -659,13 +672,13 @@ class Training:
         if (before.batch_size, before.image_size) == (config.batch_size, config.image_size):
             self.plan = BatchPlan.from_dict(state["plan"] | {"accumulate": self.plan.accumulate})
         self.epoch, self.best_hmean, self.best_epoch = state["epoch"], state["best_hmean"], state["best_epoch"]
-        if len(state.get("random", [])) == distributed.world_size():
-            restore_random_state(state["random"][distributed.rank()], device)
+        if len(state.get("random", [])) == world_size():
+            restore_random_state(state["random"][rank()], device)
         if state.get("running"):
             changed = [name for name in _ORDER if getattr(before, name) != getattr(config, name)]
             if changed:
                 flag = f"--{changed[0].replace('_', '-')}"
-                distributed.print0(f"epoch {self.epoch + 1} begins again: {flag} has changed its batches")
+                print0(f"epoch {self.epoch + 1} begins again: {flag} has changed its batches")
             else:
                 self.running = RunningEpoch(**state["running"]).to(device)
 
@@ -682,7 +695,7 @@ class LastSave:
 
     def is_due(self) -> bool:
         """Whether config.save_minutes have passed; only the first process counts them."""
-        return distributed.is_first() and 0 < self.config.save_minutes * 60 <= time.monotonic() - self._saved
+        return is_first() and 0 < self.config.save_minutes * 60 <= time.monotonic() - self._saved
 
     def save(self, training: Training) -> None:
         """Save the run as it is; all processes call it."""
@@ -691,7 +704,7 @@ class LastSave:
 
     def write(self, training: Training) -> None:
         """Save the run with the random states that were noted last. Only the first process writes."""
-        if distributed.is_first():
+        if is_first():
             save_checkpoint(self.path, self.config, training.model, keep=save_before(self.path), **training.state())
         self._saved = time.monotonic()
 

@@ -24,10 +24,10 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from dbnet import distributed
 from dbnet.annotations import Annotation
 from dbnet.config import Config
 from dbnet.dataset import TextDataset, count_workers
+from dbnet.device import all_gather, is_first
 from dbnet.errors import UserError
 from dbnet.evaluation import SCORES_MARK
 from dbnet.files import write_json
@@ -290,8 +290,8 @@ def tune_checkpoint(
         maps.append(ScoredMap(name, found.prob_map, dataset.size(found.index), annotation))
         if found.error:
             unreadable.append(found.error)
-    maps = [each for share in distributed.all_gather(maps) for each in share]
-    if not distributed.is_first():
+    maps = [each for share in all_gather(maps) for each in share]
+    if not is_first():
         return
     tuning = tune(maps, config, workers=count_workers(config))
     write_figure(picture, draw_tuning(tuning))

@@ -31,7 +31,7 @@ from support import (
 from torch.utils.data import default_collate
 
 import train
-from dbnet import distributed
+from dbnet import device
 from dbnet.checkpoint import load_checkpoint, save_checkpoint
 from dbnet.dataset import Batches, TextDataset
 from dbnet.errors import UserError
@@ -55,11 +55,11 @@ def work(function, environment, results, arguments):
     """Run `function(rank, ...)` as one of several processes."""
     os.environ.update(environment)
     torch.set_num_threads(1)
-    distributed.init()
-    results.put((distributed.rank(), pickle.dumps(function(distributed.rank(), *arguments))))
+    device.init_process_group()
+    results.put((device.rank(), pickle.dumps(function(device.rank(), *arguments))))
     results.close()
     results.join_thread()
-    distributed.destroy()
+    device.destroy_process_group()
 
 
 def together(count, function, *arguments):
@@ -176,7 +176,7 @@ def test_out_of_memory_on_one_rank_makes_all_fall_back_together(rendered, small,
 def test_the_effective_batch_is_held_whatever_the_ranks(small, monkeypatch):
     config = small.changed(batch_size=2, effective_batch=12)
     assert accumulation(config) == 6
-    monkeypatch.setattr(distributed, "_world_size", 3)
+    monkeypatch.setattr(device, "_world_size", 3)
     assert accumulation(config) == 2
     assert accumulation(config.changed(effective_batch=0, accumulate=5)) == 5
     with pytest.raises(UserError, match="--effective-batch 10: is no multiple of batch 2 x 3 processes"):
@@ -186,11 +186,11 @@ def test_the_effective_batch_is_held_whatever_the_ranks(small, monkeypatch):
 def test_shares_are_the_whole_without_repetition(small, monkeypatch):
     dataset = TextDataset(small, "train", train=True)
     whole = list(Batches(dataset, 1, small.seed))
-    monkeypatch.setattr(distributed, "_world_size", 4)
+    monkeypatch.setattr(device, "_world_size", 4)
     for start in (0, 3):
         seen = []
         for rank in range(4):
-            monkeypatch.setattr(distributed, "_rank", rank)
+            monkeypatch.setattr(device, "_rank", rank)
             share = Batches(dataset, 1, small.seed, start=start)
             assert len(list(share)) == len(share)
             seen += [draw for batch in share for draw in batch]

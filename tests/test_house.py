@@ -8,10 +8,10 @@ import pytest
 from benchmarks.size import ROOT, count_files, count_lines, functions, imports, sources
 
 ROOMS = (
-    *("errors", "files", "distributed", "config"),
+    *("errors", "files", "config", "device"),
     *("images", "geometry", "annotations", "formats", "splits", "augment", "targets", "dataset"),
     *("backbone", "model", "loss"),
-    *("device", "memory", "checkpoint", "training", "profile"),
+    *("memory", "checkpoint", "training", "profile"),
     *("postprocess", "ensemble", "inference"),
     *("metric", "evaluation", "pictures", "tuning", "report"),
     *("synth", "dbnet"),
@@ -20,7 +20,6 @@ ROOMS = (
 """Rooms from the ground up: each imports from the ones before it, and nothing else of ours."""
 
 
-@pytest.mark.xfail(strict=False, reason="room to be merged into device: distributed")
 def test_there_are_at_most_33_files():
     assert count_files() <= 33
 
@@ -40,7 +39,6 @@ def test_no_function_is_longer_than_60_lines_or_has_more_than_15_branches():
     assert [function for function in functions() if function.lines > 60 or function.branches > 15] == []
 
 
-@pytest.mark.xfail(strict=False, reason="still upward: dataset -> memory; room to be merged into device: distributed")
 def test_imports_run_one_way():
     arrows = {(importer, imported) for importer, imported in imports() if importer != imported}
     strangers = {name for arrow in arrows for name in arrow} - set(ROOMS)
