@@ -29,47 +29,33 @@ class Augmentation:
 
     brightness: float = 0.0
     """added to the values, as a fraction of the full range"""
-
     contrast: float = 0.0
     """values are scaled by 1 + contrast"""
-
     clahe_clip: float = 0.0
     """clip limit of the contrast-limited adaptive histogram equalization; 0 leaves it out"""
-
     shadow: tuple[float, float, float] | None = None
     """direction of the shaded side in radians, distance of its edge from the centre as a fraction of the longer side,
     and depth"""
-
     blur: float = 0.0
     """standard deviation of a Gaussian blur in pixels"""
-
     noise: float = 0.0
     """standard deviation of grey noise, in grey levels"""
-
     noise_seed: int = 0
     """which noise"""
-
     jpeg_quality: int = 0
     """quality of a JPEG compression, 1 to 100; 0 leaves it out"""
-
     flip: bool = False
     """mirror left and right"""
-
     quarter_turns: int = 0
     """clockwise turns by 90 degrees, 0 to 3"""
-
     scale: float = 1.0
     """factor on both sides"""
-
     angle: float = 0.0
     """clockwise rotation about the centre in degrees"""
-
     corners: tuple[tuple[float, float], ...] = ()
     """perspective: shift of the four corners, clockwise from the top left, as fractions of width and height"""
-
     limit: int | None = None
     """longest side in pixels of the result; what is longer after scaling is cut"""
-
     cut_position: tuple[float, float] = (0.5, 0.5)
     """where the part that stays is cut out, from 0 (left, top) to 1 (right, bottom)"""
 

@@ -10,23 +10,19 @@ box_thresh and min_size only select among the polygons.
 """
 
 import math
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
 from dbnet.annotations import Annotation
 from dbnet.config import Config
-from dbnet.dataset import TextDataset, count_workers
+from dbnet.dataset import TextDataset, count_workers, map_in_processes
 from dbnet.device import all_gather, is_first
 from dbnet.errors import UserError
 from dbnet.evaluation import SCORES_MARK
@@ -42,21 +38,19 @@ if TYPE_CHECKING:
 BEST = 10  # combinations in the table of the best
 MIN_IMAGES = 10  # on fewer, values are not saved
 
+_progress = partial(tqdm, unit="img", leave=False, dynamic_ncols=True, smoothing=0)
+
 
 class ScoredMap(NamedTuple):
     """The probability map of an annotated image."""
 
     name: str
-    """File name, which decides the half of the images in cross-validation"""
-
+    """file name, which decides the half of the images in cross-validation"""
     prob_map: np.ndarray | None
     """(height, width) uint8, probability x 255, without padding; None if the image could not be read"""
-
     size: tuple[int, int] | None
-    """Width and height of the image in pixels; None only where there is no map"""
-
+    """width and height of the image in pixels; None only where there is no map"""
     annotation: Annotation
-    """The words of the image"""
 
 
 class Values(NamedTuple):
@@ -70,7 +64,6 @@ class Values(NamedTuple):
 
     @classmethod
     def of(cls, config: Config) -> Self:
-        """The values of a configuration."""
         return cls(*(getattr(config, name) for name in cls.names(config)))
 
     @staticmethod
@@ -110,12 +103,10 @@ class Tuning:
     """Scores of each combination on each image."""
 
     grid: Grid
-    """The values that were combined, including those of the configuration"""
-
+    """the values that were combined, including those of the configuration"""
     combinations: list[Values]
-    """The configuration's own values first, then in the order of their distance to these on the grid: of two that score
+    """the configuration's own values first, then in the order of their distance to these on the grid: of two that score
     the same, the first changes less"""
-
     scores: np.ndarray
     """(combinations, images, 3) CLEval precision, recall and H-Mean; images sorted by name"""
 
@@ -129,10 +120,15 @@ class Tuning:
         """Index of the combination with the highest H-Mean, even if its lead is small."""
         return int(self.means[:, 2].argmax())
 
+    @cached_property
+    def held_out(self) -> np.ndarray:
+        """(images,) H-Means with values that are chosen as `best` is, on the half without the image."""
+        return cross_validate(self.scores[..., 2])
+
     @property
     def cross_validated(self) -> float:
         """Expected H-Mean on other images of values that are chosen as `best` is."""
-        return float(cross_validate(self.scores[..., 2]).mean())
+        return float(self.held_out.mean())
 
     @property
     def doubt(self) -> str:
@@ -140,20 +136,23 @@ class Tuning:
         images = self.scores.shape[1]
         if images < MIN_IMAGES:
             return f"{images} images are too few to choose on; label {MIN_IMAGES} or more"
-        gains = cross_validate(self.scores[..., 2]) - self.scores[0, :, 2]
+        gains = self.held_out - self.scores[0, :, 2]
         gain, error = float(gains.mean()), float(gains.std(ddof=1) / math.sqrt(images))
         if gain <= 0:
             return "cross-validated, other values are no better"
         return f"the gain of {gain:.4f} is within its standard error of {error:.4f}" if gain <= error else ""
 
+    @property
+    def order(self) -> list[int]:
+        """Indices of all combinations, best first."""
+        return np.argsort(-self.means[:, 2], kind="stable").tolist()
+
     def ranking(self, count: int) -> list[int]:
         """Indices of the best combinations, best first; of those with equal scores on every image only the first."""
-        best: dict[bytes, int] = {}
-        for index in np.argsort(-self.means[:, 2], kind="stable").tolist():
-            best.setdefault(self.scores[index].tobytes(), index)
-            if len(best) == count:
-                break
-        return list(best.values())
+        first: dict[bytes, int] = {}
+        for index in self.order:
+            first.setdefault(self.scores[index].tobytes(), index)
+        return list(first.values())[:count]
 
     def table(self, config: Config) -> str:
         """Text: the best combinations, the configuration's own, and the cross-validated gain."""
@@ -176,39 +175,30 @@ class Tuning:
 
     def by_thresholds(self) -> np.ndarray:
         """(box_thresh, thresh) H-Means, with the unclip ratio and min_size of the best combination."""
-        place = {values: index for index, values in enumerate(self.combinations)}
         best = self.combinations[self.best]
-        return np.array(
-            [
-                [
-                    self.means[place[best._replace(thresh=thresh, box_thresh=box_thresh)], 2]
-                    for thresh in self.grid.thresh
-                ]
-                for box_thresh in self.grid.box_thresh
-            ]
-        )
+
+        def hmean(box_thresh: float, thresh: float) -> float:
+            return self.means[self.combinations.index(best._replace(thresh=thresh, box_thresh=box_thresh)), 2]
+
+        return np.array([[hmean(row, column) for column in self.grid.thresh] for row in self.grid.box_thresh])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: own and cross-validated H-Mean, and all combinations, best first."""
-        order = np.argsort(-self.means[:, 2], kind="stable").tolist()
         names = (*Values._fields, "precision", "recall", "hmean")
+        rows = [(*self.combinations[index], *self.means[index].tolist()) for index in self.order]
         return {
             "made_by": SCORES_MARK,
             "images": self.scores.shape[1],
             "own_hmean": float(self.means[0, 2]),
             "cross_validated_hmean": self.cross_validated,
-            "combinations": [
-                dict(zip(names, (*self.combinations[index], *self.means[index].tolist()), strict=True))
-                for index in order
-            ],
+            "combinations": [dict(zip(names, row, strict=True)) for row in rows],
         }
 
 
 def tune(maps: Sequence[ScoredMap], config: Config, grid: Grid | None = None, workers: int = 0) -> Tuning:
-    """Score the combinations of `grid` and of the configuration's own values on all images, with a progress bar.
+    """Score the combinations of `grid` and of the configuration's own values on all images, in `workers` processes.
 
-    The work is shared among `workers` processes; with fewer than two it is done in this process. Raises UserError for
-    fewer than two images, which cannot be cross-validated.
+    Raises UserError for fewer than two images, which cannot be cross-validated.
     """
     if len(maps) < 2:
         raise UserError(f"--tune: needs two images or more, not {len(maps)}; half of them check the other half")
@@ -216,9 +206,7 @@ def tune(maps: Sequence[ScoredMap], config: Config, grid: Grid | None = None, wo
     grid = (grid or Grid()).including(own)
     score = partial(score_map, config=config, grid=grid)
     maps = sorted(maps, key=lambda each: each.name)
-    with _Processes(workers) if workers > 1 else nullcontext() as processes:
-        results = processes.map(score, maps) if processes else map(score, maps)
-        scores = list(tqdm(results, "tuning", len(maps), unit="img", leave=False, dynamic_ncols=True, smoothing=0))
+    scores = list(_progress(map_in_processes(score, maps, workers), "tuning", len(maps)))
     combinations = grid.combinations()
     order = sorted(range(len(combinations)), key=lambda index: grid.steps(combinations[index], own))
     return Tuning(grid, [combinations[index] for index in order], np.stack(scores, axis=1)[order])
@@ -242,33 +230,25 @@ def _score_selections(image: ScoredMap, regions: list[Region], config: Config, g
 
     The regions come best first and are offset by the unclip ratio of `config`.
     """
+    assert image.prob_map is not None  # `regions` come from it
     grown = list(grow_regions(regions, config, max(grid.min_size) + 2))
+    nothing = np.empty((0, 2), np.int32)  # for a region that is not one piece; it has no breadth
+    whole = [nothing if each.polygon is None else each.polygon for each in grown]
+    scale = 1 / (np.array(image.prob_map.shape[::-1]) / image.size)  # as Letterbox has it, to the last bit
+    polygons = to_image_pixels(whole, tuple(scale), image.size)
+
     region_scores = np.array([region.score for region in regions])
     breadths = np.array([region.breadth for region in regions])
     grown_breadths = np.array([each.breadth for each in grown])
-    assert image.prob_map is not None  # `regions` come from it
-    height, width = image.prob_map.shape
-    scale = 1 / (np.array([width, height]) / image.size)  # as Letterbox has it, to the last bit
-    nothing = np.empty((0, 2), np.int32)  # for a region that is not one piece; it has no breadth
-    whole = [nothing if each.polygon is None else each.polygon for each in grown]
-    polygons = to_image_pixels(whole, tuple(scale), image.size)
-
-    selections: dict[bytes, np.ndarray] = {}
-    chosen_by = {}
-    for place in np.ndindex(len(grid.box_thresh), len(grid.min_size)):
-        box_thresh, min_size = grid.box_thresh[place[0]], grid.min_size[place[1]]
+    selections = []
+    for box_thresh, min_size in product(grid.box_thresh, grid.min_size):
         is_chosen = (region_scores >= box_thresh) & (breadths >= min_size) & (grown_breadths >= min_size + 2)
-        is_chosen &= is_chosen.cumsum() <= config.max_candidates
-        chosen_by[place] = is_chosen.tobytes()
-        selections[chosen_by[place]] = is_chosen
+        selections.append(is_chosen & (is_chosen.cumsum() <= config.max_candidates))
+    distinct, place = np.unique(selections, axis=0, return_inverse=True)
     annotation = image.annotation
-    found = score_selections(annotation.polygons, polygons, annotation.dont_care, list(selections.values()))
-    score_of = dict(zip(selections, found, strict=True))
-    scores = np.empty((len(grid.box_thresh), len(grid.min_size), 3))
-    for place, selection in chosen_by.items():
-        score = score_of[selection]
-        scores[place] = score.precision, score.recall, score.hmean
-    return scores
+    found = score_selections(annotation.polygons, polygons, annotation.dont_care, list(distinct))
+    scores = np.array([(score.precision, score.recall, score.hmean) for score in found])
+    return scores[place.reshape(len(grid.box_thresh), len(grid.min_size))]
 
 
 def tune_checkpoint(
@@ -283,9 +263,7 @@ def tune_checkpoint(
     dataset, config = pipeline.dataset, pipeline.config
     assert isinstance(dataset, TextDataset)
     maps, unreadable = [], []
-    for found in tqdm(
-        pipeline.detect(network), total=len(dataset), unit="img", leave=False, dynamic_ncols=True, smoothing=0
-    ):
+    for found in _progress(pipeline.detect(network), total=len(dataset)):
         name, annotation = dataset.paths[found.index].name, dataset.annotations[found.index]
         maps.append(ScoredMap(name, found.prob_map, dataset.size(found.index), annotation))
         if found.error:
@@ -294,16 +272,14 @@ def tune_checkpoint(
     if not is_first():
         return
     tuning = tune(maps, config, workers=count_workers(config))
-    write_figure(picture, draw_tuning(tuning))
-    if scores:
-        write_json(scores, tuning.to_dict())
-    saved = save_tuning(save_to, tuning, config, split) if save_to else None
     print("".join(f"counts 0: {line}\n" for line in unreadable) + tuning.table(config))
+    write_figure(picture, draw_tuning(tuning))
     print(f"picture of H-Mean over thresh and box_thresh: {picture}")
     if scores:
+        write_json(scores, tuning.to_dict())
         print(f"all combinations: {scores}")
-    if saved:
-        print(saved)
+    if save_to:
+        print(save_tuning(save_to, tuning, config, split))
 
 
 def save_tuning(checkpoint: Path, tuning: Tuning, config: Config, split: str) -> str:
@@ -355,11 +331,3 @@ def cross_validate(hmeans: np.ndarray) -> np.ndarray:
     for half in (is_first, ~is_first):
         held_out[half] = hmeans[choose(hmeans[:, ~half]), half]
     return held_out
-
-
-class _Processes(ProcessPoolExecutor):
-    """Spawned processes, which share neither threads nor a GPU with this one; OpenCV has one thread in each."""
-
-    def __init__(self, workers: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        super().__init__(workers, context, initializer=cv2.setNumThreads, initargs=(1,))

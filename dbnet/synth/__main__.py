@@ -7,29 +7,25 @@ from dbnet.errors import run_script
 def main() -> None:
     parser = ArgumentParser("Write a data set of synthetic receipts.")
     parser.prog = "python -m dbnet.synth"
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make; must be absent or empty")
+    parser.add_argument(
+        "--out", dest="folder", required=True, metavar="DIR", help="folder to make; must be absent or empty"
+    )
     for split, count in (("train", 200), ("val", 20), ("test", 10)):
         parser.add_argument(f"--{split}", type=int, default=count, metavar="N", help=f"{split} images ({count})")
     parser.add_argument("--size", type=int, default=640, help="long side of the images in pixels (640)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same data set (0)")
     parser.add_argument(
-        "--font", action="append", default=[], metavar="FILE", help="a .ttf or .otf to print with; repeatable"
+        "--font", dest="fonts", action="append", default=[], metavar="FILE", help="a .ttf or .otf to use; repeatable"
     )
     parser.add_argument("--lines", action="store_true", help="label lines of a column, not words")
     parser.add_argument("--varied", action="store_true", help="also dark paper, tight lines, dirt, turned pages, ...")
     args = parser.parse_args()
-    run(args.out, args.train, args.val, args.test, args.size, args.seed, args.font, args.lines, args.varied)
 
+    from dbnet.synth.scene import write_dataset  # here, because --help needs no library
 
-def run(
-    out: str, train: int, val: int, test: int, size: int, seed: int, fonts: list[str], lines: bool, varied: bool
-) -> None:
-    """Write the data set and print what it holds."""
-    from dbnet.synth.scene import write_dataset
-
-    count = write_dataset(out, train, val, test, size, seed, fonts, lines=lines, varied=varied)
-    images = f"{train} train, {val} val, {test} test images"
-    print(f"{out}: {images} with {count} {'lines' if lines else 'words'}")
+    count = write_dataset(**vars(args))
+    images = f"{args.train} train, {args.val} val, {args.test} test images"
+    print(f"{args.folder}: {images} with {count} {'lines' if args.lines else 'words'}")
 
 
 if __name__ == "__main__":

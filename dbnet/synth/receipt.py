@@ -9,13 +9,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
 import numpy as np
+from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFont
 
-from dbnet.errors import UserError
+from dbnet.errors import UserError, library_errors
 
 WORD_MARGIN = 0.06  # between ink and polygon, in font sizes, as annotators leave it
 FIXED_PITCH = 0.62  # width of a letter's cell in fixed-pitch print, in font sizes
@@ -34,14 +36,10 @@ class Vocabulary:
     places: list[str]
     items: list[str]
     notes: list[str]
-    columns: list[list[str]]
-    """Alternative headings of the table of items: name, quantity, unit price, amount."""
-    fields: list[str]
-    """Labels of header lines: a counter, a cashier, a number."""
-    sums: list[list[str]]
-    """Alternative labels of subtotal, tax, total, payment and change."""
-    syllables: list[str]
-    """Parts of made-up names, so that the words are not always the same."""
+    columns: list[list[str]]  # alternative headings of the table of items: name, quantity, unit price, amount
+    fields: list[str]  # labels of header lines: a counter, a cashier, a number
+    sums: list[list[str]]  # alternative labels of subtotal, tax, total, payment and change
+    syllables: list[str]  # parts of made-up names, so that the words are not always the same
     cents: bool
     currencies: list[str]
 
@@ -68,34 +66,33 @@ class Row:
     scale: float = 1.0
     bold: bool = False
     inverted: bool = False
-    graphic: Callable[[np.random.Generator, np.ndarray], None] | None = None
-    """Draws into empty ink (height, width) uint8: 255 where something is printed."""
+    graphic: Callable[[Generator, np.ndarray], None] | None = None
 
 
-def pick(rng: np.random.Generator, options: Sequence):
+def pick(rng: Generator, options: Sequence):
     """One of `options`, without rng.choice's conversion to an array."""
     return options[int(rng.integers(len(options)))]
 
 
-def chance(rng: np.random.Generator, probability: float) -> bool:
+def chance(rng: Generator, probability: float) -> bool:
     return bool(rng.random() < probability)
 
 
-def digits(rng: np.random.Generator, *patterns: str) -> str:
+def digits(rng: Generator, *patterns: str) -> str:
     """One of `patterns` with each # replaced by a random digit: "Tel ##-### ####"."""
     return "".join(str(rng.integers(10)) if letter == "#" else letter for letter in pick(rng, patterns))
 
 
-def made_up_name(rng: np.random.Generator, words: Vocabulary) -> str:
+def made_up_name(rng: Generator, words: Vocabulary) -> str:
     return "".join(pick(rng, words.syllables) for _ in range(rng.integers(2, 4))).capitalize()
 
 
-def money(rng: np.random.Generator, words: Vocabulary, largest: float = 100) -> str:
+def money(rng: Generator, words: Vocabulary, largest: float = 100) -> str:
     amount = largest * rng.random() ** 2 + 0.5
     return f"{amount:,.2f}" if words.cents else f"{int(amount * 100) * 10:,}"
 
 
-def compose_header(rng: np.random.Generator, words: Vocabulary) -> list[Row]:
+def compose_header(rng: Generator, words: Vocabulary) -> list[Row]:
     """Logo, shop name, address, phone, date and the numbers of the sale."""
     align = pick(rng, (0.5, 0.5, 0.5, 0.0))
 
@@ -118,7 +115,7 @@ def compose_header(rng: np.random.Generator, words: Vocabulary) -> list[Row]:
     return rows
 
 
-def compose_items(rng: np.random.Generator, words: Vocabulary, line_count: float) -> list[Row]:
+def compose_items(rng: Generator, words: Vocabulary, line_count: float) -> list[Row]:
     """The table of items in about `line_count` lines (at least one item), with one or two lines an item."""
     one_line, gap = chance(rng, 0.6), pick(rng, (0.0, 0.0, 0.3))
     edges = (0, 0.48, 0.58, 0.79, 1) if one_line else (0, 0.35, 0.52, 0.76, 1)
@@ -142,7 +139,7 @@ def compose_items(rng: np.random.Generator, words: Vocabulary, line_count: float
     return [*rows, rule]
 
 
-def compose_sums(rng: np.random.Generator, words: Vocabulary) -> list[Row]:
+def compose_sums(rng: Generator, words: Vocabulary) -> list[Row]:
     """Subtotal, tax, total, payment and change; the total may be large, bold or inverted."""
     currency, left = pick(rng, words.currencies), pick(rng, (0.0, 0.0, 0.2))
     look = {"scale": pick(rng, (1.0, 1.2, 1.5, 1.8)), "bold": chance(rng, 0.7), "inverted": chance(rng, 0.15)}
@@ -156,7 +153,7 @@ def compose_sums(rng: np.random.Generator, words: Vocabulary) -> list[Row]:
     return rows
 
 
-def compose_footer(rng: np.random.Generator, words: Vocabulary) -> list[Row]:
+def compose_footer(rng: Generator, words: Vocabulary) -> list[Row]:
     """Payment details, notes, small print, a barcode or a matrix code."""
     rows = [Row(graphic=pick(rng, (draw_rule, draw_dashes)) if chance(rng, 0.5) else None, scale=0.6)]
     for _ in range(pick(rng, (0, 0, 2, 4))):
@@ -174,7 +171,7 @@ def compose_footer(rng: np.random.Generator, words: Vocabulary) -> list[Row]:
     return rows
 
 
-def compose_receipt(rng: np.random.Generator, words: Vocabulary, line_count: float) -> list[Row]:
+def compose_receipt(rng: Generator, words: Vocabulary, line_count: float) -> list[Row]:
     """The rows of a receipt of 70 to 100% of `line_count` lines, where its fixed parts leave room for items."""
     head, sums, foot = compose_header(rng, words), compose_sums(rng, words), compose_footer(rng, words)
     fixed = sum(row.scale for row in (*head, *sums, *foot))
@@ -184,16 +181,16 @@ def compose_receipt(rng: np.random.Generator, words: Vocabulary, line_count: flo
     return rows
 
 
-# ---- graphics, drawn into empty ink (height, width)
+# ---- graphics, drawn into empty ink (height, width) uint8: 255 where something is printed
 
 
-def draw_rule(rng: np.random.Generator, ink: np.ndarray) -> None:
+def draw_rule(rng: Generator, ink: np.ndarray) -> None:
     height = len(ink)
     for y in np.linspace(height * 0.4, height * 0.6, rng.integers(1, 3)).astype(int):
         ink[y : y + max(1, height // 12)] = 255
 
 
-def draw_dashes(rng: np.random.Generator, ink: np.ndarray) -> None:
+def draw_dashes(rng: Generator, ink: np.ndarray) -> None:
     height, width = ink.shape
     period = max(4, round(height * rng.uniform(0.4, 1.2)))
     dashes = np.arange(width) % period < period * rng.uniform(0.3, 0.8)
@@ -201,14 +198,14 @@ def draw_dashes(rng: np.random.Generator, ink: np.ndarray) -> None:
     ink *= dashes
 
 
-def draw_barcode(rng: np.random.Generator, ink: np.ndarray) -> None:
+def draw_barcode(rng: Generator, ink: np.ndarray) -> None:
     width = ink.shape[1]
     bars = np.repeat(rng.random(int(rng.integers(50, 96))) < 0.5, max(1, width // 130)).astype(np.uint8) * 255
     left = (width - min(len(bars), width)) // 2
     ink[:, left : left + len(bars)] = bars[:width]
 
 
-def draw_marks(rng: np.random.Generator, ink: np.ndarray) -> None:
+def draw_marks(rng: Generator, ink: np.ndarray) -> None:
     """A row of asterisks, dashes or the like: print that is no text."""
     height, width = ink.shape
     row = pick(rng, "*-=_.#") * math.ceil(width / (0.6 * height))
@@ -216,7 +213,7 @@ def draw_marks(rng: np.random.Generator, ink: np.ndarray) -> None:
     cv2.putText(ink, row, start, cv2.FONT_HERSHEY_SIMPLEX, height / 30, 255, thickness, cv2.LINE_AA)
 
 
-def draw_matrix_code(rng: np.random.Generator, ink: np.ndarray) -> None:
+def draw_matrix_code(rng: Generator, ink: np.ndarray) -> None:
     modules = (rng.random((25, 25)) < 0.5).astype(np.uint8) * 255
     finder = np.pad(np.pad(np.full((3, 3), 255, np.uint8), 1), 1, constant_values=255)
     modules[:7, :7] = modules[:7, -7:] = modules[-7:, :7] = finder
@@ -224,7 +221,7 @@ def draw_matrix_code(rng: np.random.Generator, ink: np.ndarray) -> None:
     ink[:side, left : left + side] = cv2.resize(modules, (side, side), interpolation=cv2.INTER_NEAREST)
 
 
-def draw_logo(rng: np.random.Generator, ink: np.ndarray) -> None:
+def draw_logo(rng: Generator, ink: np.ndarray) -> None:
     """A few filled and hollow shapes on top of each other around the middle."""
     height, width = ink.shape
     for shade in (255, 0, 255)[: rng.integers(1, 4)]:
@@ -243,24 +240,19 @@ class Typeface:
     """A font file ("" for Pillow's own) and its use in print."""
 
     path: str
-    fixed_pitch: bool
-    """Print every glyph in a cell of the same width, as thermal printers do."""
-    stretch: float
-    """Width of the glyphs relative to the font's."""
+    fixed_pitch: bool  # every glyph in a cell of the same width, as thermal printers do
+    stretch: float  # width of the glyphs relative to the font's
 
 
 @lru_cache(maxsize=256)
 def load_font(path: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """The font at `size` pixels. Raises UserError for a file that is missing or no font."""
-    try:
-        if not path:
-            return ImageFont.load_default(size)
+    if not path:
+        return ImageFont.load_default(size)
+    if not Path(path).is_file():
+        raise UserError(f"--font {path}: does not exist; give a .ttf or .otf file")
+    with library_errors(f"--font {path}: cannot be used", "give a .ttf or .otf file"):
         return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
-    except OSError as error:
-        reason = "it does not exist" if not Path(path).is_file() else str(error)
-        raise UserError(f"--font {path}: cannot be used ({reason}); give a .ttf or .otf file") from None
-    except ImportError:
-        raise UserError("this Pillow has no FreeType; fix: pip install --force-reinstall 'Pillow>=10.1'") from None
 
 
 @lru_cache(maxsize=64)
@@ -277,12 +269,15 @@ def system_fonts() -> tuple[str, ...]:
     return tuple(str(path) for path in found if path.name.startswith(FONT_NAMES))
 
 
-def choose_typeface(rng: np.random.Generator, fonts: Sequence[str], others: Sequence[str]) -> Typeface:
-    """One of `fonts` in 3 of 4 receipts where there are any, else Pillow's own or one of the others."""
+def choose_print(rng: Generator, fonts: Sequence[str], others: Sequence[str]) -> tuple[Typeface, Vocabulary]:
+    """A typeface and words that it has the glyphs of.
+
+    It is one of `fonts` in 3 of 4 receipts where there are any, else Pillow's own or one of the others.
+    """
     path = pick(rng, fonts) if fonts and chance(rng, 0.75) else pick(rng, ("", *others))
-    if not path and chance(rng, 0.5):
-        return Typeface(path, fixed_pitch=True, stretch=rng.uniform(0.75, 1.0))
-    return Typeface(path, fixed_pitch=False, stretch=rng.uniform(0.75, 1.1))
+    fixed_pitch = not path and chance(rng, 0.5)
+    face = Typeface(path, fixed_pitch, stretch=rng.uniform(0.75, 1.0 if fixed_pitch else 1.1))
+    return face, KOREAN if has_glyph(path, "가") and chance(rng, 0.8) else LATIN
 
 
 @lru_cache(maxsize=4096)
@@ -320,18 +315,14 @@ class Sheet:
     ink: np.ndarray
     boxes: list[tuple[float, float, float, float]]
     texts: list[str]
-    line_lengths: list[int]
-    """words in each part of a line that stands by itself (a cell), in the order of `boxes`"""
+    cell_ends: list[int]
+    """index after the last word of each cell that has one; the words of a cell are a line for `labels`"""
 
-    def lines(self) -> "Sheet":
-        """The sheet with these parts of lines in place of words."""
-        boxes, texts, start = [], [], 0
-        for length in self.line_lengths:
-            words = np.array(self.boxes[start : start + length])
-            boxes.append((*words[:, :2].min(0).tolist(), *words[:, 2:].max(0).tolist()))
-            texts.append(" ".join(self.texts[start : start + length]))
-            start += length
-        return Sheet(self.ink, boxes, texts, [1] * len(boxes))
+    def labels(self, lines: bool) -> list[tuple[np.ndarray, str]]:
+        """Box and text of each word, or of the words of each cell as one line."""
+        ends = self.cell_ends if lines else range(1, len(self.boxes) + 1)
+        cells = [slice(start, end) for start, end in pairwise([0, *ends])]
+        return [(enclosing_box(self.boxes[cell]), " ".join(self.texts[cell])) for cell in cells]
 
     def padded(self, top: int, bottom: int, left: int, right: int) -> "Sheet":
         """The sheet with empty margins of so many pixels added."""
@@ -339,14 +330,18 @@ class Sheet:
         return replace(self, ink=np.pad(self.ink, ((top, bottom), (left, right))), boxes=boxes)
 
 
-SetWord = tuple[str, np.ndarray, int, int]
-"""A word, its ink, and the position of the ink: down from the baseline, right from the start of the line."""
+def enclosing_box(boxes: Sequence) -> np.ndarray:
+    """x0, y0, x1, y1 around all of `boxes` (n, 4)."""
+    return np.concatenate([np.min(boxes, axis=0)[:2], np.max(boxes, axis=0)[2:]])
 
 
-def fit_words(text: str, face: Typeface, size: int, bold: bool, room: float) -> tuple[list[SetWord], int]:
-    """As many words of `text` as fit in `room` pixels: (word, ink, top, left) of each, and the width of all."""
+def fit_words(text: str, face: Typeface, size: int, bold: bool, room: float) -> tuple[list[tuple], int]:
+    """As many words of `text` as fit in `room` pixels, and the width of all of them.
+
+    A word is (text, ink, top, left), where top is relative to the baseline and left to the start of the first word.
+    """
     space = max(3, round(size * face.stretch * (0.6 if face.fixed_pitch else 0.32)))
-    words: list[SetWord] = []
+    words: list[tuple] = []
     width = 0
     for word in text.split():
         ink, top = word_ink(face, size, bold, word)
@@ -359,8 +354,7 @@ def fit_words(text: str, face: Typeface, size: int, bold: bool, room: float) -> 
 
 
 def print_row(sheet: Sheet, row: Row, face: Typeface, size: int, band: tuple[int, int, int, int]) -> str:
-    """Print the cells of `row` into a band x0, y0, x1, y1 of the sheet; returns the text that its last cell has no room
-    for."""
+    """Print the cells of `row` into a band x0, y0, x1, y1 of the sheet; return what the last cell has no room for."""
     x0, y0, x1, y1 = band
     if row.inverted:
         sheet.ink[y0:y1, x0:x1] = 255
@@ -368,7 +362,6 @@ def print_row(sheet: Sheet, row: Row, face: Typeface, size: int, band: tuple[int
     start, across = x0 + padding, x1 - x0 - 2 * padding
     baseline = (y0 + y1 + round(size * 0.66)) // 2
     margin = WORD_MARGIN * size + 0.5
-    words: list[SetWord] = []
     for cell in row.cells:
         room = (cell.right - cell.left) * across - (size * 0.4 if cell.right < 1 else 0)
         words, width = fit_words(cell.text, face, size, row.bold, room)
@@ -381,14 +374,14 @@ def print_row(sheet: Sheet, row: Row, face: Typeface, size: int, band: tuple[int
             sheet.boxes.append((left - margin, top - margin, right + margin, bottom + margin))
             sheet.texts.append(text)
         if words:
-            sheet.line_lengths.append(len(words))
-    return " ".join(row.cells[-1].text.split()[len(words) :]) if words else ""
+            sheet.cell_ends.append(len(sheet.texts))
+    return " ".join(cell.text.split()[len(words) :]) if words else ""
 
 
 def print_sheet(
-    rng: np.random.Generator, width: int, height: int, face: Typeface, words: Vocabulary, varied: bool = False
+    rng: Generator, width: int, height: int, face: Typeface, words: Vocabulary, varied: bool = False
 ) -> Sheet:
-    """Print a receipt on a sheet `width` pixels wide and at most `height` high (rows that do not fit are left out).
+    """Print a receipt on a sheet `width` pixels wide and at most `height` high; rows that do not fit are left out.
 
     With `varied`, lines may be as tight as print allows, and rows of marks that are no text stand between them.
     """

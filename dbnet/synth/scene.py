@@ -14,31 +14,18 @@ may have other fonts (`system_fonts`) or another Pillow, and then the images dif
 import json
 import math
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from functools import lru_cache, partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+from numpy.random import Generator
 from tqdm import tqdm
 
-from dbnet.dataset import count_cores
+from dbnet.dataset import count_cores, map_in_processes
 from dbnet.errors import UserError
-from dbnet.synth.receipt import (
-    KOREAN,
-    LATIN,
-    Sheet,
-    chance,
-    choose_typeface,
-    has_glyph,
-    load_font,
-    pick,
-    print_sheet,
-    system_fonts,
-)
+from dbnet.synth.receipt import Sheet, chance, choose_print, enclosing_box, load_font, pick, print_sheet, system_fonts
 
 SPLITS = ("train", "val", "test")
 SCAN_SHARE = 1 / 3  # of the images are flat scans, the others photographs
@@ -52,7 +39,7 @@ Frame = tuple[int, int]  # width, height of the image
 # ---- paper: (height, width, 3) uint8 RGB
 
 
-def smooth_noise(rng: np.random.Generator, height: int, width: int, rows: int, columns: int) -> np.ndarray:
+def smooth_noise(rng: Generator, height: int, width: int, rows: int, columns: int) -> np.ndarray:
     """(height, width) float32, about 0 to 1, smooth between rows x columns random values."""
     return cv2.resize(rng.random((rows, columns), np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
 
@@ -63,7 +50,7 @@ def noise_tile() -> np.ndarray:
     return np.random.default_rng(0).normal(0, 32, (2048, 2048)).astype(np.int16)
 
 
-def noise_window(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def noise_window(rng: Generator, height: int, width: int) -> np.ndarray:
     """(height, width) int16 noise of deviation 32 from a random place of the tile, wrapped around."""
     rows = (int(rng.integers(2048)) + np.arange(height)) % 2048
     columns = (int(rng.integers(2048)) + np.arange(width)) % 2048
@@ -74,7 +61,7 @@ def to_image(values: np.ndarray) -> np.ndarray:
     return np.clip(values, 0, 255).astype(np.uint8)
 
 
-def print_strength(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def print_strength(rng: Generator, height: int, width: int) -> np.ndarray:
     """Darkness of the print at each pixel: (height, width) float32, from 0 (nothing) to 1 (full)."""
     strength = 1 - rng.uniform(0, 0.5) * smooth_noise(rng, height, width, 5, 3)
     strength *= rng.uniform(0.55, 1.0)
@@ -87,7 +74,7 @@ def print_strength(rng: np.random.Generator, height: int, width: int) -> np.ndar
     return np.clip(strength, 0, 1).astype(np.float32)
 
 
-def fold_shading(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def fold_shading(rng: Generator, height: int, width: int) -> np.ndarray:
     """Light on folded, crumpled paper: (height, width) float32 factors around 1."""
     shading = 1 + rng.uniform(0, 0.12) * (smooth_noise(rng, height, width, 9, 5) - 0.5)
     for axis, length in ((0, height), (1, width)):
@@ -99,7 +86,7 @@ def fold_shading(rng: np.random.Generator, height: int, width: int) -> np.ndarra
     return shading
 
 
-def draw_pen(rng: np.random.Generator, paper: np.ndarray) -> None:
+def draw_pen(rng: Generator, paper: np.ndarray) -> None:
     """A ring, tick or scribble by hand: no text."""
     height, width = paper.shape[:2]
     turn = np.linspace(0, rng.uniform(3, 16), 40)
@@ -110,7 +97,7 @@ def draw_pen(rng: np.random.Generator, paper: np.ndarray) -> None:
     cv2.polylines(paper, [np.round(points).astype(np.int32)], False, colour, max(1, width // 180), cv2.LINE_AA)
 
 
-def draw_specks(rng: np.random.Generator, paper: np.ndarray) -> None:
+def draw_specks(rng: Generator, paper: np.ndarray) -> None:
     """Dirt and stains."""
     height, width = paper.shape[:2]
     for _ in range(rng.integers(10, 150)):
@@ -119,11 +106,8 @@ def draw_specks(rng: np.random.Generator, paper: np.ndarray) -> None:
         cv2.ellipse(paper, centre, axes, rng.uniform(0, 180), 0, 360, [int(rng.integers(0, 200))] * 3, -1, cv2.LINE_AA)
 
 
-def develop(rng: np.random.Generator, sheet: Sheet, flat: bool, varied: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Paper (height, width, 3) uint8 with the sheet printed on it, and the contrast of print there in grey levels.
-
-    With `varied`, some paper has specks, and some is dark with light print.
-    """
+def develop(rng: Generator, sheet: Sheet, flat: bool, varied: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Paper (height, width, 3) uint8 with the sheet printed on it, and the contrast of print there in grey levels."""
     height, width = sheet.ink.shape
     brightness, warmth = (rng.uniform(243, 255), 0) if flat else (rng.uniform(205, 248), rng.uniform(-4, 12))
     white = np.array([brightness, brightness - warmth * 0.4, brightness - warmth], np.float32) + rng.uniform(-2, 2, 3)
@@ -138,7 +122,7 @@ def develop(rng: np.random.Generator, sheet: Sheet, flat: bool, varied: bool = F
         draw_pen(rng, paper)
     if varied and chance(rng, 0.3):
         draw_specks(rng, paper)
-    if varied and chance(rng, 0.25):
+    if varied and chance(rng, 0.25):  # light print on dark paper
         paper = to_image(255 - paper * np.float32(rng.uniform(0.7, 1)))
     return paper, strength * float(white.mean() - ink.mean())
 
@@ -156,7 +140,7 @@ def transform(homography: np.ndarray, points: np.ndarray) -> np.ndarray:
     return cv2.perspectiveTransform(np.asarray(points, np.float64).reshape(1, -1, 2), homography)[0]
 
 
-def lay(rng: np.random.Generator, sheet: Sheet, frame: Frame, flat: bool) -> np.ndarray:
+def lay(rng: Generator, sheet: Sheet, frame: Frame, flat: bool) -> np.ndarray:
     """The (3, 3) homography from sheet to image: tilt and perspective, then all words moved inside `frame` (w, h)."""
     height, width = sheet.ink.shape
     outline = corners(0, 0, width, height)
@@ -164,8 +148,7 @@ def lay(rng: np.random.Generator, sheet: Sheet, frame: Frame, flat: bool) -> np.
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     seen = outline @ turn + (0 if flat else rng.uniform(-0.06, 0.06, (4, 2)) * width)
     homography = cv2.getPerspectiveTransform(outline.astype(np.float32), seen.astype(np.float32))
-    boxes = np.array(sheet.boxes or [(0, 0, width, height)])
-    text = transform(homography, corners(*boxes[:, :2].min(0), *boxes[:, 2:].max(0)))
+    text = transform(homography, corners(*enclosing_box(sheet.boxes or [(0, 0, width, height)])))
     low, high = text.min(0), text.max(0)
     room = np.array(frame) - 4.0
     zoom = min(1.0, *(room / (high - low)))
@@ -173,7 +156,7 @@ def lay(rng: np.random.Generator, sheet: Sheet, frame: Frame, flat: bool) -> np.
     return np.array([[zoom, 0, shift[0]], [0, zoom, shift[1]], [0, 0, 1]]) @ homography
 
 
-def draw_face(rng: np.random.Generator, scene: np.ndarray) -> None:
+def draw_face(rng: Generator, scene: np.ndarray) -> None:
     """Something like a face: a head with hair, eyes and mouth."""
     height, width = scene.shape[:2]
     x, y = (rng.random(2) * (width, height)).astype(int).tolist()
@@ -187,7 +170,7 @@ def draw_face(rng: np.random.Generator, scene: np.ndarray) -> None:
     cv2.ellipse(scene, (x, y + r // 2), (r // 3, r // 8 + 1), 0, 0, 180, (150, 60, 60), r // 12 + 1, cv2.LINE_AA)
 
 
-def draw_pattern(rng: np.random.Generator, scene: np.ndarray) -> None:
+def draw_pattern(rng: Generator, scene: np.ndarray) -> None:
     """Tiles, bricks, shutters or a fence: lines at equal distances all over the scene."""
     height, width = scene.shape[:2]
     pace, shade = max(4, int(height * rng.uniform(0.01, 0.08))), rng.integers(0, 256, 3).tolist()
@@ -198,11 +181,8 @@ def draw_pattern(rng: np.random.Generator, scene: np.ndarray) -> None:
         cv2.line(scene, (x, 0), (x, height), shade, thickness)
 
 
-def table_top(rng: np.random.Generator, width: int, height: int, varied: bool = False) -> np.ndarray:
-    """A background (height, width, 3) uint8: wood, cloth or plain, with other things on it.
-
-    With `varied`, patterns and faces as well.
-    """
+def table_top(rng: Generator, width: int, height: int, varied: bool) -> np.ndarray:
+    """A background (height, width, 3) uint8: wood, cloth or plain, with things on it; patterns and faces if varied."""
     colour = np.float32(rng.uniform(30, 210) + np.multiply((1, 0.2, -1), rng.uniform(-10, 45)) + rng.uniform(-8, 8, 3))
     grain = smooth_noise(rng, height, width, *pick(rng, ((60, 3), (3, 60), (40, 30), (4, 4)))) - 0.5
     if chance(rng, 0.12):  # a checked cloth
@@ -229,7 +209,7 @@ def table_top(rng: np.random.Generator, width: int, height: int, varied: bool = 
     return scene
 
 
-def uneven_light(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+def uneven_light(rng: Generator, width: int, height: int) -> np.ndarray:
     """(height, width, 3) float32 factors: a slope of light, its colour, at times the photographer's shadow."""
     light = 1 - rng.uniform(0, 0.5) * smooth_noise(rng, height, width, 2, 2)
     if chance(rng, 0.35):
@@ -241,9 +221,7 @@ def uneven_light(rng: np.random.Generator, width: int, height: int) -> np.ndarra
     return light[..., None] * np.array([1 + warmth, 1, 1 - warmth], np.float32)
 
 
-def photograph(
-    rng: np.random.Generator, paper: np.ndarray, homography: np.ndarray, frame: Frame, varied: bool = False
-) -> np.ndarray:
+def photograph(rng: Generator, paper: np.ndarray, homography: np.ndarray, frame: Frame, varied: bool) -> np.ndarray:
     """The paper on a table, its shadow beside it, in uneven light: (h, w, 3) uint8 for a frame (w, h)."""
     width, height = frame
     outline = transform(homography, corners(0, 0, paper.shape[1], paper.shape[0]))
@@ -257,13 +235,9 @@ def photograph(
     return to_image((table + (sheet - table) * covered) * uneven_light(rng, width, height))
 
 
-def scan(
-    rng: np.random.Generator, paper: np.ndarray, homography: np.ndarray, frame: Frame, varied: bool = False
-) -> np.ndarray:
-    """The paper on the lid of a flatbed scanner, at times with hard contrast: (h, w, 3) uint8 for a frame (w, h).
-
-    The lid is white, or with `varied` at times black.
-    """
+def scan(rng: Generator, paper: np.ndarray, homography: np.ndarray, frame: Frame, varied: bool) -> np.ndarray:
+    """The paper under the lid of a scanner, at times with hard contrast: (h, w, 3) uint8 for a frame (w, h)."""
+    # The lid is white, or at times black.
     lid = [int(rng.integers(0, 30) if varied and chance(rng, 0.2) else rng.integers(244, 256))] * 3
     image = cv2.warpPerspective(paper, homography, frame, flags=cv2.INTER_LINEAR, borderValue=lid)
     if chance(rng, 0.3):
@@ -273,7 +247,7 @@ def scan(
     return image
 
 
-def degrade(rng: np.random.Generator, image: np.ndarray, size: int, flat: bool) -> np.ndarray:
+def degrade(rng: Generator, image: np.ndarray, size: int, flat: bool) -> np.ndarray:
     """Effects of lens, sensor and file: blur, loss of resolution, noise, JPEG. (h, w, 3) uint8 to the same."""
     height, width = image.shape[:2]
     if chance(rng, 0.2):
@@ -303,7 +277,7 @@ def quarter_turns(image: np.ndarray, words: list[LabelledWord], count: int) -> t
 
 
 def render_receipt(
-    rng: np.random.Generator,
+    rng: Generator,
     size: int = 640,
     fonts: Sequence[str] = (),
     lines: bool = False,
@@ -321,8 +295,7 @@ def render_receipt(
     Korean receipts. Raises UserError for a file that is no font.
     """
     flat = chance(rng, SCAN_SHARE)
-    face = choose_typeface(rng, fonts, system_fonts() if other_fonts is None else other_fonts)
-    words = KOREAN if has_glyph(face.path, "가") and chance(rng, 0.8) else LATIN
+    face, words = choose_print(rng, fonts, system_fonts() if other_fonts is None else other_fonts)
     long_side = round(size * rng.uniform(0.9, 1.0))
     sparse = varied and chance(rng, 0.25)
     share = rng.uniform(0.3, 0.6) if sparse else 1.0  # of the height that print may take
@@ -341,15 +314,14 @@ def render_receipt(
     homography = lay(rng, sheet, frame, flat)
     paper, contrast = develop(rng, sheet, flat, varied)
     image = (scan if flat else photograph)(rng, paper, homography, frame, varied)
-    outlines = []
-    labelled = sheet.lines() if lines else sheet
-    for box, text in zip(labelled.boxes, labelled.texts, strict=True):
+    labelled = []
+    for box, text in sheet.labels(lines):
         x0, y0, x1, y1 = (max(0, round(edge)) for edge in box)
         faint = float(contrast[y0:y1, x0:x1].mean()) < MIN_CONTRAST
         polygon = transform(homography, corners(*box) - 0.5) + 0.5  # OpenCV counts from the centre of pixel 0
-        outlines.append((polygon, text, faint))
+        labelled.append((polygon, text, faint))
     image = degrade(rng, image, size, flat)
-    return quarter_turns(image, outlines, pick(rng, (0, 0, 1, 2, 3)) if varied else 0)
+    return quarter_turns(image, labelled, pick(rng, (0, 0, 1, 2, 3)) if varied else 0)
 
 
 # ---- data set on disk
@@ -371,7 +343,7 @@ def write_receipt(job: tuple[str, int], folder: Path, size: int, seed: int, **op
 
 def check_request(folder: Path, counts: dict[str, int], size: int, seed: int, fonts: Sequence[str]) -> None:
     """Raise UserError for a request that `write_dataset` cannot meet; the message names the flag and the fix."""
-    for name, value in (*counts.items(), ("seed", seed)):
+    for name, value in (counts | {"seed": seed}).items():
         if value < 0:
             raise UserError(f"--{name} {value}: give 0 or more")
     if not any(counts.values()):
@@ -403,21 +375,20 @@ def write_dataset(
     Workers are spawned, so a script calls this under `if __name__ == "__main__"`. Raises UserError for a request that
     cannot be met.
     """
-    folder, counts, fonts = Path(folder), {"train": train, "val": val, "test": test}, tuple(map(str, fonts))
+    folder, fonts = Path(folder), tuple(map(str, fonts))
+    counts = {"train": train, "val": val, "test": test}
     check_request(folder, counts, size, seed, fonts)
     jobs = [(split, index) for split in SPLITS for index in range(counts[split])]
     workers = min(workers or count_cores(), len(jobs))
     images: dict[str, dict[str, dict]] = {split: {} for split in SPLITS}
-    look: dict[str, Any] = {"fonts": fonts, "lines": lines, "varied": varied, "other_fonts": system_fonts()}
-    render = partial(write_receipt, folder=folder, size=size, seed=seed, **look)
+    options: dict[str, Any] = {"fonts": fonts, "lines": lines, "varied": varied, "other_fonts": system_fonts()}
+    render = partial(write_receipt, folder=folder, size=size, seed=seed, **options)
     try:
         for split in SPLITS:
             (folder / "images" / split).mkdir(parents=True, exist_ok=True)
-        processes = partial(ProcessPoolExecutor, workers, get_context("spawn"), cv2.setNumThreads, (1,))
-        with processes() if workers > 1 else nullcontext() as pool:
-            entries = pool.map(render, jobs, chunksize=4) if pool else map(render, jobs)
-            for (split, _), (name, entry) in zip(jobs, tqdm(entries, "receipts", len(jobs), unit="image"), strict=True):
-                images[split][name] = entry
+        entries = tqdm(map_in_processes(render, jobs, workers), "receipts", len(jobs), unit="image")
+        for (split, _), (name, entry) in zip(jobs, entries, strict=True):
+            images[split][name] = entry
         (folder / "jsons").mkdir()
         for split in SPLITS:
             text = json.dumps({"images": images[split]}, ensure_ascii=False)
