@@ -1,22 +1,23 @@
-"""Make the pictures of the documentation: a receipt on its way from pixels to polygons, and what is found in four.
+"""Make the pictures of the documentation: the steps from pixels to polygons on one receipt, and the text found in four.
 
     python docs/make_pictures.py weights/lite.pt --seed 0
     python docs/make_pictures.py runs/NAME/best.pt --image receipt.jpg
 
 Writes detections.jpg, input.jpg, shrinking.jpg, targets.jpg, maps.jpg and polygons.jpg beside this script. The receipts
-are rendered, so that their exact outlines are known; an image of your own gives the last two and input.jpg alone.
+are rendered, so that their exact outlines are known; --image gives only input.jpg, maps.jpg and polygons.jpg.
 """
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # dbnet, wherever this is started
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # finds dbnet from any folder
 
-from dbnet.checkpoint import load_model
+from dbnet.checkpoint import load_checkpoint, load_weights
 from dbnet.config import ArgumentParser, Config
 from dbnet.errors import run_script
 from dbnet.files import make_folder
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, metavar="DIR", help="where to (docs/)")
     parser.add_config_flags(of_checkpoint=True)
     args, changes = parser.parse()
-    model, config, _ = load_model(args.checkpoint, changes)
+    model, config = load_network(args.checkpoint, changes)
     make_folder(args.out)
     if args.image:
         pixels, words = read_image(args.image, None)[0], []
@@ -60,13 +61,22 @@ def main() -> None:
     save(args.out / "polygons.jpg", draw_post_processing(image, prob_map, config))
 
 
+def load_network(path: Path, changes: dict[str, Any]) -> tuple[DBNet, Config]:
+    """The network with both branches; `dbnet.checkpoint.load_model` gives one without the threshold branch."""
+    content = load_checkpoint(path)
+    config = content["config"].changed(**changes)
+    model = DBNet(config.changed(weights="none"))
+    load_weights(model, content, path, config)
+    return model.eval(), config
+
+
 def render(config: Config, place: int) -> tuple[np.ndarray, list[LabelledWord]]:
-    """A receipt with pieces of lines labelled: the one in this place of those that `config.seed` gives."""
+    """A receipt with labelled pieces of lines; the seed is `config.seed + place`."""
     return render_receipt(np.random.default_rng(config.seed + place), config.image_size, lines=True)
 
 
 def draw_detections(model: DBNet, config: Config) -> list[np.ndarray]:
-    """Four receipts, each with what the network finds in it."""
+    """Four receipts with the polygons found in each."""
     panels = []
     for place in range(4):
         pixels, _ = render(config, place)
@@ -106,14 +116,14 @@ def run_network(model: DBNet, image: np.ndarray) -> tuple[np.ndarray, np.ndarray
     canvas = np.zeros((padded(height), padded(width), 3), np.uint8)
     canvas[:height, :width] = image
     model.eval()
-    model.training = True  # of the whole, not of its layers: it gives both maps, as it gives them when evaluated
+    model.training = True  # for the outermost module alone: returns both maps, with the layers in eval mode
     maps = model(torch.from_numpy(canvas)[None])
     prob_map, thresh_map = (logits[0, :height, :width].float().sigmoid().numpy() for logits in maps)
     return prob_map, thresh_map
 
 
 def draw_maps(prob_map: np.ndarray, thresh_map: np.ndarray, config: Config) -> list[np.ndarray]:
-    """What the network gives, P and T, and the approximate binary map of both, which the dice loss looks at."""
+    """The maps P and T of the network, and their approximate binary map, which the dice loss compares."""
     binary_map = 1 / (1 + np.exp(-config.binarization_k * (prob_map - thresh_map)))
     return [gray(prob_map), coloured(thresh_map, config), gray(binary_map)]
 

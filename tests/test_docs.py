@@ -1,7 +1,7 @@
 """The pages: each command runs, in the order shown, in a size for tests; the READMEs are in step; links lead somewhere.
 
 A command is a line of a block marked `sh`. It runs in a copy of the checkout that has what a reader has: the scripts,
-`photos/`, `scans/`, `receipt.jpg`, and whatever the commands before it have written.
+`photos/`, `scans/`, `receipt.jpg`, and all files that the commands before it have written.
 """
 
 import importlib
@@ -24,7 +24,8 @@ from dbnet.errors import UserError
 from dbnet.model import DBNet
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/your-own-data.md", "docs/presets.md", "docs/how-it-works.md")
+PAGES = ("README.md", "docs/index.md", "docs/your-own-data.md", "docs/presets.md", "docs/how-it-works.md")
+"""Pages whose commands run here; docs/service.md has tests of its own."""
 MODULES = {
     "train.py": "train",
     "evaluate.py": "evaluate",
@@ -44,7 +45,7 @@ NOT_RUN = {
     TWO_MACHINES.format(0): "takes two machines; tests/test_distributed.py has several processes on one",
     TWO_MACHINES.format(1): "takes two machines",
 }
-"""Commands that no test runs, and why."""
+"""Commands that no test runs, and why not."""
 
 SLOW = {
     "torchrun --nproc-per-node 2 -- train.py --preset v1 --effective-batch 16",
@@ -55,7 +56,8 @@ SLOW = {
 
 FOREIGN_FLAGS = {  # of programs that are not this one
     *("--nnodes", "--nproc-per-node", "--node-rank", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"),
-    "--shm-size",
+    *("--shm-size", "--index-url", "--output"),
+    *("--data-binary", "--host", "--port", "--rm", "--no-cache-dir", "--create-home"),
 }
 
 
@@ -129,7 +131,7 @@ def run(command, place):
     if command == "make demo":
         (place / ".venv").mkdir()
         (place / ".venv" / ".installed").touch()
-        # As from a shell, whatever make runs these tests and with which variables.
+        # As from a shell, also where make runs these tests.
         alone = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "VENV", "PYTHON"))}
         recipe = subprocess.check_output(["make", "-n", "demo"], cwd=place, env=alone, text=True)
         steps = [line for line in recipe.splitlines() if line.startswith(".venv/bin/python ")]
@@ -202,7 +204,9 @@ def test_what_is_not_run_is_shown_and_known():
 
 def test_the_readmes_have_the_same_sections_commands_tables_and_links():
     english, korean = text_of("README.md"), text_of("README.ko.md")
-    assert blocks("README.md") == blocks("README.ko.md")
+    assert [without_comments(*block) for block in blocks("README.md")] == [
+        without_comments(*block) for block in blocks("README.ko.md")
+    ]
     for pattern in (r"^#+ ", r"^\|.*\|$", r"^!\["):
         assert len(re.findall(pattern, english, re.MULTILINE)) == len(re.findall(pattern, korean, re.MULTILINE))
     levels, levels_korean = (re.findall(r"^(#+) ", text, re.MULTILINE) for text in (english, korean))
@@ -213,13 +217,19 @@ def test_the_readmes_have_the_same_sections_commands_tables_and_links():
         assert links(section) - {"README.ko.md"} == links(section_korean) - {"README.md"}
 
 
+def without_comments(language, content):
+    """A block without its comments, which are translated."""
+    return language, content if language == "json" else re.sub(r"\s+# .*", "", content)
+
+
 def inline(text):
     """The code in running text that is not a number's or a word's own business: flags, files, names."""
     return set(re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)))
 
 
 def links(text):
-    return set(re.findall(r"\]\(([^)\s]+)\)", text))
+    """Where the links of a text lead to; without those to its own sections."""
+    return set(re.findall(r"\]\(([^#)\s][^)\s]*)\)", text))
 
 
 def anchors(page):
@@ -232,7 +242,7 @@ def test_links_and_pictures_of_all_pages_are_there():
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("weights/*.md"), *ROOT.glob("benchmarks/*.md")]
     assert len(pages) >= 6
     for page in pages:
-        for link in links(page.read_text(encoding="utf-8")):
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
             if link.startswith(("https://", "http://")):
                 continue
             name, _, anchor = link.partition("#")
@@ -256,7 +266,7 @@ def test_flags_that_the_pages_name_exist(place, monkeypatch, capsys):
         run_python([script, "--help"])
     run_python(["-m", "dbnet.synth", "--help"])
     known = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", capsys.readouterr().out))
-    for page in (*PAGES, "README.ko.md"):
+    for page in (*PAGES, "README.ko.md", "docs/service.md", "weights/README.md"):
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text_of(page)))
         assert named <= known | FOREIGN_FLAGS, page
 
