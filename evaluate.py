@@ -8,7 +8,7 @@
     python evaluate.py runs/NAME/best.pt --report report.html  a page that shows each image and each mistake
     python evaluate.py runs/NAME/best.pt --compare scores.json what got better and worse since those scores
     python evaluate.py runs/NAME/best.pt --tune                which thresholds and unclip ratio would be best
-    python evaluate.py runs/NAME/best.pt --tune --save         and keep them in the checkpoint, if they really are
+    python evaluate.py runs/NAME/best.pt --tune --save         and keep them in the checkpoint, if the gain is certain
     torchrun --nproc-per-node 4 -- evaluate.py runs/NAME/best.pt  on four GPUs
 
 Precision, recall and H-Mean are means over the images. A checkpoint carries its configuration; flags override it.

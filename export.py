@@ -1,4 +1,4 @@
-"""Export a checkpoint: to the ONNX format, for programs without PyTorch, or at half its size, to hand it on.
+"""Export a checkpoint: to the ONNX format, for programs without PyTorch, or at half its size, to share it.
 
     python export.py runs/NAME/best.pt --onnx best.onnx
     python predict.py best.onnx --images photos/            on ONNX Runtime
@@ -32,7 +32,7 @@ def main() -> None:
     if not (args.onnx or args.half):
         raise UserError("name what to write: --onnx FILE.onnx or --half FILE.pt (see --help)")
     if args.onnx and args.onnx.suffix.lower() != ".onnx":
-        raise UserError(f"--onnx {args.onnx}: name a file that ends in .onnx; predict.py knows it by that")
+        raise UserError(f"--onnx {args.onnx}: name a file that ends in .onnx; predict.py recognizes it by this suffix")
 
     # Imported here, so that --help and a mistaken command line answer at once.
     from dbnet.checkpoint import load_model, write_half
@@ -54,7 +54,7 @@ def export_onnx(checkpoint: Path, path: Path, changes: dict[str, Any]) -> None:
 
     model, config, _ = load_model(checkpoint, changes | {"compile": False})
     if config.tta:
-        print("a .onnx file looks at an image once: test-time augmentation is left out")
+        print("a .onnx file has one view of an image: test-time augmentation is left out")
         config = config.changed(tta=False)
     write_onnx(path, model, config)
     print(f"{path}: {config.backbone}, {config.image_size} px, {path.stat().st_size / 1e6:.1f} MB")

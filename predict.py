@@ -6,7 +6,7 @@
     python predict.py runs/NAME/best.pt --images photos/ --overlays overlays/
     python predict.py runs/NAME/best.pt --images a.jpg b.png --box-thresh 0.35
     python predict.py --images scans/*.pdf 'photos/**/*.jpg' --out found.json
-    python predict.py --images photos/ --resume                    go on with a prediction that was cut short
+    python predict.py --images photos/ --resume                    continue an interrupted prediction
     torchrun --nproc-per-node 4 -- predict.py --images photos/     on four GPUs
 
 The CSV has a row for each image, `filename,polygons`: polygons separated by `|`, each `x1 y1 x2 y2 ...` in whole
@@ -23,7 +23,7 @@ All but the CSV are labels to correct: in reading order, outlines of 4 points, o
 the upper left along the top and back along the bottom. --data reads the corrected files as they are.
 
 The file is written whole or not at all; until then, OUT.rankN.partial hold the results so far,
-and --resume makes anew what failed, or whose image, checkpoint or settings have changed. A page of a PDF is an
+and --resume detects again what failed, or whose image, checkpoint or settings have changed. A page of a PDF is an
 image called FILE.pdf#page=NUMBER, in pixels at 200 dpi.
 """
 
@@ -64,7 +64,7 @@ def main() -> None:
         help="folders, images, PDFs, quoted patterns (DATA/images/test)",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("submission.csv"), metavar="FILE", help="where to (submission.csv)"
+        "--out", type=Path, default=Path("submission.csv"), metavar="FILE", help="file to write (submission.csv)"
     )
     parser.add_argument(
         "--out-format",
@@ -72,7 +72,7 @@ def main() -> None:
         default="auto",
         help="format of that file (by its suffix)",
     )
-    parser.add_argument("--overlays", type=Path, metavar="DIR", help="also write each image with its polygons here")
+    parser.add_argument("--overlays", type=Path, metavar="DIR", help="also write the images with their polygons here")
     parser.add_argument(
         "--crops", type=Path, metavar="DIR", help="also write each word here, upright, with index.csv in reading order"
     )
@@ -82,7 +82,7 @@ def main() -> None:
         default="name",
         help="order of the images in the file: uncertainty puts first those whose labels need most correction",
     )
-    parser.add_argument("--resume", action="store_true", help="go on with a prediction for --out that was cut short")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted prediction for --out")
     parser.add_config_flags(of_checkpoint=True)
     args, changes = parser.parse()
 
@@ -183,7 +183,7 @@ def print_summary(
             f"{len(full)} images have {max_candidates} polygons, {full[0]} first: raise --max-candidates for all text"
         )
     if form == "icdar" and any(len(polygon) != 4 for row in rows.values() for polygon in row.polygons):
-        print(f"{args.out}: has polygons of more than four points; where a form rejects them, add --use-polygon false")
+        print(f"{args.out}: has polygons of more than four points; if a website rejects them, add --use-polygon false")
     if args.sort_by == "uncertainty":
         print(f"to correct first: {', '.join(printable(name) for name in list(rows)[:10])}")
     if args.overlays:

@@ -1,8 +1,8 @@
 """Train a text detector.
 
-    python train.py --preset v1                                one GPU and a night
-    python train.py --preset lite --weights none               a CPU and an afternoon
-    torchrun --nproc-per-node 4 -- train.py --preset v1        four GPUs
+    python train.py --preset v1                                on a GPU
+    python train.py --preset lite --weights none               on a CPU
+    torchrun --nproc-per-node 4 -- train.py --preset v1        on four GPUs
     python train.py --run first --resume                       go on with runs/first
     python train.py --preset v1 --init runs/first/best.pt      start from trained weights
     python train.py --preset v1 --show-samples samples.png     look at augmented samples, and exit
@@ -71,7 +71,7 @@ def main() -> None:
     run, last = from_first(lambda: find_run(args.run)) if args.resume else (None, None)
     config = last["config"].changed(**changes) if last else Config.from_preset(args.preset or "v1", **changes)
     if last and (args.preset or args.init):
-        print0("--preset and --init: not looked at; the run keeps its settings but for single flags")
+        print0("--preset and --init: ignored; the run keeps its settings, except for single flags")
     if args.diff:
         print_difference(config, args.diff, Config.from_preset(args.diff))
     elif args.print_config:

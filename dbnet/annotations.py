@@ -411,7 +411,7 @@ def choose_format(path: Path, form: str, names: list[str]) -> str:
     there = next((name for name in names if form == "labelme" and labelme_file(path, name).exists()), None)
     if there:
         raise UserError(
-            f"{labelme_file(path, there)}: is there already, maybe corrected; move it away or name another folder"
+            f"{labelme_file(path, there)}: is there already, and may be corrected; move it away or name another folder"
         )
     return form
 

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without running code, refused in one line when they do not fit."""
+"""Checkpoints: written whole or not at all, read without running code, rejected in one line when they do not fit."""
 
 import io
 import os
@@ -32,7 +32,7 @@ sync_batch_norm and clahe_clip. tests/data/format-1.pt and weights/lite.pt (form
 """
 
 _REMOVED = {"sync_batch_norm", "clahe_clip"}
-"""Fields of formats 1 and 2 that only training read: dropped, whatever they say."""
+"""Fields of formats 1 and 2 that only training read: dropped."""
 
 
 def save_checkpoint(path: Path, config: Config, model: nn.Module, keep: Path | None = None, **state: Any) -> None:
@@ -74,7 +74,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         content["config"] = Config.from_dict(_translate(content["config"], content["format"]))
     except (UserError, TypeError, ValueError, AttributeError) as error:  # the last three where it is no dict of fields
         raise UserError(
-            f"{path}: its configuration is not of this dbnet ({one_line(error)}); update dbnet if it is of a newer one"
+            f"{path}: its configuration is unknown here ({one_line(error)}); update dbnet if it is of a newer one"
         ) from None
     if content["format"] == 1 and content["config"].fusion == "asf":
         raise UserError(f"{path}: has the fusion asf of an older dbnet, which often failed to learn; train it anew")

@@ -56,7 +56,7 @@ class Ensemble:
 
     @classmethod
     def of(cls, model: nn.Module, config: Config, device: torch.device) -> Self:
-        """A single network that looks once, whatever `config.tta` says: what training is validated with."""
+        """A single network with one view of an image, also where `config.tta` is set: training validates with it."""
         return cls([View(model, config.image_size)], config, device)
 
     @classmethod
@@ -189,7 +189,7 @@ def fitted(
 ) -> Tensor:
     """(N, *shape) maps: of each of the (N, height, width) `prob_maps` the (width, height) that it fills, resized.
 
-    The corners of what is filled fall on corners, so that maps of one image lie on each other whatever their sizes.
+    The corners of the filled parts fall on each other, so that maps of one image match at all sizes.
     """
     fitted = prob_maps.new_zeros(len(prob_maps), *shape)
     for new, old, (width, height), (new_width, new_height) in zip(fitted, prob_maps, sizes, new_sizes, strict=True):

@@ -170,7 +170,9 @@ def check_outputs(*outputs: tuple[Path | None, str], inputs: Iterable[Path] = ()
         if place in printed:
             raise UserError(f"{path}: what the command prints would be mixed into it; name a file")
         if there and stat.S_ISREG(there.st_mode) and there.st_size and not _has_mark(path, mark):
-            raise UserError(f"{path}: exists, and is no earlier result of this kind; name another file, or remove it")
+            raise UserError(
+                f"{path}: exists, and is not an earlier result of this kind; name another file or remove it"
+            )
         if _is_written_through(path):
             continue
         if os.path.realpath(path) in seen:

@@ -432,7 +432,7 @@ def find_foreign_labels(folders: list[Path]) -> str | None:
     return None
 
 
-# ---- the labels of a split, whatever their format
+# ---- the labels of a split, in any format
 
 
 def is_coco(content: object) -> bool:

@@ -18,7 +18,7 @@ MAX_COORDINATE = 100_000_000
 """Pixels, in both directions: longer than any image that can be read (`dbnet.images.MAX_PIXELS`)."""
 
 WHOLE_UP_TO = 4
-"""Times that an image may be as long as it is broad for the network to look at it as a whole."""
+"""Largest ratio of the sides of an image that the network processes as a whole."""
 
 PAGE_BREADTH = 0.65
 """Shorter side of a longer image in the network, as a share of image_size: a page of paper in each window. Of eight
@@ -535,7 +535,7 @@ def fit_outline(polygon: np.ndarray) -> np.ndarray:
 
 
 def _crossings(x: np.ndarray, y: np.ndarray, at: float) -> np.ndarray:
-    """y wherever a closed outline crosses the line x = at; it must cross it."""
+    """y at each crossing of a closed outline with the line x = at; it must cross it."""
     next_x, next_y = np.roll(x, -1), np.roll(y, -1)
     crosses = (np.minimum(x, next_x) <= at) & (np.maximum(x, next_x) >= at) & (x != next_x)
     x, y, next_x, next_y = x[crosses], y[crosses], next_x[crosses], next_y[crosses]

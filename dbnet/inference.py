@@ -66,12 +66,12 @@ class OnnxNetwork:
             raise UserError(f"{path}: takes or gives other arrays than a network of dbnet; export it with export.py")
         self.config = trained.changed(**changes)
         if self.config.tta:
-            raise UserError(f"{path}: --tta needs the checkpoint; a .onnx file looks at an image once")
+            raise UserError(f"{path}: --tta needs the checkpoint; a .onnx file has one view of an image")
         if not self.config.device.startswith(("auto", "cpu")):
             raise UserError(f"--device {self.config.device}: {path} runs on the CPU; use auto or cpu")
         for name in NETWORK_FIELDS:
             if getattr(trained, name) != getattr(self.config, name):
-                raise UserError(f"--{name.replace('_', '-')}: the network of {path} is what it is; leave it out")
+                raise UserError(f"--{name.replace('_', '-')}: cannot change the network of {path}; leave it out")
         self.sides = (self.config.image_size,)
 
     def __str__(self) -> str:
@@ -316,8 +316,8 @@ class Pipeline:
     """Detect text in the images of a data set, as often as asked: reading, network and post-processing overlap.
 
     While a GPU computes, loader workers read the next batches and other processes make polygons of the last ones. On a
-    CPU the network takes all the cores, and whoever takes one from it delays the others too; so there the next batch is
-    read while the polygons of the last are made and used, between two batches.
+    CPU the network takes all the cores, and other work on a core delays all of them. So there the next batch is read
+    while the polygons of the last are made and used, between two batches.
     """
 
     def __init__(

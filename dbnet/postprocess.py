@@ -88,7 +88,7 @@ class Grown(NamedTuple):
 def find_regions(prob_map: np.ndarray, config: Config) -> list[Region]:
     """The regions above `config.thresh` whose score reaches `config.box_thresh`, best first.
 
-    `prob_map` as in `extract_polygons`. Rectangles (`config.use_polygon` false) are at least `config.min_size` broad.
+    `prob_map` as in `extract_polygons`. Rectangles (`config.use_polygon` false) are at least `config.min_size` wide.
     """
     prob_map = np.asarray(prob_map)
     if prob_map.dtype != np.uint8:
@@ -113,7 +113,7 @@ def find_regions(prob_map: np.ndarray, config: Config) -> list[Region]:
 def grow_regions(regions: list[Region], config: Config, enough: float) -> Iterator[Grown]:
     """Move each region outward by area x unclip ratio / perimeter.
 
-    A polygon that the offset alone makes `enough` pixels broad is not measured.
+    A polygon that the offset alone makes `enough` pixels wide is not measured.
     """
     shrunk = [region.shrunk for region in regions]
     distances = unclip_distances(shrunk, config.polygon_unclip_ratio if config.use_polygon else config.box_unclip_ratio)

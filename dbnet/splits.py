@@ -155,7 +155,7 @@ def _checked_folders(data: str | Path) -> list[Path]:
 
 
 def _walk(folder: Path, seen: set[str]) -> Iterable[Path]:
-    """All files in a folder and its sub-folders that are not hidden; each folder once, whatever links lead to it."""
+    """All files in a folder and its sub-folders that are not hidden; each folder once, even with several links."""
     real = os.path.realpath(folder)
     if real in seen:
         return

@@ -194,7 +194,7 @@ def step_batches(loader: DataLoader, accumulate: int) -> Iterator[tuple[list[dic
     try:
         loaded = iter(loader)
         if hasattr(signal, "SIGCHLD"):
-            # The loader lets the death of a worker raise an error wherever the main thread is, within a step too.
+            # The loader raises an error in the main thread when a worker dies, also within a step.
             # It also notices the death here, where it waits for the next batch.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for batch in loaded:
@@ -506,7 +506,7 @@ class Training:
         if counts.worker_died:
             raise UserError((death or "a data worker of another process has died") + "; then go on with --resume")
         if counts.data_gone:
-            raise UserError(f"{config.data}: the folder has gone; bring it back and go on with --resume")
+            raise UserError(f"{config.data}: the folder is missing; restore it and go on with --resume")
         if counts.signals and interruption:
             interruption.stop()
 

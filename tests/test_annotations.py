@@ -159,7 +159,7 @@ def test_labelme_opens_the_image_and_corrected_files_are_not_overwritten(tmp_pat
     assert (content["imageWidth"], content["imageHeight"]) == (640, 480) and content["version"]
     [shape] = content["shapes"]
     assert shape["shape_type"] == "polygon" and shape["points"] == WIDE.tolist()
-    with pytest.raises(UserError, match=r"a b\.json: is there already, maybe corrected"):
+    with pytest.raises(UserError, match=r"a b\.json: is there already, and may be corrected"):
         choose_format(tmp_path / "labels", "labelme", ["a b.jpg"])
 
 

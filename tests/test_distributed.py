@@ -170,7 +170,7 @@ def test_out_of_memory_on_one_rank_makes_all_fall_back_together(rendered, small,
     assert first[2:4] == second[2:4]  # the losses in the log, and all weights and statistics
     failed, *passes = [images for images, *_ in second[4]]
     assert failed > 4 and max(passes) == 4 and sum(passes) in (15, 16)  # two batches of the five, one of which has 7
-    assert sum(images for images, *_ in first[4]) - sum(passes) >= 23  # the other three, and what it did in vain
+    assert sum(images for images, *_ in first[4]) - sum(passes) >= 23  # the other three, and the work that was lost
 
 
 def test_the_effective_batch_is_held_whatever_the_ranks(small, monkeypatch):

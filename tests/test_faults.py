@@ -64,7 +64,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_weights_of_one_left_in_pea
         launched.until("runs/a: 6 training")
         time.sleep(moments.uniform(0, 1.5))
         launched.kill()
-        save = load_last(folder)  # whole, whatever was going on
+        save = load_last(folder)  # whole, at any moment
         assert reached <= save["epoch"] < epochs
         reached = save["epoch"]
         if (folder / "best.pt").exists():

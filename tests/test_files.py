@@ -83,7 +83,7 @@ def test_a_file_that_is_no_earlier_result_of_its_kind_is_rejected(tmp_path):
     theirs.write_text("x" * 200_000)
     ours.write_text("x" * 200_000 + MARK)
     empty.touch()
-    with pytest.raises(UserError, match="theirs: exists, and is no earlier result of this kind"):
+    with pytest.raises(UserError, match="theirs: exists, and is not an earlier result of this kind"):
         check_outputs((theirs, MARK))
     check_outputs((ours, MARK), (empty, MARK), (new, MARK), (None, MARK))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "ours", "theirs"]
@@ -172,7 +172,7 @@ def test_each_kind_of_result_is_known_again_and_may_be_overwritten(tmp_path, nam
     for _ in range(2):
         check_outputs((tmp_path / name, mark))
         write(tmp_path / name)
-    with pytest.raises(UserError, match="no earlier result of this kind"):
+    with pytest.raises(UserError, match="not an earlier result of this kind"):
         check_outputs((tmp_path / name, "results of another kind"))
 
 
@@ -188,7 +188,7 @@ def test_evaluate_overwrites_no_file_of_its_user(tmp_path, monkeypatch, flag):
     before = {path: path.read_bytes() for path in (image, labels, submission)}
     for path in before:
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "--submission", str(submission), flag, str(path)])
-        with pytest.raises(UserError, match=r"is an input|no earlier result"):
+        with pytest.raises(UserError, match=r"is an input|not an earlier result"):
             evaluate.main()
     assert before == {path: path.read_bytes() for path in before}
 
@@ -217,7 +217,7 @@ def test_no_script_overwrites_a_file_of_its_user(tmp_path, monkeypatch):
         (predict, "best.pt", "--images", "photo.jpg", "--out", "b.csv", "--overlays", "."),
     ):
         monkeypatch.setattr(sys, "argv", ["script", *words])
-        with pytest.raises(UserError, match=r"is an input of this command|no earlier result of this kind"):
+        with pytest.raises(UserError, match=r"is an input of this command|not an earlier result of this kind"):
             script.main()
     assert {path.read_bytes() for path in theirs.values()} == {b"years of work"}
     assert (tmp_path / "photo.jpg").read_bytes() == photo

@@ -116,7 +116,7 @@ def test_what_a_file_cannot_do_is_said(exported, tmp_path):
     for paths, changes, words in (
         ([path], {"tta": True}, "--tta needs the checkpoint"),
         ([path], {"device": "cuda"}, r"--device cuda: .*runs on the CPU"),
-        ([path], {"backbone": "resnet18"}, r"--backbone: the network of .* is what it is"),
+        ([path], {"backbone": "resnet18"}, r"--backbone: cannot change the network of .*"),
         ([path, exported / "best.pt"], {}, "runs alone"),
         ([tmp_path / "absent.onnx"], {}, r"absent\.onnx: no such file"),
         ([tmp_path / "a.onnx"], {}, r"a\.onnx: not an ONNX file, or a damaged one"),

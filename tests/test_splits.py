@@ -1,4 +1,4 @@
-"""Which images and labels a split or a command names, in one folder or several, whatever they are called."""
+"""Which images and labels a split or a command names, in one folder or several, with any names."""
 
 import json
 import os
