@@ -167,12 +167,8 @@ def draw_augmentation(config: Config, rng: np.random.Generator, image_size: int 
     that come have config.image_size.
     """
     image_size = image_size or config.image_size
-    flip, turn, shade, equalized = rng.random(4) < (
-        config.flip_p,
-        config.rotate90_p,
-        config.brightness_contrast_p,
-        config.clahe_p,
-    )
+    probabilities = config.flip_p, config.rotate90_p, config.brightness_contrast_p, config.clahe_p
+    flip, turn, shade, equalized = rng.random(4) < probabilities
     values: dict[str, Any] = {
         "brightness": rng.uniform(-config.brightness, config.brightness) if shade else 0.0,
         "contrast": rng.uniform(-config.contrast, config.contrast) if shade else 0.0,
@@ -180,12 +176,8 @@ def draw_augmentation(config: Config, rng: np.random.Generator, image_size: int 
         "flip": bool(flip),
         "quarter_turns": int(rng.integers(1, 4)) if turn else 0,
     }
-    blurred, noisy, compressed, shaded = rng.random(4) < (
-        config.blur_p,
-        config.noise_p,
-        config.jpeg_p,
-        config.shadow_p,
-    )
+    probabilities = config.blur_p, config.noise_p, config.jpeg_p, config.shadow_p
+    blurred, noisy, compressed, shaded = rng.random(4) < probabilities
     scale = config.scale ** rng.uniform(-1, 1) if config.scale > 1 else 1.0
     return Augmentation(
         **values,

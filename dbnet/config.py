@@ -349,16 +349,7 @@ BEST = V3.changed(
     tta=True,
 )
 
-PRESETS: dict[str, Config] = {
-    "baseline": BASELINE,
-    "v0": V0,
-    "v1": V1,
-    "v2": V2,
-    "v3": V3,
-    "best": BEST,
-    "lite": LITE,
-    "demo": DEMO,
-}
+PRESETS = {"baseline": BASELINE, "v0": V0, "v1": V1, "v2": V2, "v3": V3, "best": BEST, "lite": LITE, "demo": DEMO}
 
 
 class ArgumentParser(argparse.ArgumentParser):
