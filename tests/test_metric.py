@@ -282,7 +282,7 @@ def test_word_without_area_counts_as_a_hundred_characters():
     assert score_image([[[0, 0], [10, 0], [20, 0], [30, 0]]], []).chars_gt == 100
 
 
-def test_mistaken_input_is_refused():
+def test_mistaken_input_is_rejected():
     with pytest.raises(ValueError, match="dont_care has 2 flags for 1 ground truths"):
         score_image([WORD], [WORD], [True, False])
     with pytest.raises(ValueError, match=r"\(n, 2\)"):

@@ -248,7 +248,7 @@ def test_a_region_whose_offset_closes_around_a_hole_is_dropped():
     assert extract_polygons(prob_map, settings_of(polygon_unclip_ratio=0.5)) == ([], [])
 
 
-def test_a_map_of_the_wrong_shape_is_refused():
+def test_a_map_of_the_wrong_shape_is_rejected():
     with pytest.raises(ValueError, match="height, width"):
         extract_polygons(np.zeros((1, 8, 8), np.float32), settings_of())
 
