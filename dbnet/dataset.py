@@ -29,6 +29,7 @@ from dbnet.augment import Augmentation, draw_augmentation
 from dbnet.config import STRIDE, Config
 from dbnet.device import keep_freed_memory, rank, world_size
 from dbnet.errors import ImageError, UserError, is_out_of_memory
+from dbnet.files import stamp
 from dbnet.geometry import Letterbox, areas, clip_polygons, inference_side, padded, split_polygons, visible_shares
 from dbnet.images import read_image, read_size
 from dbnet.splits import read_split
@@ -42,15 +43,9 @@ __all__ = ["ArrayLoader", "Batches", "ImageDataset", "TextDataset", "count_worke
 # Forked workers share the annotations. Elsewhere than on Linux forking is not safe, or there is no such thing.
 _START_METHOD = "fork" if sys.platform == "linux" and hasattr(os, "fork") else "spawn"
 _MIN_FREE = 1 << 28  # bytes of the disk that the cache leaves to others
-_HEADER = np.dtype([("key", "i8", 3), ("shape", "i8", 2), ("size", "i8", 2)])
-
-
-def _free_bytes(folder: str) -> float:
-    """Free space on the disk of a folder; infinite where the system does not say."""
-    try:
-        return shutil.disk_usage(folder).free
-    except AttributeError:
-        return math.inf
+_LIKE_SHAPES_AMONG = 16  # batches whose images are sorted by shape: few, so that the order stays random
+MOSTLY_VISIBLE = 0.9
+"""Share of a word's area inside an augmented image from which it is still learned; with less it is masked."""
 
 
 class PixelCache:
@@ -63,48 +58,42 @@ class PixelCache:
 
     def __init__(self, images: int, image_size: int, config: Config) -> None:
         """`images` slots for (height, width, 3) uint8 pixels, each side at most image_size, within config.cache_gb."""
-        slot_bytes = _HEADER.itemsize + 3 * image_size**2
+        numbers = [("key", "i8", 3), ("shape", "i8", 2), ("size", "i8", 2)]
+        slot = np.dtype([*numbers, ("pixels", "u1", 3 * image_size**2)])
         self._slots: np.ndarray | None = None
         self._file: str | None = None
-        self._folder = tempfile.gettempdir()
-        self._is_owner = True
         try:
-            room = int(min(config.cache_gb * 1e9, _free_bytes(self._folder) / 2))
-            count = min(images, room // slot_bytes)
+            count = min(images, int(min(config.cache_gb * 1e9, _free_bytes() / 2)) // slot.itemsize)
             if count:
                 opened, self._file = tempfile.mkstemp(prefix="dbnet-cache-")
                 os.close(opened)
-                self._slots = np.asarray(np.memmap(self._file, np.uint8, "w+", shape=(count, slot_bytes)))
+                self._slots = np.asarray(np.memmap(self._file, slot, "w+", shape=count))
         except (OSError, MemoryError) as error:
             print(f"images are not cached ({error})", file=sys.stderr)
         if _START_METHOD == "fork":
             self._remove()
 
     def __del__(self) -> None:
-        if self._is_owner:
-            self._slots = None
-            self._remove()
+        self._slots = None
+        self._remove()
 
     def __getstate__(self) -> dict[str, Any]:
         """For a process that is spawned: it maps the file by its name."""
-        shape = self._slots.shape if self._slots is not None else None
-        return {"_file": self._file, "_folder": self._folder, "shape": shape}
+        return {"file": self._file, "slot": None if self._slots is None else self._slots.dtype}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        shape = state.pop("shape")
-        self.__dict__ |= state | {"_is_owner": False, "_slots": None}
-        if shape and self._file:
-            self._slots = np.asarray(np.memmap(self._file, np.uint8, "r+", shape=shape))
+        self._file = None  # the process that made it removes it
+        self._slots = np.asarray(np.memmap(state["file"], state["slot"], "r+")) if state["slot"] else None
 
     def load(self, index: int, key: tuple[int, int, int]) -> tuple[np.ndarray, tuple[int, int]] | None:
         """The pixels and the (width, height) stored for an image under this key, or None."""
         if self._slots is None or index >= len(self._slots):
             return None
-        header, pixels = self._slot(index)
-        if header["key"].tolist() != list(key):
+        slot = self._slots[index]
+        if slot["key"].tolist() != list(key):
             return None
-        shape = (*header["shape"].tolist(), 3)
-        return pixels[: math.prod(shape)].reshape(shape).copy(), tuple(header["size"].tolist())
+        shape = (*slot["shape"].tolist(), 3)
+        return slot["pixels"][: math.prod(shape)].reshape(shape).copy(), tuple(slot["size"].tolist())
 
     def store(self, index: int, key: tuple[int, int, int], pixels: np.ndarray, size: tuple[int, int]) -> None:
         """Keep `pixels` for the key, which stands for all that they are made from, and the image's (width, height).
@@ -114,21 +103,15 @@ class PixelCache:
         """
         if self._slots is None or index >= len(self._slots):
             return
-        if _free_bytes(self._folder) < _MIN_FREE + self._slots.shape[1]:
+        if _free_bytes() < _MIN_FREE + self._slots.itemsize:
             self._slots = None
-            print(f"\nimages are no longer cached ({self._folder} is nearly full)", file=sys.stderr)
+            print(f"\nimages are no longer cached ({tempfile.gettempdir()} is nearly full)", file=sys.stderr)
             return
-        header, place = self._slot(index)
-        header["key"] = 0  # a slot half written does not count
-        place[: pixels.size] = pixels.reshape(-1)
-        header["shape"], header["size"] = pixels.shape[:2], size
-        header["key"] = key
-
-    def _slot(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The header and the bytes of the pixels of a slot, to be read and written."""
-        assert self._slots is not None
         slot = self._slots[index]
-        return slot[: _HEADER.itemsize].view(_HEADER)[0], slot[_HEADER.itemsize :]
+        slot["key"] = 0  # a slot half written does not count
+        slot["pixels"][: pixels.size] = pixels.reshape(-1)
+        slot["shape"], slot["size"] = pixels.shape[:2], size
+        slot["key"] = key
 
     def _remove(self) -> None:
         """Remove the file's name."""
@@ -138,9 +121,12 @@ class PixelCache:
             self._file = None
 
 
-_LIKE_SHAPES_AMONG = 16  # batches whose images are sorted by shape: few, so that the order stays random
-MOSTLY_VISIBLE = 0.9
-"""Share of a word's area inside an augmented image from which it is still learned; with less it is masked."""
+def _free_bytes() -> float:
+    """Free space on the disk of the temporary folder; infinite where the system does not say."""
+    try:
+        return shutil.disk_usage(tempfile.gettempdir()).free
+    except AttributeError:
+        return math.inf
 
 
 class Draw(NamedTuple):
@@ -226,9 +212,13 @@ class ImageDataset:
         Raises ImageError for an image that cannot be read.
         """
         side = self.side(place)
-        pixels, size = read_image(self.paths[place], side)
+        pixels, size = self.read(place, side)
         letterbox = Letterbox(*size, side)
         return letterbox.resize(pixels), letterbox
+
+    def read(self, place: int, side: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """As `images.read_image`."""
+        return read_image(self.paths[place], side)
 
     def side(self, place: int) -> int:
         """Longer side in pixels of an image in the network; one that cannot be read counts as a square."""
@@ -244,11 +234,7 @@ class ImageDataset:
     ) -> dict[str, Any]:
         """The sample of what `load` and `augmentation` gave, on the black (height, width, 3) `canvas` of its batch."""
         augmentation.render(pixels, canvas)
-        return {
-            "image": canvas,
-            "size": np.array((letterbox.width, letterbox.height)),
-            "index": draw.place,
-        }
+        return {"image": canvas, "size": np.array((letterbox.width, letterbox.height)), "index": draw.place}
 
     def size(self, place: int) -> tuple[int, int] | None:
         """Width and height of the original image in pixels, from its header, which is read once; None without one."""
@@ -271,10 +257,11 @@ class ImageDataset:
     def padded_shapes(self, draw: Draw) -> list[tuple[int, int]]:
         """(height, width) in pixels of a padded image, at image_size and at the further sizes."""
         size = self.size(draw.place) or (1, 1)
-        sides = [
-            inference_side(*size, each, self.config.enlarge) for each in (self.config.image_size, *self.further_sizes)
-        ]
-        return [self._canvas([Letterbox(*size, side).resized], side) for side in sides]
+        shapes = []
+        for image_size in (self.config.image_size, *self.further_sizes):
+            side = inference_side(*size, image_size, self.config.enlarge)
+            shapes.append(self._canvas([Letterbox(*size, side).resized], side))
+        return shapes
 
     def _canvas(self, sizes: list[tuple[int, int]], side: int | None) -> tuple[int, int]:
         """(height, width) that holds images of these (width, height), none longer than `side` (config.image_size)."""
@@ -425,17 +412,14 @@ class TextDataset(ImageDataset):
         if not self.train:
             return super().load(place)
         side = self.config.image_size
-        try:
-            file = self.paths[place].stat()
-        except OSError:
-            return super().load(place)  # its error names the reason
-        key = (file.st_mtime_ns, file.st_size, side)
-        found = self._cache.load(place, key)
+        stamped = stamp(self.paths[place])
+        key = (*stamped, side) if stamped else None
+        found = self._cache.load(place, key) if key else None
         if found:
-            pixels, size = found
-            return pixels, Letterbox(*size, side)
+            return found[0], Letterbox(*found[1], side)
         pixels, letterbox = super().load(place)
-        self._cache.store(place, key, pixels, (letterbox.width, letterbox.height))
+        if key:
+            self._cache.store(place, key, pixels, (letterbox.width, letterbox.height))
         return pixels, letterbox
 
     def sample(
@@ -480,6 +464,7 @@ class TextDataset(ImageDataset):
         return text, masked, int((is_degenerate & ~dont_care).sum())
 
 
+@dataclass(eq=False)
 class Batches:
     """Batches of Draws, each image once: in order, or with a seed, for training, shuffled anew for each epoch.
 
@@ -490,17 +475,12 @@ class Batches:
     batches, those of an optimizer step.
     """
 
-    def __init__(
-        self,
-        dataset: ImageDataset,
-        batch_size: int,
-        seed: int | None = None,
-        accumulate: int = 1,
-        epoch: int = 0,
-        start: int = 0,
-    ) -> None:
-        self.dataset, self.batch_size, self.seed, self.accumulate = dataset, batch_size, seed, accumulate
-        self.epoch, self.start = epoch, start
+    dataset: ImageDataset
+    batch_size: int
+    seed: int | None = None
+    accumulate: int = 1
+    epoch: int = 0
+    start: int = 0
 
     @property
     def samples(self) -> int:
@@ -563,9 +543,7 @@ def make_loader(batches: Batches, workers: int, pin_memory: bool) -> DataLoader:
     from torch.utils.data import DataLoader, default_collate
 
     if workers:
-        # Before workers are forked: one that inherits OpenCV's threads waits without end when it sets their number.
-        cv2.setNumThreads(1)
-        _share_by_name()
+        _prepare_process()  # before workers are forked: one that inherits OpenCV's threads waits without end
     dataset: Any = batches.dataset  # has what a torch Dataset has, but is none: most uses of one need no PyTorch
     return DataLoader(
         dataset,
@@ -575,23 +553,21 @@ def make_loader(batches: Batches, workers: int, pin_memory: bool) -> DataLoader:
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         multiprocessing_context=_START_METHOD if workers else None,
-        worker_init_fn=_start_worker,
+        worker_init_fn=_prepare_process,
         generator=torch.Generator(),  # else each pass draws from the one that the network's layers draw from
     )
 
 
-def _start_worker(_: int) -> None:
-    """Set up a process that loads images. The workers are the parallelism; threads would compete for the same cores."""
-    cv2.setNumThreads(1)
-    keep_freed_memory()
-    _share_by_name()
+def _prepare_process(_: int = 0) -> None:
+    """Set up a process that loads images, or starts such processes.
 
-
-def _share_by_name() -> None:
-    """Let tensors travel between processes by the names of their files in shared memory: by default each of them holds
-    a descriptor in both processes, of which a long accumulation needs thousands."""
+    The workers are the parallelism; threads would compete for the same cores. Tensors travel by the names of files in
+    shared memory: by default each holds a descriptor in both processes, and a long accumulation needs thousands.
+    """
     import torch.multiprocessing
 
+    cv2.setNumThreads(1)
+    keep_freed_memory()
     torch.multiprocessing.set_sharing_strategy("file_system")
 
 

@@ -64,7 +64,7 @@ class FileLock:
             self._file.seek(0)
             process = self._file.read().strip() or "of another machine"
             raise UserError(f"{message} by process {process}; wait for its end, or stop it") from None
-        except OSError:  # a file system without locks
+        except (OSError, ImportError):  # a file system or a system without locks
             return
         self._file.truncate(0)
         self._file.write(str(os.getpid()))

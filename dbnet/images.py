@@ -18,17 +18,15 @@ from importlib.util import find_spec
 from io import SEEK_END, BytesIO
 from pathlib import Path
 from threading import Lock, Timer
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError, features
+from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
-from dbnet.errors import ImageError, UserError, is_out_of_memory, library_errors
-from dbnet.files import check_regular
-
-if TYPE_CHECKING:
-    from pypdfium2 import PdfDocument
+from dbnet.errors import ImageError, UserError, is_out_of_memory, library_errors, one_line
+from dbnet.files import check_regular, stamp
 
 MAX_PIXELS = 100_000_000  # after reduced decoding: 300 MB of RGB
 MAX_BYTES = 1 << 30  # of a file: 100 megapixels that are not compressed are fewer
@@ -45,13 +43,10 @@ EXTRA_SUFFIXES = {  # that need what may not be installed
 _SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow knows more, and runs Ghostscript for some of them
 _JPEGS = ("JPEG", "MPO")  # MPO: several JPEGs in a row, as phones write them
-_EXIF_ORIENTATION = 0x0112
-_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _JPEG_SCAN, _JPEG_END = 0xDA, 0xD9
 _MAX_SCANS = 20  # of a JPEG of MAX_PIXELS; of a smaller one as many more as take the same time. Ten are usual
 _MAX_SEGMENTS = 100_000  # of a JPEG
-_PNG_SIGNATURE = 8  # bytes
 _STRIP_ROWS = 256
 _HEADER_ROOM = 1 << 28  # bytes that opening an image may take
 _REDUCED = {
@@ -60,17 +55,7 @@ _REDUCED = {
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
-# EXIF value -> (transpose, flip left-right, flip top-bottom), applied in this order to the stored pixels
-_UPRIGHT = {
-    1: (False, False, False),
-    2: (False, True, False),
-    3: (False, True, True),
-    4: (False, False, True),
-    5: (True, False, False),
-    6: (True, True, False),
-    7: (True, True, True),
-    8: (True, False, True),
-}
+_FLIPS = (None, None, 1, -1, 0, None, 1, -1, 0)  # by EXIF orientation: cv2.flip's code, from 5 on after a transpose
 _PAGE = re.compile(r"(.+\.(?:pdf|tiff?))#page=([0-9]{1,9})", re.IGNORECASE | re.DOTALL)
 
 
@@ -78,8 +63,6 @@ class _Header(NamedTuple):
     """What is known of an image before it is decoded."""
 
     image: Image.Image
-    """not loaded yet"""
-
     orientation: int
     """by EXIF, 1 to 8; 1 where the decoder turns the image itself"""
 
@@ -89,10 +72,11 @@ class _Header(NamedTuple):
 
 def readable_suffixes() -> tuple[str, ...]:
     """The suffixes of the files that can be read with what is installed, in lower case."""
+    has_heif = find_spec("pillow_heif") is not None
     readable = {
         ".pdf": find_spec("pypdfium2") is not None,
-        ".heic": find_spec("pillow_heif") is not None,
-        ".heif": find_spec("pillow_heif") is not None,
+        ".heic": has_heif,
+        ".heif": has_heif,
         ".avif": "avif" in features.get_supported_modules(),
     }
     return (*_SUFFIXES, *(suffix for suffix, is_readable in readable.items() if is_readable))
@@ -122,7 +106,9 @@ def list_pages(path: Path) -> list[Path]:
     Prints how many of a PDF's pages cannot be opened and are left out. Raises ImageError for a file that cannot be
     opened, and UserError where pypdfium2 is needed and not installed.
     """
-    if path.suffix.lower() == ".pdf":
+    if is_page(path):
+        return [path]
+    if _is_in_pdf(path):
         answer, _ = _ask_renderer(path, page=None)
         numbers, claimed = answer["pages"], answer["claimed"]
         if not numbers:
@@ -130,13 +116,11 @@ def list_pages(path: Path) -> list[Path]:
         if len(numbers) < claimed:
             print(f"{path}: says that it has {claimed} pages; {len(numbers)} can be opened")
     else:
-        check_regular(path, ImageError)
-        with _reading(path), path.open("rb") as file, library_errors(f"{path}: broken page", kind=ImageError):
-            image = _read_header(path, file).image
-            count = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+        with _opened(path) as (header, _), library_errors(f"{path}: broken page", kind=ImageError):
+            count = getattr(header.image, "n_frames", 1) if header.image.format == "TIFF" else 1
         if count == 1:
             return [path]
-        numbers = list(range(1, count + 1))
+        numbers = range(1, count + 1)
     return [path.with_name(f"{path.name}#page={number}") for number in numbers]
 
 
@@ -164,50 +148,24 @@ def read_image(
         ImageError: the file is missing, empty, truncated, no image, or too large to decode.
         MemoryError: there is not enough memory for this image.
     """
-    if data is None:
-        check_regular(file_of(path), ImageError)
-    with _reading(path):
-        if data is None and _is_in_pdf(path):
-            return _render_page(path, image_size)
-        if data is None and is_page(path):
-            with _tiff_page(path) as header:
-                _check_size(path, header, scans=1, reduction=1)
-                pixels = _decode(path, b"", header, reduction=1, is_complete=False)
-        else:
-            with path.open("rb") if data is None else BytesIO(data) as file:
-                header = _read_header(path, file)
-                length = file.seek(0, SEEK_END)
-                if length > MAX_BYTES:
-                    raise ImageError(f"{path}: a file of {length / 1e9:.1f} GB; compress it, or reduce it first")
-                file.seek(0)
-                data = file.read()
-                reduction = _reduction(header.image, image_size)
-                scans, is_complete = _jpeg_scans(path, data) if header.image.format in _JPEGS else (1, False)
-                _check_size(path, header, scans, reduction)
-                pixels = _decode(path, data, header, reduction, is_complete)
-        transpose, flip_x, flip_y = _UPRIGHT[header.orientation]
-        if transpose:
+    if data is None and _is_in_pdf(path):
+        answer, rendered = _ask_renderer(path, page=_page_number(path), render=True, image_size=image_size)
+        return np.frombuffer(rendered, np.uint8).reshape(answer["shape"]), tuple(answer["size"])
+    with _opened(path, data) as (header, file):
+        pixels = _decode(path, header, file, image_size)
+        if header.orientation >= 5:
             pixels = cv2.transpose(pixels)
-        if flip_x or flip_y:
-            pixels = cv2.flip(pixels, -1 if flip_x and flip_y else int(flip_x))
-        return pixels, header.size
+        flip = _FLIPS[header.orientation]
+        return pixels if flip is None else cv2.flip(pixels, flip), header.size
 
 
 def read_size(path: Path, data: bytes | None = None) -> tuple[int, int]:
     """(width, height) in pixels of an image as a viewer shows it, from its header. Raises as `read_image` does."""
-    if data is not None:
-        with _reading(path):
-            return _read_header(path, BytesIO(data)).size
-    check_regular(file_of(path), ImageError)
-    with _reading(path):
-        if _is_in_pdf(path):
-            answer, _ = _ask_renderer(path, page=_page_number(path), scale=0)
-            return tuple(answer["size"])
-        if is_page(path):
-            with _tiff_page(path) as header:
-                return header.size
-        with path.open("rb") as file:
-            return _read_header(path, file).size
+    if data is None and _is_in_pdf(path):
+        answer, _ = _ask_renderer(path, page=_page_number(path), render=False)
+        return tuple(answer["size"])
+    with _opened(path, data) as (header, _):
+        return header.size
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
@@ -238,8 +196,22 @@ def _on_white(image: Image.Image) -> np.ndarray:
 
 
 @contextmanager
+def _opened(path: Path, data: bytes | None = None) -> Iterator[tuple[_Header, IO[bytes]]]:
+    """The header of an image file or of a page of a TIFF file, and the file; of a page an empty one."""
+    with _reading(path):
+        if data is None:
+            check_regular(file_of(path), ImageError)
+        if data is None and is_page(path):
+            with _tiff_page(path) as header:
+                yield header, BytesIO()
+        else:
+            with path.open("rb") if data is None else BytesIO(data) as file:
+                yield _read_header(path, file), file
+
+
+@contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Name the path in errors of the system, and tell those of the file from a shortage of memory or descriptors."""
+    """Name the path in errors of the system, and tell those of the file from a lack of memory or descriptors."""
     try:
         yield
     except (MemoryError, cv2.error, OSError) as error:
@@ -255,31 +227,27 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _read_header(path: Path, file: IO[bytes]) -> _Header:
     """Read the header only: nothing is decoded yet."""
-    empty = file.seek(0, SEEK_END) == 0
-    file.seek(0)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), library_errors(f"{path}: broken image header", kind=ImageError):
         warnings.simplefilter("ignore")  # Pillow's decompression bomb warning: MAX_PIXELS decides here
-        with library_errors(f"{path}: broken image header", kind=ImageError):
-            try:
-                image: Image.Image = Image.open(file, formats=_FORMATS)
-            except Image.DecompressionBombError:
-                raise ImageError(f"{path}: too large to decode; reduce it first") from None
-            except UnidentifiedImageError:
-                if empty:
-                    raise ImageError(f"{path}: the file is empty") from None
-                image = _open_heif(path, file)
-            except Exception:
-                _check_room(_HEADER_ROOM)  # WebP files are unpacked here
-                raise
-            return _header_of(image, file)
+        try:
+            image: Image.Image = Image.open(file, formats=_FORMATS)
+        except Image.DecompressionBombError:
+            raise ImageError(f"{path}: too large to decode; reduce it first") from None
+        except UnidentifiedImageError:
+            image = _open_heif(path, file)
+        except Exception:
+            _check_room(_HEADER_ROOM)  # WebP files are unpacked here
+            raise
+        return _header_of(image, file)
 
 
 def _open_heif(path: Path, file: IO[bytes]) -> Image.Image:
     """Open what phones write beside JPEG. Raises ImageError for what is not, or cannot be read here."""
     file.seek(0)
-    if file.read(12)[4:8] != b"ftyp":
-        raise ImageError(f"{path}: not an image ({', '.join(_FORMATS)}, AVIF, HEIC)")
-    file.seek(0)
+    start = file.read(12)
+    if start[4:8] != b"ftyp":
+        known = f"not an image ({', '.join(_FORMATS)}, AVIF, HEIC)"
+        raise ImageError(f"{path}: {known if start else 'the file is empty'}")
     if find_spec("pillow_heif") is not None:
         import pillow_heif
 
@@ -295,12 +263,9 @@ def _header_of(image: Image.Image, file: IO[bytes]) -> _Header:
     """The header of an opened image."""
     orientation = _orientation(image, file)
     width, height = image.size
-    if image.format == "TIFF":  # Pillow turns it as it decodes; whether `size` is turned before depends on its version
-        from PIL.TiffImagePlugin import TiffImageFile  # already loaded: only with a TIFF
-
-        assert isinstance(image, TiffImageFile)
-        width, height = image.tag_v2[_TIFF_WIDTH], image.tag_v2[_TIFF_HEIGHT]
-    size = (height, width) if _UPRIGHT[orientation][0] else (width, height)
+    if isinstance(image, TiffImageFile):  # it turns itself as it is decoded; whether `size` is, depends on the version
+        width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
+    size = (height, width) if orientation >= 5 else (width, height)
     return _Header(image, 1 if image.format == "TIFF" else orientation, size)
 
 
@@ -311,25 +276,15 @@ def _orientation(image: Image.Image, file: IO[bytes]) -> int:
     """
     exif = Image.Image.getexif(image)
     if image.format == "PNG" and "exif" not in image.info:
-        start, kind = _PNG_SIGNATURE, b""
-        while kind not in (b"eXIf", b"IEND"):
+        start, kind = 8, b"    "  # behind the signature
+        while len(kind) >= 4 and kind not in (b"eXIf", b"IEND"):
             file.seek(start)
             length, kind = int.from_bytes(file.read(4), "big"), file.read(4)
-            if len(kind) < 4:
-                break
             start += length + 12
         if kind == b"eXIf":
             exif.load(file.read(length))
-    orientation = exif.get(_EXIF_ORIENTATION, 1)
-    return int(orientation) if orientation in _UPRIGHT else 1
-
-
-def _reduction(image: Image.Image, image_size: int | None) -> int:
-    """The power of two up to 8 by which a JPEG can be decoded smaller and still be at least `image_size` long."""
-    if image.format not in _JPEGS or image_size is None:
-        return 1
-    times = max(image.size) // image_size
-    return next(step for step in (8, 4, 2, 1) if times >= step or step == 1)
+    orientation = exif.get(ExifTags.Base.Orientation, 1)
+    return int(orientation) if orientation in range(1, 9) else 1
 
 
 def _jpeg_scans(path: Path, data: bytes) -> tuple[int, bool]:
@@ -365,9 +320,18 @@ def _check_size(path: Path, header: _Header, scans: int, reduction: int) -> None
 # ---- decoding
 
 
-def _decode(path: Path, data: bytes, header: _Header, reduction: int, is_complete: bool) -> np.ndarray:
+def _decode(path: Path, header: _Header, file: IO[bytes], image_size: int | None) -> np.ndarray:
     """Pixels as stored, (height, width, 3) uint8 RGB. OpenCV decodes common modes, three times as fast as Pillow."""
-    image = header.image
+    length = file.seek(0, SEEK_END)
+    if length > MAX_BYTES:
+        raise ImageError(f"{path}: a file of {length / 1e9:.1f} GB; compress it, or reduce it first")
+    file.seek(0)
+    data, image = file.read(), header.image
+    is_jpeg = image.format in _JPEGS
+    times = max(image.size) // image_size if is_jpeg and image_size else 1
+    reduction = next((step for step in (8, 4, 2) if times >= step), 1)
+    scans, is_complete = _jpeg_scans(path, data) if is_jpeg else (1, False)
+    _check_size(path, header, scans, reduction)
     with library_errors(f"{path}: broken or truncated image", kind=ImageError), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, on faults that end in an error or that a viewer ignores
         try:
@@ -411,9 +375,9 @@ _one_tiff = Lock()
 def _tiff_page(path: Path) -> Iterator[_Header]:
     """The header of a page, and its image until the end of the block."""
     file, number = file_of(path), _page_number(path)
-    status = file.stat()
     with _one_tiff:
-        image = _open_tiff(file, (status.st_mtime_ns, status.st_size), os.getpid())
+        image = _open_tiff(file, stamp(file), os.getpid())
+        stays_open = False
         try:
             with library_errors(f"{path}: broken page", kind=ImageError), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -425,20 +389,17 @@ def _tiff_page(path: Path) -> Iterator[_Header]:
                 image.seek(number - 1)
                 header = _header_of(image, BytesIO())
             yield header
-        except BaseException:
-            count = 1
-            raise
+            stays_open = count > 1
         finally:
-            if count == 1:
+            if not stays_open:
                 _open_tiff.cache_clear()
 
 
 @lru_cache(maxsize=1)
-def _open_tiff(file: Path, stamp: tuple[int, int], process: int) -> Image.Image:
+def _open_tiff(file: Path, stamped: tuple[int, int] | None, process: int) -> Image.Image:
     """The TIFF file used last stays open, with the places of its pages, which each opening has to look for one by one:
     else the time for a file grows with the square of its pages. A forked process opens it again."""
-    opened = file.open("rb")
-    image = _read_header(file, opened).image
+    image = _read_header(file, file.open("rb")).image
     if image.format != "TIFF":
         raise ImageError(f"{file}: a {image.format} without pages; name it without #page=")
     return image
@@ -473,20 +434,18 @@ class _Renderer:
             self.process.stdin.flush()
             answer = json.loads(self.process.stdout.readline())
             pixels = bytearray(math.prod(answer.get("shape", [0])))
-            view = memoryview(pixels)
-            while view:
-                read = self.process.stdout.readinto(view)  # type: ignore[attr-defined]
-                if not read:
-                    return None
-                view = view[read:]
-            return answer, pixels
+            received = self.process.stdout.readinto(pixels)  # type: ignore[attr-defined]
+            return (answer, pixels) if received == len(pixels) else None
         except (OSError, ValueError):
             return None
         finally:
             timer.cancel()
 
 
-_renderers: dict[int, _Renderer] = {}
+@lru_cache(maxsize=1)
+def _renderer(process: int) -> _Renderer:
+    """The renderer of this process; a forked process has one of its own."""
+    return _Renderer()
 
 
 def _is_in_pdf(path: Path) -> bool:
@@ -502,13 +461,6 @@ def _page_number(path: Path) -> int:
     return int(page[2])
 
 
-def _render_page(path: Path, image_size: int | None) -> tuple[np.ndarray, tuple[int, int]]:
-    """A page with its annotations and filled-in forms, on white, at DPI or, if that is smaller, at `image_size`; and
-    its (width, height) at DPI. A page of more than MAX_PIXELS has fewer dots per inch."""
-    answer, pixels = _ask_renderer(path, page=_page_number(path), scale=1, image_size=image_size)
-    return np.frombuffer(pixels, np.uint8).reshape(answer["shape"]), tuple(answer["size"])
-
-
 def _ask_renderer(path: Path, **question: Any) -> tuple[dict[str, Any], bytearray]:
     """What `_serve_pages` answers on a PDF. Raises ImageError, or UserError where pypdfium2 is not installed."""
     if find_spec("pypdfium2") is None:
@@ -516,19 +468,17 @@ def _ask_renderer(path: Path, **question: Any) -> tuple[dict[str, Any], bytearra
     file = file_of(path)
     check_regular(file, ImageError)
     with _reading(path):
-        with file.open("rb"):  # for the system's own reason where it cannot be opened
-            pass
-        process = os.getpid()  # a forked process has a renderer of its own
-        renderer = _renderers.get(process) or _renderers.setdefault(process, _Renderer())
-        with renderer.lock:
-            answer = renderer.ask({"file": os.path.abspath(file), "max_pixels": MAX_PIXELS, **question})
-        if answer is None:
-            renderer.process.kill()
-            renderer.process.wait()
-            _renderers.pop(process, None)
-            raise ImageError(
-                f"{path}: takes more than {_PAGE_SECONDS} s or {_RENDERER_BYTES >> 30} GB to render, or breaks PDFium"
-            )
+        file.open("rb").close()  # for the system's own reason where it cannot be opened
+        renderer = _renderer(os.getpid())
+    with renderer.lock:
+        answer = renderer.ask({"file": os.path.abspath(file), "max_pixels": MAX_PIXELS, **question})
+    if answer is None:
+        renderer.process.kill()
+        renderer.process.wait()
+        _renderer.cache_clear()
+        raise ImageError(
+            f"{path}: takes more than {_PAGE_SECONDS} s or {_RENDERER_BYTES >> 30} GB to render, or breaks PDFium"
+        )
     if "error" in answer[0]:
         raise ImageError(f"{path}: {answer[0]['error']}")
     return answer
@@ -538,7 +488,8 @@ def _serve_pages() -> None:
     """Answer questions on PDF files from stdin until it closes; the last file stays open between them.
 
     A question is {"file", "max_pixels", "page"}: page null asks for the numbers of the pages that can be opened, a
-    number for its "size" at full resolution and, with "scale" 1, for its pixels, no larger than "image_size".
+    number for its "size" at DPI or, above "max_pixels", less; with "render" also for its pixels, with annotations and
+    forms on white, at that size or, if it is smaller, at "image_size".
     """
     import signal
 
@@ -546,31 +497,23 @@ def _serve_pages() -> None:
     output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that no library writes into an answer
     _limit_memory(_RENDERER_BYTES)
-    opened: tuple[Any, PdfDocument | None] = None, None
     for line in sys.stdin.buffer:
         question = json.loads(line)
         pixels = b""
         try:
-            status = os.stat(question["file"])
-            key = question["file"], status.st_mtime_ns, status.st_size
-            if opened[0] != key:
-                if opened[1]:
-                    opened[1].close()
-                opened = None, None
-                opened = key, _open_pdf(question["file"])
-            answer, pixels = _answer(opened[1], question)
-        except OSError as error:
-            answer = {"error": f"cannot be read ({error.strerror})"}
+            document = _open_pdf(question["file"], stamp(Path(question["file"])))
+            answer, pixels = _answer(document, question)
         except Exception as error:  # of pypdfium2, of many kinds; a lack of memory ends this process alone
             if is_out_of_memory(error):
                 raise
-            answer = {"error": f"cannot be read as a PDF ({' '.join(str(error).split()).rstrip('.')})"}
+            answer = {"error": f"cannot be read as a PDF ({one_line(error).rstrip('.')})"}
         output.write(json.dumps(answer).encode() + b"\n")
         output.write(pixels)
         output.flush()
 
 
-def _open_pdf(file: str) -> "PdfDocument":
+@lru_cache(maxsize=1)
+def _open_pdf(file: str, stamped: tuple[int, int] | None) -> Any:
     """The document, with its forms."""
     import pypdfium2
 
@@ -589,7 +532,7 @@ def _answer(document: Any, question: dict[str, Any]) -> tuple[dict[str, Any], by
     width, height = document.get_page_size(number - 1)
     scale = min(DPI * _POINT, math.sqrt(question["max_pixels"] / (width * height)))
     size = math.ceil(width * scale), math.ceil(height * scale)
-    if not question["scale"]:
+    if not question["render"]:
         return {"size": size}, b""
     if question["image_size"]:
         scale *= min(1, question["image_size"] / max(size))
