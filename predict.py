@@ -155,15 +155,15 @@ def detect(
     detections = Pipeline(ImageDataset(paths, network.config), network.config, network.device).detect(network)
     share = -(-len(paths) // world_size())
     for detection in tqdm(detections, total=share, unit="img", dynamic_ncols=True, smoothing=0, disable=not is_first()):
-        path, error = paths[detection.index], detection.error
+        path = paths[detection.index]
         found[path] = Annotation.detected(detection.polygons, detection.scores, detection.size)
-        if not error:
-            try:
-                pictures.write(path, found[path])
-            except ImageError as gone:  # since it was read for the network
-                error = str(gone)
-        if error:
-            unreadable[path] = error
+        if detection.error:
+            unreadable[path] = f"no polygons: {detection.error}"
+            continue
+        try:
+            pictures.write(path, found[path])
+        except ImageError as error:  # it is gone since, or can be read at reduced size alone
+            unreadable[path] = f"no pictures: {error}"
         else:
             journal.add(keys[path], [[each.tolist() for each in detection.polygons], detection.scores, detection.size])
     return found, unreadable
@@ -174,7 +174,7 @@ def print_summary(
 ) -> None:
     """Say what was written where, and what could not be read."""
     for line in unreadable:
-        print(f"no polygons: {line}")
+        print(line)
     polygons = sum(len(annotation.polygons) for annotation in rows.values())
     print(f"{args.out}: {len(rows)} images, {polygons} polygons, {len(unreadable)} images could not be read")
     full = [name for name, row in rows.items() if len(row.polygons) >= max_candidates]

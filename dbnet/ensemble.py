@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from dbnet.checkpoint import load_model
 from dbnet.config import Config
 from dbnet.device import has_fast_bf16, pick_amp_dtype, pick_device
-from dbnet.geometry import Letterbox, inference_side, padded, windows
+from dbnet.geometry import Letterbox, in_windows, inference_side, padded
 from dbnet.memory import BatchPlan
 from dbnet.model import prepare_for_cpu
 
@@ -95,30 +95,16 @@ class Ensemble:
     def infer(
         self, images: Sequence[np.ndarray | Tensor], sizes: list[tuple[int, int]], plan: BatchPlan
     ) -> Callable[[], np.ndarray]:
-        """Probability maps of a batch, `plan.micro_batch` images at a time, without waiting for the device.
-
-        Args:
-            images: for each of `sides`, (N, height, width, 3) uint8 RGB at that size, padded below and beside.
-            sizes: (width, height) of each original image.
-
-        Returns a function that waits for the maps and gives them: (N, height, width) uint8, probability x 255, in the
-        geometry of the first size.
-        """
+        """As `inference.Network` says, without waiting for the device."""
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = False  # each shape of a batch would be measured anew
         for view in self.views:
             if view.model.training:
                 view.model.eval()
         batches = {side: torch.as_tensor(batch) for side, batch in zip(self.sides, images, strict=True)}
-        micro_batches = range(0, len(sizes), plan.micro_batch)
+        parts = [slice(start, start + plan.micro_batch) for start in range(0, len(sizes), plan.micro_batch)]
         prob_maps = torch.cat(
-            [
-                self._mean_map(
-                    {side: batch[start : start + plan.micro_batch] for side, batch in batches.items()},
-                    sizes[start : start + plan.micro_batch],
-                )
-                for start in micro_batches
-            ]
+            [self._mean_map({side: batch[part] for side, batch in batches.items()}, sizes[part]) for part in parts]
         )
         if self.device.type == "cpu":
             return prob_maps.numpy
@@ -136,9 +122,8 @@ class Ensemble:
     def _mean_map(self, images: dict[int, Tensor], sizes: list[tuple[int, int]]) -> Tensor:
         """(N, height, width) uint8 on the device: the mean over the views of images that are given at each size."""
         amp_dtype = pick_amp_dtype(self.config, self.device)
-        enlarge = self.config.enlarge
         resized = {
-            side: [Letterbox(*size, inference_side(*size, side, enlarge)).resized for size in sizes]
+            side: [Letterbox(*size, inference_side(*size, side, self.config.enlarge)).resized for size in sizes]
             for side in self.sides
         }
         first, shape = self.sides[0], images[self.sides[0]].shape[1:3]
@@ -148,7 +133,7 @@ class Ensemble:
             if view.flip:
                 batch = mirrored(batch, resized[view.side])
             with torch.autocast(self.device.type, amp_dtype, enabled=amp_dtype is not None):
-                prob_map = look(view.model, batch, view.side).nan_to_num()
+                prob_map = in_windows(view.model, batch, view.side, torch.cat).nan_to_num()
             if view.flip:
                 prob_map = mirrored(prob_map, resized[view.side])
             if view.side != first:
@@ -156,21 +141,6 @@ class Ensemble:
             total = prob_map if total is None else total.add_(prob_map)
         assert total is not None  # there is a view
         return (total * (255 / len(self.views))).round().to(torch.uint8)
-
-
-def look(model: nn.Module, images: Tensor, side: int) -> Tensor:
-    """(N, height, width) probabilities of (N, height, width, 3) images.
-
-    Images longer than `side` pixels are seen in windows along their longer side, whose maps are joined.
-    """
-    axis = 1 if images.shape[1] > images.shape[2] else 2
-    maps = [
-        model(images.narrow(axis, window.start, window.stop - window.start)).narrow(
-            axis, window.kept_from - window.start, window.kept_to - window.kept_from
-        )
-        for window in windows(images.shape[axis], side)
-    ]
-    return maps[0] if len(maps) == 1 else torch.cat(maps, axis)
 
 
 def mirrored(batch: Tensor, sizes: list[tuple[int, int]]) -> Tensor:

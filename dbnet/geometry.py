@@ -1,11 +1,11 @@
 """Polygons between the original image and what the network sees."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -118,6 +118,18 @@ def windows(length: int, size: int) -> list[Window]:
     return [
         Window(start, start + size, *kept) for start, kept in zip(starts, pairwise([0, *middles, length]), strict=True)
     ]
+
+
+def in_windows(network: Callable[[Any], Any], images: Any, size: int, join: Callable[[list, int], Any]) -> Any:
+    """(N, height, width) maps of (N, height, width, 3) images, arrays or tensors: what `network` makes of the `windows`
+    along their longer side, put together by `join`, a concatenation."""
+    axis = 1 if images.shape[1] > images.shape[2] else 2
+    before = (slice(None),) * axis
+    maps = []
+    for window in windows(images.shape[axis], size):
+        prob_maps = network(images[(*before, slice(window.start, window.stop))])
+        maps.append(prob_maps[(*before, slice(window.kept_from - window.start, window.kept_to - window.start))])
+    return join(maps, axis)
 
 
 def padded(length: int) -> int:

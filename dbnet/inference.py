@@ -22,20 +22,23 @@ from dbnet.config import NETWORK_FIELDS, Config
 from dbnet.dataset import ArrayLoader, Batches, ImageDataset, count_cores, count_workers, make_loader
 from dbnet.errors import ImageError, UserError, library_errors
 from dbnet.files import check_regular, write_whole
-from dbnet.geometry import Letterbox, inference_side, windows
+from dbnet.geometry import Letterbox, in_windows, inference_side, windows
 from dbnet.images import list_pages, read_image, read_size, to_rgb
 from dbnet.memory import BatchPlan, run_until_it_fits
 from dbnet.postprocess import corners, extract_polygons
 
 if TYPE_CHECKING:
+    import torch
+
     from dbnet.model import DBNet
 
 OPSET = 17
 CONFIG_KEY = "dbnet_config"
+_WAITING_IMAGES = 64  # on a GPU, more maps than this do not wait for their polygons; then the network does
 
 
 class OnnxNetwork:
-    """An exported network on the CPU, as `inference.Pipeline` runs it (an `inference.Network`)."""
+    """An exported network on the CPU, a `Network`."""
 
     device = "cpu"
 
@@ -58,11 +61,9 @@ class OnnxNetwork:
             trained = Config.from_dict(json.loads(metadata[CONFIG_KEY]))
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError, UserError):
             raise UserError(f"{path}: holds no configuration of this dbnet; export it with export.py") from None
-        ends = [
-            [(end.name, end.type, len(end.shape)) for end in each]
-            for each in (self.session.get_inputs(), self.session.get_outputs())
-        ]
-        if ends != [[("images", "tensor(uint8)", 4)], [("prob_maps", "tensor(float)", 3)]]:
+        arrays = [*self.session.get_inputs(), *self.session.get_outputs()]
+        kinds = [(array.name, array.type, len(array.shape)) for array in arrays]
+        if kinds != [("images", "tensor(uint8)", 4), ("prob_maps", "tensor(float)", 3)]:
             raise UserError(f"{path}: takes or gives other arrays than a network of dbnet; export it with export.py")
         self.config = trained.changed(**changes)
         if self.config.tta:
@@ -80,24 +81,12 @@ class OnnxNetwork:
     def infer(
         self, images: Sequence[np.ndarray], sizes: list[tuple[int, int]], plan: BatchPlan
     ) -> Callable[[], np.ndarray]:
-        """As `inference.Network` says; the work is done when this returns."""
-        prob_maps = np.concatenate(
-            [
-                np.rint(255 * np.nan_to_num(self.look(images[0][start : start + plan.micro_batch])))
-                for start in range(0, len(sizes), plan.micro_batch)
-            ]
-        ).astype(np.uint8)
+        """As `Network` says; the work is done when this returns."""
+        step = plan.micro_batch
+        parts = [images[0][start : start + step] for start in range(0, len(sizes), step)]
+        maps = [in_windows(self.probabilities, part, self.config.image_size, np.concatenate) for part in parts]
+        prob_maps = np.rint(255 * np.nan_to_num(np.concatenate(maps))).astype(np.uint8)
         return lambda: prob_maps
-
-    def look(self, images: np.ndarray) -> np.ndarray:
-        """As `probabilities`; images longer than image_size are seen in windows, as `ensemble.look` does."""
-        axis = 1 if images.shape[1] > images.shape[2] else 2
-        images, maps = np.moveaxis(images, axis, 1), []
-        for window in windows(images.shape[1], self.config.image_size):
-            prob_maps = self.probabilities(np.moveaxis(images[:, window.start : window.stop], 1, axis))
-            kept = slice(window.kept_from - window.start, window.kept_to - window.start)
-            maps.append(np.moveaxis(prob_maps, axis, 1)[:, kept])
-        return np.moveaxis(np.concatenate(maps, axis=1), 1, axis)
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """(N, height, width) float32 of (N, height, width, 3) uint8 images. Raises UserError where the file fails."""
@@ -201,12 +190,6 @@ def _import(name: str) -> Any:
         return import_module(name)
     except ImportError:
         raise UserError(f"{name} is not installed: pip install {name}") from None
-
-
-if TYPE_CHECKING:
-    import torch
-
-_WAITING_IMAGES = 64  # on a GPU, more maps than this do not wait for their polygons; then the network does
 
 
 @dataclass(frozen=True)
@@ -524,26 +507,20 @@ class _Pictures(ImageDataset):
         self.data: dict[int, bytes] = {}
         self.pixels: dict[int, np.ndarray] = {}
         for place, image in enumerate(images):
+            if isinstance(image, str | Path):
+                continue
             if isinstance(image, bytes | bytearray) or hasattr(image, "read"):
                 self.data[place] = bytes(image) if isinstance(image, bytes | bytearray) else image.read()
-            elif not isinstance(image, str | Path):
+                self._sizes[place] = read_size(self.paths[place], self.data[place])
+            else:
                 self.pixels[place] = _pixels(image, bgr)
                 self._sizes[place] = (self.pixels[place].shape[1], self.pixels[place].shape[0])
 
-    def size(self, place: int) -> tuple[int, int] | None:
-        if place in self.data and place not in self._sizes:
-            self._sizes[place] = read_size(self.paths[place], self.data[place])
-        return super().size(place)
-
-    def load(self, place: int) -> tuple[np.ndarray, Letterbox]:
-        side = self.side(place)
-        if place in self.pixels:
-            pixels = self.pixels[place]
-            size = (pixels.shape[1], pixels.shape[0])
-        else:
-            pixels, size = read_image(self.paths[place], side, self.data.get(place))
-        letterbox = Letterbox(*size, side)
-        return letterbox.resize(pixels), letterbox
+    def read(self, place: int, side: int) -> tuple[np.ndarray, tuple[int, int]]:
+        if place not in self.pixels:
+            return read_image(self.paths[place], side, self.data.get(place))
+        pixels = self.pixels[place]
+        return pixels, (pixels.shape[1], pixels.shape[0])
 
 
 def _pixels(image: Any, bgr: bool) -> np.ndarray:

@@ -178,14 +178,10 @@ class UpConvolution(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        rows = weight.new_tensor(
-            [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]
-        )  # which of three fall on which of two
+        # Which of three rows or columns of the weight fall on which of two, for even and odd results.
+        rows = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
         phases = torch.einsum("ayi,bxj,ocij->abocyx", rows, rows, weight).flatten(0, 2)
-        self.convolution = nn.Conv2d(weight.shape[1], len(phases), 2, padding=1, bias=bias is not None)
-        self.convolution.weight = nn.Parameter(phases)
-        if bias is not None:
-            self.convolution.bias = nn.Parameter(bias.repeat(4))
+        self.convolution = _convolution(phases, None if bias is None else bias.repeat(4))
 
     def forward(self, feature: Tensor) -> Tensor:
         phases = self.convolution(feature).permute(0, 2, 3, 1).chunk(4, dim=3)  # (N, H + 1, W + 1, out)
@@ -200,9 +196,10 @@ class FoldedPyramid(nn.Module):
     def __init__(self, pyramid: Any, head: nn.Conv2d) -> None:
         super().__init__()
         self.lateral = pyramid.lateral
-        self.own = nn.ModuleList()
-        for lateral, smooth in zip(pyramid.lateral, pyramid.smooth, strict=True):
-            self.own.append(_convolution(torch.einsum("omij,mc->ocij", smooth.weight, lateral.weight[:, :, 0, 0])))
+        self.own = nn.ModuleList(
+            _convolution(torch.einsum("omij,mc->ocij", smooth.weight, lateral.weight[:, :, 0, 0]))
+            for lateral, smooth in zip(pyramid.lateral, pyramid.smooth, strict=True)
+        )
         self.coarser = nn.ModuleList(UpConvolution(smooth.weight) for smooth in pyramid.smooth[:3])
         finest = pyramid.smooth[0].out_channels  # channels of stride 4 come last, as FeaturePyramid joins them
         self.head = _convolution(head.weight[:, -finest:], head.bias)
@@ -220,10 +217,9 @@ class FoldedPyramid(nn.Module):
 
 
 def _convolution(weight: Tensor, bias: Tensor | None = None) -> nn.Conv2d:
-    """A convolution with this (out, in, size, size) weight that keeps height and width."""
-    layer = nn.Conv2d(
-        weight.shape[1], len(weight), weight.shape[2], padding=weight.shape[2] // 2, bias=bias is not None
-    )
+    """A convolution with this (out, in, size, size) weight that keeps height and width; of size 2 they grow by one."""
+    out, channels, size, _ = weight.shape
+    layer = nn.Conv2d(channels, out, size, padding=size // 2, bias=bias is not None)
     layer.weight = nn.Parameter(weight.contiguous())
     if bias is not None:
         layer.bias = nn.Parameter(bias.clone())
@@ -243,9 +239,8 @@ def _pointwise_head(second: nn.ConvTranspose2d, third: nn.ConvTranspose2d) -> li
     assert second.bias is not None and third.bias is not None
     inner = second.out_channels
     first = second.weight.permute(2, 3, 1, 0).reshape(4 * inner, -1)  # (row, column, channel) of each result
-    last = third.weight.new_zeros(
-        2, 2, 2, 2, 2, 2, inner
-    )  # result (row, row in it, column, column in it) of all inputs
+    # Result (row, row in it, column, column in it) of all inputs.
+    last = third.weight.new_zeros(2, 2, 2, 2, 2, 2, inner)
     for row in range(2):
         for column in range(2):
             last[row, :, column, :, row, column] = third.weight[:, 0].permute(1, 2, 0)
@@ -271,9 +266,8 @@ class FusedConvolution(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         images = images.to(self.dtype)
-        return torch.ops.mkldnn._convolution_pointwise(
-            images, self.packed, self.bias, *self.how, self.activation, [], ""
-        )
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        return convolve(images, self.packed, self.bias, *self.how, self.activation, [], "")
 
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Hardswish: "hardswish"}

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEXT_COLOR = (0, 158, 115)  # bluish green and vermilion stay apart for the colour-blind (Okabe and Ito)
-MAX_OVERLAY = 8192  # pixels of the longer side
+MAX_OVERLAY = (
+    4096  # pixels of the longer side; a JPEG of more than images.MAX_PIXELS is decoded at half its size or less
+)
 DONT_CARE_COLOR = (213, 94, 0)
 
 

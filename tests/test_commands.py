@@ -334,6 +334,78 @@ def test_prediction_goes_on_with_an_empty_row_for_a_broken_image(place, data, tm
     assert not out.exists()
 
 
+@pytest.fixture
+def pictures_of_hard_images(place, tmp_path, monkeypatch):
+    """Predict an image that is hard to read and one that is not, with overlays and labels as JSON."""
+    (tmp_path / "in").mkdir()
+    shutil.copy(next((place / "data/datasets/images/test").iterdir()), tmp_path / "in/b.png")
+
+    def predict(*flags):
+        words = ["predict.py", place / "runs/first/best.pt", "--images", tmp_path / "in", "--out", tmp_path / "a.json"]
+        monkeypatch.setattr(sys, "argv", list(map(str, [*words, "--overlays", tmp_path / "overlays", *flags])))
+        predict_script.main()
+        rows = json.loads((tmp_path / "a.json").read_text())["images"]
+        overlays = {path.name: Image.open(path).size for path in (tmp_path / "overlays").iterdir()}
+        assert overlays.pop("b.jpg") == (192, 192) and list(rows) == sorted(rows)
+        return rows, overlays
+
+    return predict
+
+
+def test_a_photo_that_is_only_read_at_reduced_size_gets_its_overlay(pictures_of_hard_images, tmp_path, monkeypatch):
+    """In proportion as a JPEG of 132 megapixels under the limit of 100."""
+    monkeypatch.setattr("dbnet.images.MAX_PIXELS", 600 * 400 * 100 // 132)
+    monkeypatch.setattr("dbnet.pictures.MAX_OVERLAY", 150)
+    Image.new("RGB", (600, 400), "gray").save(tmp_path / "in/a.jpg")
+    rows, overlays = pictures_of_hard_images()
+    assert len(rows) == 2 and overlays == {"a.jpg": (150, 100)}
+
+
+def test_an_image_wider_than_a_jpeg_can_be_gets_its_overlay(pictures_of_hard_images, tmp_path):
+    Image.new("L", (70_000, 5)).save(tmp_path / "in/a.png")
+    rows, overlays = pictures_of_hard_images()
+    assert len(rows) == 2 and max(overlays["a.jpg"]) <= 4096
+
+
+@pytest.mark.parametrize("out_format", ["competition", "coco", "ppocrlabel"])
+def test_an_image_that_vanishes_before_it_is_read_ends_no_prediction(place, tmp_path, monkeypatch, capsys, out_format):
+    shutil.copytree(place / "data/datasets/images/test", tmp_path / "in")
+    gone, _ = sorted((tmp_path / "in").iterdir())
+    detect = predict_script.detect
+
+    def detect_later(*arguments):
+        gone.unlink()
+        return detect(*arguments)
+
+    monkeypatch.setattr(predict_script, "detect", detect_later)
+    words = ["predict.py", place / "runs/first/best.pt", "--images", tmp_path / "in", "--out", tmp_path / "a.json"]
+    words += ["--out-format", out_format, "--overlays", tmp_path / "overlays"]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    predict_script.main()
+    printed = capsys.readouterr().out
+    assert f"no polygons: {gone}: cannot be read" in printed and "1 images could not be read" in printed
+    assert len(list((tmp_path / "overlays").iterdir())) == 1 and (tmp_path / "a.json").stat().st_size
+
+
+def test_an_image_that_vanishes_before_it_is_drawn_keeps_its_polygons(
+    pictures_of_hard_images, tmp_path, monkeypatch, capsys
+):
+    from dbnet.pictures import ImagePictures
+
+    gone = tmp_path / "in/a.png"
+    shutil.copy(tmp_path / "in/b.png", gone)
+    write = ImagePictures.write
+
+    def write_later(self, path, annotation):
+        gone.unlink(missing_ok=True)
+        write(self, path, annotation)
+
+    monkeypatch.setattr(ImagePictures, "write", write_later)
+    rows, overlays = pictures_of_hard_images("--thresh", "0.01", "--box-thresh", "0")
+    assert len(rows["a.png"]["words"]) == len(rows["b.png"]["words"]) and not overlays
+    assert f"no pictures: {gone}: cannot be read" in capsys.readouterr().out
+
+
 def test_a_prediction_goes_on_but_for_what_has_changed_since(place, data, tmp_path, monkeypatch, capsys):
     first, last = sorted((data / "images/test").iterdir())
     whole, out = last.read_bytes(), tmp_path / "a.csv"
