@@ -58,6 +58,26 @@ def test_every_module_is_imported_without_what_linux_has(elsewhere):
     assert elsewhere("-c", code) == "all\n"
 
 
+LOAD = """
+from pathlib import Path
+from dbnet.config import PRESETS
+from dbnet.dataset import Batches, TextDataset, make_loader
+from dbnet.files import FileLock
+
+lock = FileLock(Path("lock"), "is in use")
+dataset = TextDataset(PRESETS["v0"].changed(data=%r, image_size=64), "train", train=True)
+batches = make_loader(Batches(dataset, 2, seed=0), workers=1, pin_memory=False)
+print([len(batch["image"]) for batch in batches])
+lock.release()
+"""
+
+
+def test_a_spawned_worker_loads_training_samples_without_what_linux_has(elsewhere, rendered, tmp_path):
+    assert elsewhere("-c", LOAD % str(rendered)) == "[2, 2, 2]\n"
+    assert not list(tmp_path.glob("**/dbnet-cache-*"))
+
+
+@pytest.mark.long
 def test_the_scripts_run_with_spawned_workers_without_what_linux_has(elsewhere, rendered, tmp_path):
     train = ["--preset", "demo", "--weights", "none", "--data", rendered, "--image-size", "64", "--epochs", "1"]
     elsewhere(ROOT / "train.py", *train, "--workers", "1", "--run", "r", "--batch-size", "4")
