@@ -1,6 +1,7 @@
 """Take the pictures of the documentation from a report, in a headless Chromium.
 
-    python evaluate.py runs/NAME/best.pt --report report.html
+    python -m dbnet.synth --out demo/data --train 1 --val 12 --test 1 --size 960 --seed 1 --lines
+    python evaluate.py weights/lite.pt --data demo/data --report report.html --lang en
     python docs/make_screenshots.py report.html
 
 Writes report.jpg, all images, and report-image.jpg, the worst of them, beside this script. Needs Chromium, its
@@ -59,7 +60,7 @@ def start_browser(profile: Path, width: int = 1360, height: int = 900) -> webdri
 
 
 def wait_for_pictures(browser: webdriver.Chrome) -> None:
-    """Until those in sight are there, decoded and painted."""
+    """Wait until the visible pictures are decoded and painted."""
     script = """
         const images = [...document.querySelectorAll("image[href]")];
         return images.length && Promise.all(images.map(image => image.decode()))
@@ -69,7 +70,7 @@ def wait_for_pictures(browser: webdriver.Chrome) -> None:
 
 
 def save(browser: webdriver.Chrome, path: Path) -> None:
-    """What the window shows, as a JPEG."""
+    """Save the content of the window as a JPEG."""
     Image.open(BytesIO(browser.get_screenshot_as_png())).convert("RGB").save(path, quality=82, optimize=True)
     print(f"{path} ({path.stat().st_size // 1000} kB)")
 
