@@ -10,7 +10,7 @@
 
 A run writes runs/NAME/: config.json, best.pt (by validation H-Mean), last.pt (all that resuming needs; last.prev.pt is
 the save before it), log.jsonl (a line an epoch), curves.png, and events for `tensorboard --logdir runs` after
-`pip install tensorboard`. Ctrl-C and SIGTERM finish the optimizer step and save.
+`pip install tensorboard`. Ctrl-C, SIGTERM and a closed terminal finish the optimizer step and save.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dbnet.config import PRESETS, ArgumentParser, Config, print_config, print_difference
-from dbnet.errors import UserError, is_out_of_memory, run_script
+from dbnet.errors import is_out_of_memory, run_script
 
 
 def parse_arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -58,8 +58,7 @@ from dbnet.loss import Losses, db_loss
 from dbnet.memory import micro_batches
 from dbnet.pictures import PICTURE_MARK, sample_sheet, show_progress, write_image
 from dbnet.profile import print_profile
-from dbnet.training import Interrupted, Interruption, LastSave, NothingTwice, RunningEpoch, Training
-from dbnet.training import append_row, find_run, learning_rate
+from dbnet.training import Interruption, LastSave, NothingTwice, Training, append_row, find_run, learning_rate
 from dbnet.training import lock_run, new_run, prepare_folder, step_batches
 
 READING_INTERVAL = 1.0  # seconds between two looks at the losses, each of which waits for the device
@@ -102,30 +101,22 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
         training.load_state(last, config, run / "last.pt")
     from_first(lambda: prepare_folder(run, config, training.epoch))
     saver = LastSave(run, config)
-    print0(
-        f"{run}: {len(train_set)} training and {len(val_set)} validation images on {device}, "
-        + training.describe(config)
-    )
+    data = f"{len(train_set)} training and {len(val_set)} validation images"
+    print0(f"{run}: {data} on {device}, {training.describe(config)}")
     with Interruption() as interruption:
         while training.epoch < config.epochs and not training.is_stuck(config):
-            if training.running is None:
-                training.running = RunningEpoch(training.plan.image_size or config.image_size).to(device)
-            if train_set.config.image_size != training.running.image_size:  # memory has run out
-                train_set = TextDataset(config.changed(image_size=training.running.image_size), "train", train=True)
-            row = training.running.row or train_epoch(training, train_set, config, saver, interruption)
+            image_size = training.running.image_size if training.running else training.plan.image_size
+            if train_set.config.image_size != image_size:  # memory has run out
+                train_set = TextDataset(config.changed(image_size=image_size), "train", train=True)
+            row = (training.running and training.running.row) or train_epoch(
+                training, train_set, config, saver, interruption
+            )
             in_force = config.changed(image_size=training.plan.image_size)  # memory may have run out since
             if validation.config != in_force:
                 validation = Pipeline(TextDataset(in_force, "val", train=False), in_force, device)
             training.note_random_states()
-            try:
-                with interruption.at_once():
-                    scored = Ensemble.of(training.scored_model, in_force, device)
-                    evaluation = evaluate(validation, scored, "validation")
-            except (Interrupted, UserError, RuntimeError, MemoryError) as error:
-                saver.write(training)  # the trained epoch; its validation starts again
-                if is_out_of_memory(error):
-                    raise UserError("out of memory in the validation; lower --image-size, --resume") from None
-                raise
+            with saver.unless_validated(training), interruption.at_once():
+                evaluation = evaluate(validation, Ensemble.of(training.scored_model, in_force, device), "validation")
             training.running = None
             training.epoch += 1
             log_epoch(training, config, run, row, evaluation)
@@ -147,24 +138,16 @@ def train_epoch(
     Returns its row of the log, which training.running also keeps. Saves when `saver` is due, and ends with a save where
     `interruption` has noted a signal, a data worker has died or the data folder has gone.
     """
-    device, plan = training.device, training.plan
-    training.running = epoch = training.running or RunningEpoch(config.image_size).to(device)
-    training.model.train()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        # Shapes that hardly ever come again would each be measured anew.
-        torch.backends.cudnn.benchmark = config.pad == "square" and not config.deterministic
+    device, plan, epoch = training.device, training.plan, training.begin_epoch(config)
     order = (config.batch_size, config.seed, plan.accumulate * world_size(), training.epoch, epoch.batches)
     loader = make_loader(Batches(train_set, *order), count_workers(config), device.type == "cuda")
     total = len(train_set.draws(training.epoch))
-    started, read_at, images_before = time.monotonic() - epoch.seconds, time.monotonic(), epoch.images
-    title, seen = f"epoch {training.epoch + 1}/{config.epochs}", epoch.images + epoch.failed
-    silent = not is_first()
+    started, read_at = time.monotonic() - epoch.seconds, time.monotonic()
+    title, seen, silent = f"epoch {training.epoch + 1}/{config.epochs}", epoch.images + epoch.failed, not is_first()
     with tqdm(desc=title, total=total, initial=seen, unit="img", dynamic_ncols=True, disable=silent) as bar:
         for batches, death in step_batches(loader, plan.accumulate):
-            counts = training.count(batches, config, death, saver, interruption)
             epoch.seconds = time.monotonic() - started
-            training.save_or_stop(counts, config, death, saver, interruption)
+            counts = training.count_step(batches, config, death, saver, interruption)  # saves or stops if due
             if not counts.batches:
                 break
             if counts.images:
@@ -174,13 +157,10 @@ def train_epoch(
                 epoch.note(losses, gradient_norm)
             epoch.count(counts)
             if counts.images and time.monotonic() - read_at > READING_INTERVAL:
-                speed = (epoch.images - images_before) / (time.monotonic() - read_at)
-                read_at, images_before = time.monotonic(), epoch.images
+                read_at = time.monotonic()
                 training.stop_unless_finite()
-                bar.set_postfix_str(
-                    f"loss {losses[0]:.3f}, lr {epoch.lr:.1e}, {speed:.1f} img/s, "
-                    f"{peak_memory(device):.1f} GB, batch {plan.in_force}"
-                )
+                memory = f"{peak_memory(device):.1f} GB, batch {plan.in_force}"
+                bar.set_postfix_str(f"loss {losses[0]:.3f}, lr {epoch.lr:.1e}, {memory}")
             bar.update(counts.images + counts.failed)
     training.stop_unless_finite()
     epoch.seconds = time.monotonic() - started

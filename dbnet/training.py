@@ -132,13 +132,14 @@ _ECHO_SECONDS = 1.0  # torchrun passes on the Ctrl-C that its processes get from
 
 
 class Interrupted(SystemExit):
-    """The end that a signal asked for, with its customary exit status: 130 for SIGINT, 143 for SIGTERM."""
+    """The end that a signal asked for, with its customary exit status: 128 and the signal's number."""
 
 
 class Interruption:
-    """Within its block, SIGINT (Ctrl-C) and SIGTERM only set `signal`; a second SIGINT stops at once.
+    """Within its block, SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal is closed) only set `signal`; a second SIGINT
+    stops at once.
 
-    Data workers that are forked meanwhile ignore both: they end with the process that they work for.
+    Data workers that are forked meanwhile ignore them: they end with the process that they work for.
     """
 
     def __init__(self) -> None:
@@ -148,7 +149,10 @@ class Interruption:
 
     def __enter__(self) -> Self:
         self._process = os.getpid()
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        handled = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            handled.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._note) for number in handled}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -462,7 +466,18 @@ class Training:
         """Whether config.patience asks to stop early."""
         return 0 < config.patience <= self.epoch - self.best_epoch
 
-    def count(
+    def begin_epoch(self, config: Config) -> RunningEpoch:
+        """Make the network and the device ready for an epoch, or for the rest of the running one."""
+        if self.running is None:
+            self.running = RunningEpoch(self.plan.image_size or config.image_size).to(self.device)
+        self.model.train()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            # Shapes that hardly ever come again would each be measured anew.
+            torch.backends.cudnn.benchmark = config.pad == "square" and not config.deterministic
+        return self.running
+
+    def count_step(
         self,
         batches: list[dict[str, Any]],
         config: Config,
@@ -472,7 +487,8 @@ class Training:
     ) -> StepCounts:
         """The counts of an optimizer step on `batches`; all processes call it. Notes what could not be read.
 
-        Raises UserError for an image that cannot be read where config.strict is set.
+        Saves where that is due or the run has to end: none of the step's samples has been used. Raises UserError where
+        a data worker has died or the data folder has gone, and with config.strict for an image that cannot be read.
         """
         errors = [error for batch in batches for _, error in batch["failed"]]
         if errors and config.strict:
@@ -489,17 +505,7 @@ class Training:
             signals=bool(interruption and interruption.signal),
             saves_due=bool(saver and saver.is_due()),
         )
-        return StepCounts(*sum_counts(*ours))
-
-    def save_or_stop(
-        self,
-        counts: StepCounts,
-        config: Config,
-        death: str = "",
-        saver: LastSave | None = None,
-        interruption: Interruption | None = None,
-    ) -> None:
-        """Save before a step, where that is due or the run has to end: none of the step's samples has been used."""
+        counts = StepCounts(*sum_counts(*ours))
         ends = counts.data_gone or counts.worker_died or counts.signals
         if saver and (ends or counts.saves_due):
             saver.save(self)
@@ -509,6 +515,7 @@ class Training:
             raise UserError(f"{config.data}: the folder is missing; restore it and go on with --resume")
         if counts.signals and interruption:
             interruption.stop()
+        return counts
 
     def stop_unless_finite(self) -> None:
         """Raise UserError after too many steps in a row without finite loss and gradients. Waits for the device."""
@@ -707,6 +714,17 @@ class LastSave:
         if is_first():
             save_checkpoint(self.path, self.config, training.model, keep=save_before(self.path), **training.state())
         self._saved = time.monotonic()
+
+    @contextmanager
+    def unless_validated(self, training: Training) -> Iterator[None]:
+        """Save the trained epoch where its validation, the work of this block, does not come to its end."""
+        try:
+            yield
+        except (Interrupted, UserError, RuntimeError, MemoryError) as error:
+            self.write(training)
+            if is_out_of_memory(error):
+                raise UserError("out of memory in the validation; lower --image-size, --resume") from None
+            raise
 
 
 def save_before(path: Path) -> Path:

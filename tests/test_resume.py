@@ -33,7 +33,25 @@ def uninterrupted(rendered, tmp_path_factory):
     return folder / "runs" / "a"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_out_of_memory_in_the_validation_ends_in_one_line_and_keeps_the_trained_epoch(rendered, tmp_path, monkeypatch):
+    flags = {"weights": "none", "image_size": 64, "workers": 0, "epochs": 1}
+    config = train.Config.from_preset("lite", data=str(rendered), **flags)
+
+    def run_out(*_):
+        raise torch.OutOfMemoryError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", run_out)
+        with pytest.raises(UserError, match="out of memory in the validation"):
+            train.train(config, tmp_path / "a")
+    save = load_checkpoint(tmp_path / "a/last.pt")
+    assert save["epoch"] == 0 and save["running"]["row"]["epoch"] == 1
+    monkeypatch.setattr(train, "optimizer_step", run_out)  # only the validation is left
+    train.train(config, tmp_path / "a", last=save)
+    assert [row["epoch"] for row in rows(tmp_path / "a")] == [1]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_within_an_epoch_costs_nothing(rendered, uninterrupted, tmp_path, number, status):
     """The cut falls between two steps while two workers have prefetched the samples of the next ones."""
     flags = [*FLAGS, "--data", rendered, "--run", "a"]
