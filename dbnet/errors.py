@@ -32,10 +32,7 @@ class ImageError(UserError):
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Escape what breaks a line, controls a terminal or is no character; characters in `keep` stay as they are.
-
-    For text that comes from files: their names, and what they hold.
-    """
+    """Escape what breaks a line, controls a terminal or is no character in text from files, except `keep`."""
     return _UNPRINTABLE.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text)
 
 
@@ -70,15 +67,13 @@ def library_errors(message: str, fix: str = "", kind: type[UserError] = UserErro
 
 
 class _Screen:
-    """A standard stream that never ends the work: after its first error it drops what is printed.
+    """A standard stream that after its first error drops what is printed, so that the work goes on.
 
     Characters that its encoding lacks are escaped and, with `escape`, control characters too.
     """
 
     def __init__(self, stream: TextIO | None, escape: bool) -> None:
-        self.stream: Any = stream or os.fdopen(
-            os.open(os.devnull, os.O_WRONLY), "w"
-        )  # None: it was closed before the program started
+        self.stream: Any = stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")  # None: closed from the start
         self.escape = escape
         self.failure: OSError | None = None
         if hasattr(self.stream, "reconfigure"):
@@ -119,18 +114,10 @@ def run_script(main: Callable[[], Any]) -> None:
         print("interrupted", file=sys.stderr)
         status = 130
     except Exception as error:
-        if isinstance(error, UserError):
-            print(f"error: {error}", file=sys.stderr)
-        elif isinstance(error, ModuleNotFoundError) and error.name in ("torch", "torchvision"):
-            print("error: PyTorch is not installed: pip install torch torchvision", file=sys.stderr)
-        elif is_out_of_memory(error):
-            hint = "close other programs, or lower --batch-size, --image-size or --workers"
-            print(f"error: not enough memory ({printable(one_line(error))}); {hint}", file=sys.stderr)
-        elif isinstance(error, ImportError) and ".so" in str(error):  # OpenCV's wheel on a machine without a screen
-            hint = "pip install opencv-python-headless in place of opencv-python, or apt install libgl1 libglib2.0-0"
-            print(f"error: a library is missing ({printable(one_line(error))}); for OpenCV: {hint}", file=sys.stderr)
-        else:
+        explanation = _explain(error)
+        if not explanation:
             raise
+        print(f"error: {explanation}", file=sys.stderr)
         status = 2
     finally:
         screen.flush()
@@ -141,6 +128,21 @@ def run_script(main: Callable[[], Any]) -> None:
         status = 2
     if status:
         sys.exit(status)
+
+
+def _explain(error: Exception) -> str:
+    """The line for an error that a user can fix; empty for a fault of the program."""
+    reason = printable(one_line(error))
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "torchvision"):
+        return "PyTorch is not installed: pip install torch torchvision"
+    if is_out_of_memory(error):
+        return f"not enough memory ({reason}); close other programs, or lower --batch-size, --image-size or --workers"
+    if isinstance(error, ImportError) and ".so" in str(error):  # OpenCV's wheel on a machine without a screen
+        hint = "pip install opencv-python-headless in place of opencv-python, or apt install libgl1 libglib2.0-0"
+        return f"a library is missing ({reason}); for OpenCV: {hint}"
+    return ""
 
 
 def typed(script: str, processes: int = 1) -> str:

@@ -26,26 +26,18 @@ from dbnet.inference import Network, Pipeline
 from dbnet.metric import MAX_DETECTIONS, CLEval, DatasetScore, ImageScore, match_image
 from dbnet.splits import match_names, read_split
 
-IOU_MIN_POINTS = 3
-"""Polygons with fewer points have no area."""
-
-MIN_IOU = 0.5
-"""A match has more than this."""
-
-MAX_ON_DONT_CARE = 0.5
-"""A detection with more than this share of its area on one don't-care word does not count."""
+IOU_MIN_POINTS = 3  # polygons with fewer have no area
+MIN_IOU = 0.5  # a match has more than this
+MAX_ON_DONT_CARE = 0.5  # share of a detection's area on one don't-care word, above which it does not count
 
 
 @dataclass(frozen=True)
 class IoUScore:
-    """Matches between words and detections of an image or a data set, and the scores that follow."""
+    """Matches between words and detections of an image or a data set, and the scores that follow, 0 where undefined."""
 
     precision: float
-    """`matched / detections`, 0 if there are none"""
     recall: float
-    """`matched / words`, 0 if there are none"""
     hmean: float
-    """Harmonic mean of precision and recall"""
     matched: int
     """Pairs of a word and a detection"""
     words: int
@@ -59,13 +51,10 @@ def score_iou(
     det_polygons: Sequence[ArrayLike] | Polygons,
     dont_care: Sequence[bool] | None = None,
 ) -> IoUScore:
-    """Match the (n, 2) detections of an image with its (n, 2) words.
+    """Match the (n, 2) detections of an image with its (n, 2) words: each word takes the first free one that matches.
 
-    In the order of the words, each takes the first free detection that matches. Coordinates are truncated to
-    integers, outlines that cross themselves are even-odd. A polygon without area is counted, and matches
-    nothing. `dont_care` says which words are ignored, None for none.
-
-    Raises ValueError as `metric.score_image` does.
+    Coordinates are truncated to integers, outlines that cross themselves are even-odd. A polygon without area is
+    counted and matches nothing. `dont_care` None stands for none. Raises ValueError as `metric.score_image` does.
     """
     gts, dets = Polygons.read(gt_polygons, IOU_MIN_POINTS), Polygons.read(det_polygons, IOU_MIN_POINTS)
     is_valid = ~np.asarray(dont_care if dont_care is not None else np.zeros(len(gts.is_given)), bool)
@@ -98,14 +87,8 @@ def total_iou(scores: Iterable[IoUScore]) -> IoUScore:
 
 
 def _score(matched: int, words: int, detections: int) -> IoUScore:
-    return IoUScore(
-        precision=matched / max(detections, 1),
-        recall=matched / max(words, 1),
-        hmean=2 * matched / max(words + detections, 1),
-        matched=matched,
-        words=words,
-        detections=detections,
-    )
+    precision, recall = matched / max(detections, 1), matched / max(words, 1)
+    return IoUScore(precision, recall, 2 * matched / max(words + detections, 1), matched, words, detections)
 
 
 def _exceeds(areas: np.ndarray, limits: np.ndarray) -> np.ndarray:
@@ -168,17 +151,12 @@ class Comparison:
     """Scores of an earlier evaluation beside those of this one, for the images that both have."""
 
     path: Path
-    """File of the earlier scores"""
-
     before: dict[str, PrecisionRecall]
     """The earlier scores, by file name"""
-
     after: dict[str, PrecisionRecall] = field(default_factory=dict)
     """The scores of this evaluation, in the order of the split, for the names in `before`"""
-
     labels: dict[str, str | None] = field(default_factory=dict)
     """`label_fingerprint` of each image of the earlier evaluation; None where its file has none"""
-
     other_labels: list[str] = field(default_factory=list)
     """Images in both whose labels have changed, or may have"""
 
@@ -203,9 +181,10 @@ class Comparison:
 
     def compare(self, evaluation: "Evaluation") -> None:
         """Add the scores of this evaluation."""
+        scores = evaluation.per_image.items()
         self.after = {
-            name: PrecisionRecall(score.precision, score.recall, score.hmean)
-            for name, score in evaluation.per_image.items()
+            name: PrecisionRecall(each.precision, each.recall, each.hmean)
+            for name, each in scores
             if name in self.before
         }
         self.other_labels = [name for name in self.after if self.labels.get(name) != evaluation.labels[name]]
@@ -277,28 +256,20 @@ class Evaluation:
 
     per_image: dict[str, ImageScore] = field(default_factory=dict)
     """CLEval of each file, in the order of the split"""
-
     iou_per_image: dict[str, IoUScore] = field(default_factory=dict)
     """Precision and recall by the ICDAR 2015 protocol of each file"""
-
     chars_per_image: dict[str, np.ndarray] = field(default_factory=dict)
     """(bins, 2) characters found and all, by size of text; only of images whose size is known"""
-
     highest: float = 0.0
     """Highest probability, 0..1, in all probability maps"""
-
     unreadable: list[str] = field(default_factory=list)
     """A line for each image that could not be read; it counts as an image without detections"""
-
     pictures: dict[str, Any] = field(default_factory=dict)
     """What a report shows of each file"""
-
     labels: dict[str, str] = field(default_factory=dict)
     """`label_fingerprint` of each file"""
-
     unscored: dict[str, int] = field(default_factory=dict)
     """Number of detections of files with more than the MAX_DETECTIONS that CLEval scores"""
-
     at_limit: list[str] = field(default_factory=list)
     """Files with as many detections as max_candidates allows: there may be more text"""
 
@@ -310,10 +281,7 @@ class Evaluation:
         error: str | None = None,
         size: tuple[int, int] | None = None,
     ) -> None:
-        """Score the detected (n, 2) polygons of the image `name`, in pixels of the original.
-
-        `size` is the width and height of the original, None where they are not known.
-        """
+        """Score the detected (n, 2) polygons in pixels of an original of `size` (width, height), None if unknown."""
         words, detections = (Polygons.read(each, IOU_MIN_POINTS) for each in (annotation.polygons, list(polygons)))
         match = match_image(words, detections, annotation.dont_care)
         self.per_image[name] = match.score
@@ -328,13 +296,10 @@ class Evaluation:
 
     def merge(self, other: Self) -> None:
         """Add the scores of another process."""
-        self.per_image |= other.per_image
-        self.iou_per_image |= other.iou_per_image
+        for name, value in vars(self).items():
+            if isinstance(value, dict):
+                value.update(getattr(other, name))
         self.highest = max(self.highest, other.highest)
-        self.chars_per_image |= other.chars_per_image
-        self.pictures |= other.pictures
-        self.labels |= other.labels
-        self.unscored |= other.unscored
         self.at_limit = sorted({*self.at_limit, *other.at_limit})
         self.unreadable = sorted({*self.unreadable, *other.unreadable})
 
@@ -343,10 +308,7 @@ class Evaluation:
         return CLEval(list(self.per_image.values())).compute()
 
     def interval(self) -> tuple[float, float]:
-        """95% interval of the H-Mean over images of this kind, by resampling the images (bootstrap).
-
-        Both ends are the H-Mean itself if there are fewer than two images.
-        """
+        """95% interval of the H-Mean over images of this kind, by resampling (bootstrap); the H-Mean for one image."""
         hmeans = np.array([score.hmean for score in self.per_image.values()])
         if len(hmeans) < 2:
             return (self.compute().hmean,) * 2
@@ -355,26 +317,17 @@ class Evaluation:
         low, high = np.quantile(means, [0.025, 0.975]).tolist()
         return low, high
 
-    def total_iou(self) -> IoUScore:
-        """IoU over the words and detections of all images."""
-        return total_iou(self.iou_per_image.values())
-
     def by_size(self) -> list[dict[str, float]]:
         """Characters, found characters and recall by size of text, over all images of known size."""
         return size_rows(self.chars_per_image.values())
 
-    def worst(self, count: int) -> list[tuple[str, ImageScore]]:
-        """The images of lowest H-Mean, worst first."""
-        return sorted(self.per_image.items(), key=lambda item: (item[1].hmean, item[0]))[:count]
-
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: precision, recall, hmean with its interval, images and the other totals, `iou`,
-        `by_size`, and `per_image` with the `iou` and the fingerprint of the labels of each."""
+        """Plain values for JSON: totals of CLEval and IoU, recall by size of text, and the scores of each image."""
         return {
             **asdict(self.compute()),
             "made_by": SCORES_MARK,
             "hmean_interval": self.interval(),
-            "iou": asdict(self.total_iou()),
+            "iou": asdict(total_iou(self.iou_per_image.values())),
             "by_size": self.by_size(),
             "unreadable": self.unreadable,
             "per_image": {
@@ -385,7 +338,7 @@ class Evaluation:
 
     def table(self) -> str:
         """Text: totals, recall by size of text and the worst images."""
-        score, iou, (low, high) = self.compute(), self.total_iou(), self.interval()
+        score, iou, (low, high) = self.compute(), total_iou(self.iou_per_image.values()), self.interval()
         lines = [
             *(f"counts 0: {line}" for line in self.unreadable),
             *self._limit_lines(),
@@ -396,7 +349,8 @@ class Evaluation:
             f"IoU over 0.5: precision {iou.precision:.4f}, recall {iou.recall:.4f}, H-Mean {iou.hmean:.4f}\n",
             *self._size_lines(),
         ]
-        worst = [(printable(name), image) for name, image in self.worst(WORST)]
+        ascending = sorted(self.per_image.items(), key=lambda item: (item[1].hmean, item[0]))
+        worst = [(printable(name), image) for name, image in ascending[:WORST]]
         width = max(len("worst images"), *(len(name) for name, _ in worst))
         lines.append(f"\n{'worst images':<{width}}  H-Mean  precision  recall  words  detections")
         for name, image in worst:
@@ -446,31 +400,19 @@ def label_fingerprint(annotation: Annotation) -> str:
 
 
 def evaluate(
-    pipeline: Pipeline,
-    network: Network,
-    title: str = "",
-    picture: Callable[..., Any] | None = None,
+    pipeline: Pipeline, network: Network, title: str = "", picture: Callable[..., Any] | None = None
 ) -> Evaluation:
     """Run a network over an annotated split and score what it finds, with a progress bar.
 
     Scores are in the order of the data set. Each process that torchrun has started gets the scores of all of them.
     What `picture(path, annotation, polygons, scores, prob_map)` returns for each image is kept in `pictures`.
-
     Raises as `Pipeline.detect` does.
     """
     dataset = pipeline.dataset
     assert isinstance(dataset, TextDataset)
     evaluation = Evaluation()
-    for detection in tqdm(
-        pipeline.detect(network),
-        title,
-        len(dataset),
-        unit="img",
-        leave=False,
-        dynamic_ncols=True,
-        smoothing=0,
-        disable=not is_first(),
-    ):
+    bar = {"unit": "img", "leave": False, "dynamic_ncols": True, "smoothing": 0, "disable": not is_first()}
+    for detection in tqdm(pipeline.detect(network), title, len(dataset), **bar):
         name, annotation = dataset.names[detection.index], dataset.annotations[detection.index]
         size = dataset.size(detection.index)
         evaluation.update(name, annotation, detection.polygons, detection.error, size)
@@ -494,10 +436,9 @@ def evaluate_submission(
     comparison: Comparison | None = None,
     picture: Callable[..., Any] | None = None,
 ) -> Evaluation:
-    """Score the polygons of a submission file; images that it lacks count as without detections, and are said.
+    """Score a file of detections; images that it lacks count as without detections, and are printed.
 
-    `picture` is as for `evaluate`. Raises UserError for a file that is no submission for this split, or where the
-    `comparison` has none of its images.
+    `picture` is as for `evaluate`. Raises UserError where the file or the `comparison` is not of this split.
     """
     images, annotations, _ = read_split(config.data, split, config.format, need_images=False)
     rows = read_detections(path, list(annotations))

@@ -50,10 +50,7 @@ def write_whole(path: Path, mode: str = "wb", keep: Path | None = None) -> Itera
 
 
 class FileLock:
-    """A lock that one process at a time holds on a file. It ends with its process, however that ends.
-
-    Raises UserError, a line that begins with `message`, where another process holds it.
-    """
+    """A lock on a file until its process ends. Raises UserError, beginning with `message`, where it is held."""
 
     def __init__(self, path: Path, message: str) -> None:
         self.path = path
@@ -97,7 +94,7 @@ def _lock(file: IO) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what writers that were killed in `write_whole` have left in a folder that nobody else writes to."""
+    """Remove what `write_whole` has left where it was killed, from a folder that nobody else writes to."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
@@ -109,8 +106,7 @@ Row = dict[str, Any]
 def read_log(path: Path) -> list[Row]:
     """The rows of a log.jsonl in the order of epochs; none where there is no such file.
 
-    The later row of an epoch counts: one that a run logged just before it was cut off is written again on --resume. A
-    line that was cut off itself is left out.
+    The later row of an epoch counts, as a resumed run logs its last epoch again. Broken lines are left out.
     """
     rows: dict[int, Row] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
@@ -152,12 +148,12 @@ def _sync_folder(folder: Path) -> None:
 def check_outputs(*outputs: tuple[Path | None, str], inputs: Iterable[Path] = ()) -> None:
     """Raise UserError unless each result can be written and overwrites nothing but an earlier result.
 
-    To be called before the work that would be lost. Each output is a path, or None, and a mark: words that every result
-    of its kind has near its beginning or end, by which an earlier one is known. An output must not be one of `inputs`,
-    nor another output, nor where the command prints.
+    Each output is a path, or None, and a mark: words near the beginning or end of every result of its kind. An output
+    must not be one of `inputs`, nor another output, nor where the command prints.
     """
     read = {(file.st_dev, file.st_ino) for path in inputs if (file := _stat(path))}
-    printed = {(file.st_dev, file.st_ino) for stream in (1, 2) if (file := _stat(stream)) and not _is_device(file)}
+    streams = [file for stream in (1, 2) if (file := _stat(stream)) and not stat.S_ISCHR(file.st_mode)]
+    printed = {(file.st_dev, file.st_ino) for file in streams}
     seen: set[str] = set()
     folders: set[Path] = set()
     for path, mark in outputs:
@@ -204,10 +200,6 @@ def _stat(path: Path | int) -> os.stat_result | None:
         return None
 
 
-def _is_device(file: os.stat_result) -> bool:
-    return stat.S_ISCHR(file.st_mode)
-
-
 def _is_written_through(path: Path) -> bool:
     """Whether a path is a character device, or a pipe that the shell has opened, such as `>(gzip)`.
 
@@ -216,7 +208,8 @@ def _is_written_through(path: Path) -> bool:
     there = _stat(path)
     if not there or stat.S_ISREG(there.st_mode) or stat.S_ISDIR(there.st_mode):
         return False
-    if _is_device(there) or (stat.S_ISFIFO(there.st_mode) and path.parts[:2] in (("/", "dev"), ("/", "proc"))):
+    is_pipe_of_shell = stat.S_ISFIFO(there.st_mode) and path.parts[:2] in (("/", "dev"), ("/", "proc"))
+    if stat.S_ISCHR(there.st_mode) or is_pipe_of_shell:
         return True
     raise UserError(f"{path}: is a pipe, a socket or a disk; name a file")
 
@@ -274,9 +267,8 @@ def stamp(path: Path) -> tuple[int, int] | None:
 class Journal:
     """Results so far of a long job, a line of JSON an item, in OUT.rankN.partial beside its output.
 
-    `done` holds those of an earlier job by their key, which stands for an item, the file that it was made from, and all
-    that its result depends on; so a result no longer counts where one of them has changed. A line that was cut short
-    does not count either. Beside a device or a pipe nothing is kept.
+    `done` holds those of an earlier job by their key, which changes with the item, its file and all that the result
+    depends on. Lines that were cut short do not count. Beside a device or a pipe nothing is kept.
     """
 
     def __init__(self, out: Path, rank: int, made_by: Any, resume: bool) -> None:

@@ -78,8 +78,7 @@ class ImagePictures:
     """The pictures that predict.py writes for each image: an overlay in one folder, a crop of each word in another."""
 
     def __init__(self, overlays: Path | None, crops: Path | None, images: dict[str, Path]) -> None:
-        """`images` are the files by name. Raises UserError for a folder that cannot be written, or holds other files
-        among which crops would get lost."""
+        """`images` are the files by name. Raises UserError for a folder that cannot be written or holds other files."""
         if crops and crops.is_dir() and not (crops / "index.csv").exists() and any(crops.iterdir()):
             raise UserError(f"{crops}: holds other files; name an empty folder for the crops")
         self.overlays = plan_overlays(overlays, images) if overlays else {}
@@ -200,16 +199,11 @@ def draw_heat_map(
     title: str,
     marks: dict[str, tuple[int, int]],
 ) -> "Figure":
-    """Draw (rows, columns) values, the highest brightest; the first row is at the bottom, as on a graph's axis.
+    """Draw (rows, columns) values of 0..1, the highest brightest; the first row is at the bottom, as on a graph's axis.
 
-    The lowest quarter has one colour: beside bad values the good ones could not be told apart.
-
-    Args:
-        values: (rows, columns) numbers between 0 and 1.
-        rows, columns: the number that each row and column stands for.
-        labels: of the axis of rows, and of that of columns.
-        title: a line above.
-        marks: cells, (row, column), to frame, by their legends; any after the first get a dashed frame.
+    The lowest quarter has one colour, so that the good values can be told apart. `rows` and `columns` are the numbers
+    on the axes, `labels` the names of these axes, `marks` the cells (row, column) to frame by their legends; any after
+    the first get a dashed frame.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -255,10 +249,7 @@ _DOTS_UNTIL = 40  # epochs: with more, dots on the lines would run into each oth
 
 
 def show_progress(run: Path) -> None:
-    """Bring `curves.png` and TensorBoard's events in the folder of a run up to date with its `log.jsonl`.
-
-    What goes wrong is one line on stderr and never raised: a run of many hours is worth more than its picture.
-    """
+    """Update `curves.png` and TensorBoard's events from the `log.jsonl` of a run; an error is one line on stderr."""
     for work in (write_curves, write_events):
         try:
             work(run)
@@ -268,7 +259,7 @@ def show_progress(run: Path) -> None:
 
 
 def write_curves(run: Path) -> None:
-    """Draw `log.jsonl` as `curves.png`, whole or not at all. Raises UserError where it cannot be written."""
+    """Draw `log.jsonl` as `curves.png`. Raises UserError where it cannot be written."""
     rows = read_log(run / "log.jsonl")
     if rows:
         write_figure(run / "curves.png", draw_curves(rows))
@@ -303,18 +294,12 @@ def _draw_panel(axes: "Axes", rows: list[Row], scale: str, curves: dict[str, tup
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     epochs = [row["epoch"] for row in rows]
+    style = "-o" if len(rows) <= _DOTS_UNTIL else "-"
     shown = []
     for key, (label, color) in curves.items():
         values = [number(row, key) for row in rows]
         values = [value if math.isfinite(value) and (scale != "log" or value > 0) else math.nan for value in values]
-        axes.plot(
-            epochs,
-            values,
-            "-o" if len(rows) <= _DOTS_UNTIL else "-",
-            color=color,
-            markersize=4,
-            label=f"{label} {number(rows[-1], key):.4g}",
-        )
+        axes.plot(epochs, values, style, color=color, markersize=4, label=f"{label} {number(rows[-1], key):.4g}")
         shown += [value for value in values if math.isfinite(value)]
     if scale == "score":
         # By the logarithm of what is missing to 1: from 0.98 to 0.99 is as far as from 0 to 0.5.
@@ -357,14 +342,11 @@ def batch_changes(rows: list[Row]) -> list[tuple[int, str]]:
 
 
 def write_events(run: Path) -> None:
-    """Append the last row of `log.jsonl` to the run's one file of TensorBoard events; nothing without TensorBoard.
+    """Append the last row of `log.jsonl` to the run's file of TensorBoard events; nothing without TensorBoard.
 
-    Losses are under `loss/`, scores under `score/`, all other numbers under `run/`; the step is the epoch. What an
-    earlier process has written of this epoch and of later ones is void then. Raises OSError, with the file as it was,
-    where there is no room.
-
-    The records are written here and now: torch's SummaryWriter leaves that to a thread, whose errors nobody can catch,
-    and needs a file for each process.
+    Losses are under `loss/`, scores under `score/`, all other numbers under `run/`; the step is the epoch. Earlier
+    events of this epoch and later ones become void. Raises OSError, with the file as it was, where there is no room:
+    torch's SummaryWriter would write in a thread, whose errors nobody can catch.
     """
     rows = read_log(run / "log.jsonl")
     if not rows or not importlib.util.find_spec("tensorboard"):
@@ -373,22 +355,18 @@ def write_events(run: Path) -> None:
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    epoch, now = rows[-1]["epoch"], time.time()
-    scalars = [
-        Summary.Value(tag=_tag(name), simple_value=value)
-        for name, value in rows[-1].items()
-        if name != "epoch" and isinstance(value, int | float)
-    ]
+    numbers = {name: value for name, value in rows[-1].items() if name != "epoch" and isinstance(value, int | float)}
+    scalars = [Summary.Value(tag=_tag(name), simple_value=value) for name, value in numbers.items()]
+    records = io.BytesIO()
+    for content in (
+        {"file_version": "brain.Event:2"},
+        {"session_log": SessionLog(status=SessionLog.START)},
+        {"summary": Summary(value=scalars)},
+    ):
+        event = Event(wall_time=time.time(), step=rows[-1]["epoch"], **content)
+        RecordWriter(records).write(event.SerializeToString())
     with (run / "events.out.tfevents.dbnet").open("ab", buffering=0) as file:
         end = file.tell()
-        events = [
-            *([] if end else [Event(wall_time=now, file_version="brain.Event:2")]),
-            Event(wall_time=now, step=epoch, session_log=SessionLog(status=SessionLog.START)),
-            Event(wall_time=now, step=epoch, summary=Summary(value=scalars)),
-        ]
-        records = io.BytesIO()
-        for event in events:
-            RecordWriter(records).write(event.SerializeToString())
         if file.write(records.getbuffer()) != len(records.getbuffer()):
             file.truncate(end)  # half a record would hide all that come after it
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)

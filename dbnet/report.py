@@ -50,23 +50,16 @@ class Picture:
 
     width: int
     """Width of the upright original in pixels; of its polygons, if it cannot be read"""
-
     height: int
-    """Height, likewise"""
-
     jpeg: bytes
     """The reduced image; empty if it cannot be read"""
-
     prob_map: bytes
     """PNG of the probability map, see `encode_map`; empty if there is none"""
-
     error: str | None
     """One line, if the image cannot be read"""
-
     gt: list[list[Any]]
     """A row for each ground truth: index of its outcome in `Outcome`, characters found, all that count, bin of its
     size, [x, y, x, y, ...] in pixels of the original"""
-
     det: list[list[Any]]
     """A row for each detection: index of its outcome, score or None, [x, y, x, y, ...]"""
 
@@ -83,14 +76,10 @@ def picture_of(
     scores: Sequence[float] | None = None,
     prob_map: np.ndarray | None = None,
 ) -> Picture:
-    """The entry of an image file, with its ground truth and its detections.
+    """The entry of an image, with its ground truth and its (n, 2) detections in pixels of the upright original.
 
-    An image that cannot be read is shown as its polygons alone, with the reason.
-
-    Args:
-        polygons: (n, 2) detections in pixels of the upright original.
-        scores: 0..1 for each of them, None where they have none.
-        prob_map: (height, width) uint8, probability x 255, of the image without padding, at any size.
+    `scores` are 0..1 for each, `prob_map` is (height, width) uint8, probability x 255, of the image without padding, at
+    any size. An image that cannot be read is shown as its polygons alone, with the reason.
     """
     try:
         pixels, (width, height) = read_image(path, PICTURE_SIDE)
@@ -126,11 +115,10 @@ def write_report(
     comparison: Comparison | None = None,
     language: str = "auto",
 ) -> None:
-    """Write the page of an evaluation whose `pictures` are made by `picture_of`, whole or not at all.
+    """Write the page of an evaluation whose `pictures` are made by `picture_of`. Raises UserError where it cannot.
 
     `title` says what was scored, `settings` how, by name. With a `comparison` the page shows the changes since the
-    earlier scores. `language` is en, ko or auto, the language of the browser. Raises UserError where it cannot be
-    written.
+    earlier scores. `language` is en, ko or auto, the language of the browser.
     """
     pictures = evaluation.pictures
     data = {
@@ -152,10 +140,12 @@ def write_report(
             for name, score in evaluation.per_image.items()
         ],
     }
+    # No name can break out of this JSON: it is ASCII, and without `<` it has neither a tag nor a comment.
+    content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     before, after = Path(__file__).with_name("report.html").read_text(encoding="utf-8").split(_DATA_MARK)
     with write_whole(path, "w") as file:
         file.write(before)
-        file.write(f'<script type="application/json" id="data">{_json_in_html(data)}</script>\n')
+        file.write(f'<script type="application/json" id="data">{content}</script>\n')
         for index, name in enumerate(evaluation.per_image):
             _embed(file, f"jpeg-{index}", pictures[name].jpeg)
             _embed(file, f"prob_map-{index}", pictures[name].prob_map)
@@ -166,27 +156,22 @@ def _recall_by_size(pictures: list[Picture]) -> list[dict[str, Any]]:
     """For each size of text: its bounds, and the words, missed words, characters and found characters that count in
     all images."""
     scored = [word for picture in pictures for word in picture.gt if word[0] not in _NOT_COUNTED]
-    rows = []
-    for size in range(len(SIZE_EDGES) - 1):
-        words = [word for word in scored if word[3] == size]
-        rows.append(
-            {
-                "low": SIZE_EDGES[size],
-                "high": SIZE_EDGES[size + 1],
-                "words": len(words),
-                "missed": sum(word[0] == _OUTCOMES.index(Outcome.MISSED) for word in words),
-                "chars": sum(word[2] for word in words),
-                "found": sum(word[1] for word in words),
-            }
-        )
-    return rows
+    bins = [[word for word in scored if word[3] == size] for size in range(len(SIZE_EDGES) - 1)]
+    return [
+        {
+            "low": low,
+            "high": high,
+            "words": len(words),
+            "missed": sum(word[0] == _OUTCOMES.index(Outcome.MISSED) for word in words),
+            "chars": sum(word[2] for word in words),
+            "found": sum(word[1] for word in words),
+        }
+        for low, high, words in zip(SIZE_EDGES, SIZE_EDGES[1:], bins, strict=False)
+    ]
 
 
 def encode_picture(pixels: np.ndarray) -> bytes:
-    """JPEG of (height, width, 3) uint8 RGB, of at most PICTURE_SIDE pixels and PICTURE_BYTES.
-
-    Quality is reduced first, then size.
-    """
+    """JPEG of (height, width, 3) uint8 RGB, at most PICTURE_SIDE pixels and PICTURE_BYTES."""
     height, width = pixels.shape[:2]
     side = min(PICTURE_SIDE, max(width, height))
     while True:
@@ -199,10 +184,7 @@ def encode_picture(pixels: np.ndarray) -> bytes:
 
 
 def encode_map(prob_map: np.ndarray) -> bytes:
-    """PNG overlay of a (height, width) uint8 probability map x 255, of at most MAP_SIDE pixels and MAP_BYTES.
-
-    It has MAP_LEVELS colours; the lowest is transparent.
-    """
+    """PNG of a (height, width) uint8 probability map x 255 in MAP_LEVELS, of at most MAP_SIDE pixels and MAP_BYTES."""
     height, width = prob_map.shape
     side = min(MAP_SIDE, max(width, height))
     while True:
@@ -232,11 +214,6 @@ def _describe(comparison: Comparison) -> dict[str, Any]:
         "other_labels": len(comparison.other_labels),
         "labels_known": any(comparison.labels.values()),
     }
-
-
-def _json_in_html(data: Any) -> str:
-    """JSON that no name can break out of: it is ASCII, and without `<` it has neither a tag nor a comment."""
-    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def _embed(file: IO[str], element: str, content: bytes) -> None:
