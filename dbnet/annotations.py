@@ -5,13 +5,13 @@ Nothing in a file is ever run, and no path in it is followed. `dbnet.formats` re
 """
 
 import csv
+import io
 import json
 import math
 import os
 import re
 import unicodedata
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from urllib.parse import unquote
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dbnet.errors import ImageError, UserError
+from dbnet.errors import ImageError, UserError, library_errors
 from dbnet.files import check_regular, write_whole
 from dbnet.geometry import areas, fault_of, fit_outline, order_outlines, reading_order
 from dbnet.images import name_stem, read_size
@@ -35,16 +35,12 @@ class Annotation:
 
     polygons: list[np.ndarray] = field(default_factory=list)
     """(n, 2) arrays of points (x, y): float64 where they were read, n as in the file"""
-
     dont_care: list[bool] = field(default_factory=list)
     """for each polygon, whether the losses and the metric leave it out"""
-
     scores: list[float] | None = None
     """confidence of each polygon, 0..1, for detections"""
-
     size: tuple[int, int] | None = None
     """(width, height) of the image as the file says, or to be written there"""
-
     lines: list[int] | None = None
     """line number of each polygon, from 1; only where the polygons are in reading order"""
 
@@ -75,20 +71,13 @@ class TextFile(NamedTuple):
 
     where: str
     """its path, for messages"""
-
     stem: str
     """its name without the suffix"""
-
     read: Callable[[], str]
-    """returns its text, with newlines as \\n; raises UserError"""
+    """returns its text; raises UserError"""
 
 
 # ---- files
-
-
-def load_json(path: Path) -> Any:
-    """The content of a JSON file. Raises UserError."""
-    return parse_json(str(path), read_file(path))
 
 
 def parse_json(where: str, text: str) -> Any:
@@ -114,13 +103,12 @@ def list_text_files(source: Path, suffix: str) -> list[TextFile]:
     The stem of a file in a sub-folder is FOLDER_NAME, as that of an image (`name_stem`). Raises UserError.
     """
     if source.is_dir():
-        named = [
-            (path.relative_to(source), path) for path in sorted(source.rglob("*")) if path.suffix.lower() == suffix
-        ]
+        paths = [path for path in source.rglob("*") if path.suffix.lower() == suffix and not path.is_dir()]
+        named = [(path, path.relative_to(source).with_suffix("").parts) for path in sorted(paths)]
         return [
-            TextFile(str(path), "_".join(name.with_suffix("").parts), partial(read_file, path))
-            for name, path in named
-            if not path.is_dir() and not any(part.startswith(".") for part in name.parts)
+            TextFile(str(path), "_".join(parts), partial(read_file, path))
+            for path, parts in named
+            if not any(part.startswith(".") for part in parts)
         ]
     archive = _open_zip(source)
     files = []
@@ -128,18 +116,17 @@ def list_text_files(source: Path, suffix: str) -> list[TextFile]:
         name = entry.filename.rsplit("/", 1)[-1]
         if not name.startswith(".") and name.lower().endswith(suffix):
             where = f"{source}: {name}"
-            read = partial(_read_zipped, where, archive, entry)
-            files.append(TextFile(where, name[: -len(suffix)], read))
+            files.append(TextFile(where, name[: -len(suffix)], partial(_read_zipped, where, archive, entry)))
     return files
 
 
 def read_file(path: Path) -> str:
-    """The text of a file, with newlines as \\n. Raises UserError."""
+    """The text of a file, with newlines as they are there. Raises UserError."""
     check_regular(path)
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the annotations of a split belong there") from None
+        raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     return _decode(str(path), data)
@@ -150,26 +137,21 @@ _MAX_ZIPPED = 1 << 28  # bytes that a file in a zip may unfold to
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
     check_regular(path)
-    try:
+    with library_errors(f"{path}: not a zip file that can be read"):
         return zipfile.ZipFile(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise UserError(f"{path}: not a zip file ({error})") from None
 
 
 def _read_zipped(where: str, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> str:
     if entry.file_size > _MAX_ZIPPED:
         raise UserError(f"{where}: unfolds to {entry.file_size} bytes, over the limit of {_MAX_ZIPPED}")
-    try:
-        return _decode(where, archive.read(entry))
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
-        raise UserError(f"{where}: cannot be read from the zip ({error})") from None
+    with library_errors(f"{where}: cannot be read from the zip"):
+        data = archive.read(entry)
+    return _decode(where, data)
 
 
 def _decode(where: str, data: bytes) -> str:
     try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         kind = "text in UTF-16, not" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "not text in"
         raise UserError(f"{where}: {kind} UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
@@ -235,30 +217,17 @@ def rectangle(x0: float, y0: float, x1: float, y1: float, degrees: float = 0) ->
     corners = np.array([[left, top], [right, top], [right, bottom], [left, bottom]], np.float64)
     if not degrees:
         return corners
-    centre, (cosine, sine) = corners.mean(axis=0), _direction(degrees)
+    angle, centre = math.radians(degrees % 360), corners.mean(axis=0)
+    cosine, sine = round(math.cos(angle), 15), round(math.sin(angle), 15)  # exact for quarter turns
     return (corners - centre) @ np.array([[cosine, sine], [-sine, cosine]]) + centre
 
 
-def _direction(degrees: float) -> tuple[float, float]:
-    """Cosine and sine, exact for quarter turns."""
-    quarters, rest = divmod(degrees, 90)
-    if rest == 0:
-        return [(1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0)][int(quarters) % 4]
-    return math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-
-
-def to_score(value: object) -> float | None:
-    """The confidence in a JSON value, or None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if 0 <= value <= 1 else None
-
-
 def scores_of(values: Iterable[object]) -> list[float] | None:
-    """The confidences of an image's words, if each word has one."""
-    scores = [to_score(value) for value in values]
-    known = [score for score in scores if score is not None]
-    return known if known and len(known) == len(scores) else None
+    """The confidences 0..1 of an image's words, if each word has one."""
+    values = list(values)
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    is_known = len(numbers) == len(values) > 0 and all(0 <= number <= 1 for number in numbers)
+    return list(map(float, numbers)) if is_known else None
 
 
 def size_of(entry: dict[str, Any], width: str, height: str) -> tuple[int, int] | None:
@@ -352,25 +321,20 @@ def _lie_in(annotation: Annotation, size: tuple[int, int]) -> bool:
 def put_in_order(annotations: dict[str, Annotation]) -> list[str]:
     """Bring outlines into the order in which the metric reads them, top edge first, where that is certain.
 
-    Changes the annotations. Returns what to say: sentences that count the outlines that were changed, those that begin
-    elsewhere and are left, and those that the metric does not count.
+    Changes the annotations. Returns sentences that count the outlines that were changed, left or are not scored.
     """
     changed = doubtful = few = total = 0
     for annotation in annotations.values():
         annotation.polygons, changes, doubts = order_outlines(annotation.polygons)
         changed, doubtful, total = changed + changes, doubtful + doubts, total + len(annotation.polygons)
         few += sum(len(polygon) < 4 for polygon in annotation.polygons)
-    said = []
-    if changed:
-        said.append(f"{changed} of {total} outlines now begin at the upper left and run along the top")
-    if doubtful:
-        said.append(
-            f"{doubtful} of {total} outlines begin elsewhere than at the upper left and were left; the metric takes "
-            f"their first half for the top edge, so scores may be too low"
-        )
-    if few:
-        said.append(f"{few} of {total} outlines have fewer than four points; the metric does not count them")
-    return said
+    counts = {
+        "now begin at the upper left and run along the top": changed,
+        "begin elsewhere than at the upper left and were left; the metric takes their first half for the top edge, so "
+        "scores may be too low": doubtful,
+        "have fewer than four points; the metric does not count them": few,
+    }
+    return [f"{count} of {total} outlines {what}" for what, count in counts.items() if count]
 
 
 # ---- writing
@@ -429,11 +393,9 @@ def check_stems(names: Iterable[str]) -> None:
 def write_detections(
     path: Path, form: str, found: dict[str, Annotation], images: dict[str, Path] | None = None
 ) -> None:
-    """Write the words found in each image in one of `OUT_FORMATS`.
+    """Write the words found in each image in one of `OUT_FORMATS`: as they are in a csv, else as labels (`as_labels`).
 
-    A csv has the outlines as they are. The others are labels: in reading order, with outlines of 4 or 8 points from the
-    upper left along the top and back along the bottom. `images` are their files by name; LabelMe and PPOCRLabel look
-    for them. A file appears whole or not at all. Raises UserError where it cannot be written.
+    `images` are their files by name, to which LabelMe and PPOCRLabel refer. Raises UserError.
     """
     if form == "csv":
         write_submission(path, {name: annotation.polygons for name, annotation in found.items()})
@@ -587,15 +549,11 @@ def _write_icdar_zip(path: Path, found: dict[str, Annotation]) -> None:
         archive.comment = RESULT_MARK.encode()
         for name, annotation in found.items():
             lines = [
-                ",".join(map(_digits, polygon.ravel().tolist())) + ",###" * ignore
+                ",".join(np.format_float_positional(value, trim="-") for value in polygon.ravel().tolist())
+                + (",###\r\n" if ignore else "\r\n")
                 for polygon, ignore, _ in annotation.words()
             ]
-            archive.writestr(f"res_{name_stem(name)}.txt", "".join(f"{line}\r\n" for line in lines))
-
-
-def _digits(value: float) -> str:
-    """The shortest decimal number that reads as exactly this value, without an exponent."""
-    return np.format_float_positional(value, trim="-")
+            archive.writestr(f"res_{name_stem(name)}.txt", "".join(lines))
 
 
 # ---- submissions
@@ -604,7 +562,7 @@ _MAX_FIELD = 1 << 28  # a row of 500 polygons with many points is longer than th
 
 
 def write_submission(path: Path, rows: dict[str, list[np.ndarray]]) -> None:
-    """Write a row for each file name and its (n, 2) int polygons, in order; the file appears whole or not at all."""
+    """Write a row for each file name and its (n, 2) int polygons, in order."""
     with write_whole(path, "w") as file:
         writer = csv.writer(file)
         writer.writerow(HEADER)
@@ -613,21 +571,12 @@ def write_submission(path: Path, rows: dict[str, list[np.ndarray]]) -> None:
 
 
 def read_submission(path: Path) -> dict[str, list[np.ndarray]]:
-    """File names and their polygons, (n, 2) float64 arrays, in the order of the file.
-
-    Raises UserError, naming the file and the row, for anything else than a submission.
-    """
+    """File names and their polygons, (n, 2) float64 arrays, in the order of the file. Raises UserError."""
     csv.field_size_limit(_MAX_FIELD)
-    check_regular(path)
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.reader(file, strict=True))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a CSV in UTF-8 ({error})") from None
+        rows = list(csv.reader(io.StringIO(read_file(path), newline=""), strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}: not a CSV ({error})") from None
     if not rows or any(column not in rows[0] for column in HEADER):
         raise UserError(f"{path}: the first row must name the columns filename and polygons")
     name_column, polygons_column = (rows[0].index(column) for column in HEADER)
@@ -655,8 +604,4 @@ def _parse_polygon(path: Path, number: int, text: str) -> np.ndarray:
         raise UserError(f"{path}: row {number}: coordinates must be numbers, not {text[:40]!r}") from None
     if len(values) % 2:
         raise UserError(f"{path}: row {number}: a polygon has {len(values)} coordinates; x and y come in pairs")
-    polygon = np.array(values).reshape(-1, 2)
-    fault = fault_of(polygon)
-    if fault:
-        raise UserError(f"{path}: row {number}: {fault}")
-    return polygon
+    return check_polygon(f"{path}: row {number}", np.array(values).reshape(-1, 2))

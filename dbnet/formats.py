@@ -5,6 +5,7 @@ Label.txt, and text files for each image: ICDAR, MLT, RCTW-17, CTW1500 and lines
 the error names the format and the way out (`_FOREIGN_JSON`, `_FOREIGN_LINES`, `_FOREIGN_SUFFIXES`).
 """
 
+import io
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -23,7 +24,6 @@ from dbnet.annotations import (
     is_flagged,
     is_hidden_text,
     list_text_files,
-    load_json,
     nfc,
     parse_json,
     read_file,
@@ -56,8 +56,9 @@ def recognize_text_files(files: list[TextFile]) -> str:
         return "polygons"
     lines = many = offsets = 0
     for file in files:
-        for _, fields in _lines(file.read()):
+        for _, line in _lines(file.read()):
             lines += 1
+            fields = line.split(",")
             count = _count_numbers(fields)
             if count < 2 * _MANY_POINTS:
                 continue
@@ -91,12 +92,10 @@ def parse_icdar(where: str, text: str) -> Annotation:
     is the same with a flag, 0 or 1 for don't care, before a transcription in quotes on every line.
     """
     annotation = Annotation()
-    has_flags = all(_RCTW17.fullmatch(line) for line in text.split("\n") if line.strip())
-    for number, fields in _lines(text):
-        if _count_numbers(fields) < 8:
-            raise _line_error(where, number, fields, "x1,y1,x2,y2,x3,y3,x4,y4", "polygons")
+    has_flags = all(_RCTW17.fullmatch(line) for _, line in _lines(text))
+    for place, fields, points in _points_of_lines(where, text, 8, "x1,y1,x2,y2,x3,y3,x4,y4", "polygons"):
         ignore = is_hidden_text(fields[-1]) or (has_flags and fields[8].strip() == "1")
-        annotation.add(_points(f"{where}: line {number}", fields[:8]), ignore)
+        annotation.add(check_polygon(place, points[:4]), ignore)
     return annotation
 
 
@@ -107,22 +106,17 @@ def parse_polygons(where: str, text: str) -> Annotation:
     with two numbers. Don't care is `###`.
     """
     annotation = Annotation()
-    for number, fields in _lines(text):
-        count = _count_numbers(fields) // 2 * 2
-        if count < 6:
-            raise _line_error(where, number, fields, "x1,y1,x2,y2,x3,y3")
-        annotation.add(_points(f"{where}: line {number}", fields[:count]), is_hidden_text(fields[-1]))
+    for place, fields, points in _points_of_lines(where, text, 6, "x1,y1,x2,y2,x3,y3"):
+        annotation.add(check_polygon(place, points), is_hidden_text(fields[-1]))
     return annotation
 
 
 def parse_ctw1500(where: str, text: str) -> Annotation:
     """CTW1500: lines of a box `left,top,right,bottom` and 14 points as offsets from its upper left corner."""
     annotation = Annotation()
-    for number, fields in _lines(text):
-        if _count_numbers(fields) < _CTW1500_NUMBERS:
-            raise _line_error(where, number, fields, "a box and 14 offsets, 32 numbers", "polygons")
-        points = _points(f"{where}: line {number}", fields[:_CTW1500_NUMBERS])
-        annotation.add(points[0] + points[2:], is_hidden_text(fields[-1]))
+    expected = "a box and 14 offsets, 32 numbers"
+    for place, fields, points in _points_of_lines(where, text, _CTW1500_NUMBERS, expected, "polygons"):
+        annotation.add(check_polygon(place, points[0] + points[2:16]), is_hidden_text(fields[-1]))
     return annotation
 
 
@@ -188,20 +182,36 @@ def read_text_files(files: list[TextFile], form: str, images: list[str]) -> dict
     return {name: found[name] for name in images if name in found}
 
 
-def _lines(text: str) -> Iterator[tuple[int, list[str]]]:
-    """Number and comma-separated fields of each line that is not blank."""
-    for number, line in enumerate(text.split("\n"), start=1):
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Number and content of each line that is not blank."""
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         if line.strip():
-            yield number, line.split(",")
+            yield number, line.rstrip("\n")
+
+
+def _points_of_lines(
+    where: str, text: str, least: int, expected: str, other: str = ""
+) -> Iterator[tuple[str, list[str], np.ndarray]]:
+    """Place, comma-separated fields and the (n, 2) points at the start of each line.
+
+    Raises UserError for a line of fewer numbers than `least`, the `expected` ones; `other` is a format that may fit.
+    """
+    for number, line in _lines(text):
+        fields = line.split(",")
+        count = _count_numbers(fields) // 2 * 2
+        if count < least:
+            hint = next((hint for pattern, hint in _FOREIGN_LINES if re.match(pattern, line)), "")
+            if other and not hint:
+                hint = f"--format {other} reads other numbers of points"
+            raise UserError(
+                f"{where}: line {number}: must begin with {expected}, not {line[:60]!r}{hint and '; '}{hint}"
+            )
+        yield f"{where}: line {number}", fields, np.array([float(field) for field in fields[:count]]).reshape(-1, 2)
 
 
 def _count_numbers(fields: list[str]) -> int:
     """How many of the fields, from the first on, are numbers."""
     return next((i for i, text in enumerate(fields) if not _NUMBER.fullmatch(text)), len(fields))
-
-
-def _points(where: str, fields: list[str]) -> np.ndarray:
-    return check_polygon(where, np.array([float(text) for text in fields]).reshape(-1, 2))
 
 
 _AS_LINES = "write each outline as a line x1,y1,x2,y2,x3,y3,x4,y4,text into NAME.txt"
@@ -223,15 +233,6 @@ _FOREIGN_LINES = (
 """What lines of other formats look like, and what to do."""
 
 
-def _line_error(where: str, number: int, fields: list[str], expected: str, other: str = "") -> UserError:
-    """The error for a line that does not begin with the `expected` numbers; `other` names a format that may fit."""
-    line = ",".join(fields)
-    hint = next((hint for pattern, hint in _FOREIGN_LINES if re.match(pattern, line)), "")
-    if other and not hint:
-        hint = f"--format {other} reads other numbers of points"
-    return UserError(f"{where}: line {number}: must begin with {expected}, not {line[:60]!r}{hint and '; '}{hint}")
-
-
 # ---- JSON files and Label.txt, one for all images
 
 ONE_FILE_FORMATS = ("competition", "coco", "ppocrlabel")  # the others have a file for each image
@@ -240,11 +241,9 @@ ONE_FILE_FORMATS = ("competition", "coco", "ppocrlabel")  # the others have a fi
 def read_annotations(path: Path) -> dict[str, Annotation]:
     """Read `{"images": {FILENAME: {"words": {ID: {"points": [[x, y], ...]}}}}}`, in the order of the file.
 
-    A word with `illegibility: true` or the transcription `###` is "don't care".
-
-    Raises UserError, naming the file, the image and the word, for anything else than this form.
+    A word with `illegibility: true` or the transcription `###` is "don't care". Raises UserError.
     """
-    return parse_competition(str(path), load_json(path))
+    return parse_competition(str(path), parse_json(str(path), read_file(path)))
 
 
 def parse_competition(where: str, content: Any) -> dict[str, Annotation]:
@@ -327,24 +326,20 @@ def _parse_segmentation(where: str, entry: dict[str, Any]) -> list[np.ndarray]:
         raise UserError(f"{where}: has neither a segmentation nor a bbox of x, y, width and height")
     (x, y), (width, height) = to_polygon(where, [box[:2], box[2:]]).tolist()
     attributes = entry.get("attributes")
-    degrees = attributes.get("rotation") if isinstance(attributes, dict) else None
-    if degrees is not None:
-        try:
-            degrees = float(degrees)
-        except (TypeError, ValueError):
-            degrees = math.nan
-        if not math.isfinite(degrees):
-            raise UserError(f'{where}: "rotation" must be a number of degrees')
-    return [check_polygon(where, rectangle(x, y, x + width, y + height, degrees or 0))]
+    try:
+        degrees = float(attributes.get("rotation") or 0) if isinstance(attributes, dict) else 0.0
+    except (TypeError, ValueError, OverflowError):
+        degrees = math.nan
+    if not math.isfinite(degrees):
+        raise UserError(f'{where}: "rotation" must be a number of degrees')
+    return [check_polygon(where, rectangle(x, y, x + width, y + height, degrees))]
 
 
 def parse_ppocrlabel(where: str, text: str, names: list[str]) -> dict[str, Annotation]:
     """PPOCRLabel's Label.txt, PaddleOCR's too: lines of `FOLDER/NAME.jpg`, a tab, and a JSON list of words with
     `points`, `transcription` and `difficult`. Don't care is the transcription `###` or a flag (`is_flagged`)."""
     image_names, found = ImageNames(names), dict[str, Annotation]()
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in _lines(text):
         place = f"{where}: line {number}"
         path, tab, content = line.partition("\t")
         words = parse_json(place, content) if tab else None
@@ -435,13 +430,6 @@ def find_foreign_labels(folders: list[Path]) -> str | None:
 # ---- the labels of a split, in any format
 
 
-def is_coco(content: object) -> bool:
-    """Whether the content of a JSON file looks like COCO's: images as a list, or results alone."""
-    return (isinstance(content, list) and "image_id" in _keys(content)) or (
-        isinstance(content, dict) and isinstance(content.get("images"), list)
-    )
-
-
 def read_labels_at(source: Path, images: list[str], form: str = "auto") -> tuple[str, dict[str, Annotation]]:
     """The format of a file or folder of annotations, and the annotations of these images. Raises UserError."""
     if not source.is_dir() and source.suffix.lower() != ".zip":
@@ -485,8 +473,10 @@ def _parse_whole(where: str, text: str, images: list[str], form: str) -> tuple[s
     if form == "ppocrlabel" or (form == "auto" and where.lower().endswith(".txt")):
         return "ppocrlabel", parse_ppocrlabel(where, text, images)
     content = parse_json(where, text)
-    if form == "auto":
-        form = "coco" if is_coco(content) else "competition"
+    if form == "auto":  # COCO has its images as a list, or results alone
+        images_of = content.get("images") if isinstance(content, dict) else None
+        is_coco = isinstance(images_of, list) or (isinstance(content, list) and "image_id" in _keys(content))
+        form = "coco" if is_coco else "competition"
     return form, parse_coco(where, content, images) if form == "coco" else parse_competition(where, content)
 
 
