@@ -7,13 +7,12 @@ Names that two folders share get the folders' names in front. Hidden files, as m
 import glob
 import os
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from dbnet.annotations import Annotation, check_sizes, list_text_files, put_in_order
+from dbnet.annotations import Annotation, check_sizes, list_text_files, nfc, put_in_order
 from dbnet.errors import ImageError, UserError
 from dbnet.formats import TEXT_PARSERS, find_foreign_labels, read_labels_at
 from dbnet.images import EXTRA_SUFFIXES, PAGED_SUFFIXES, file_of, list_pages, readable_suffixes
@@ -28,10 +27,8 @@ class Split(NamedTuple):
 
     images: dict[str, Path]
     """the file, or the page of one, of each image"""
-
     annotations: dict[str, Annotation]
     """the words of each image, in the same order"""
-
     folder_sizes: list[int]
     """how many of the images each folder of --data has, in this order"""
 
@@ -61,25 +58,10 @@ def read_split(data: str | Path, split: str, form: str = "auto", need_images: bo
 def read_images(data: str | Path, split: str, form: str = "auto") -> dict[str, Path]:
     """Images of a split that needs no annotations, by name: in the order of its json where there is one."""
     folders = _checked_folders(data)
-    places = [find_labels(folder, split, form) for folder in folders]
-    if all(place and place.suffix == ".json" for place in places):
+    places = [_label_places(folder, split, form) for folder in folders]
+    if all(found and found[0].suffix == ".json" for found in places):
         return read_split(data, split, form).images
     return _join(folders, [_images_of(folder, split) for folder in folders])
-
-
-def find_labels(folder: Path, split: str, form: str = "auto") -> Path | None:
-    """Where the annotations of a split are: the first of
-
-        FOLDER/jsons/SPLIT.json     the competition's or COCO's
-        FOLDER/labels/SPLIT.json    the same
-        FOLDER/labels/SPLIT.txt     PPOCRLabel's Label.txt
-        FOLDER/labels/SPLIT.zip     a text file, or a json of LabelMe, for each image; or one file for all of them
-        FOLDER/labels/SPLIT/        the same in a folder
-        FOLDER/images/SPLIT/        the same beside the images
-
-    that is there and can be of the format `form`, or None.
-    """
-    return next(iter(_label_places(folder, split, form)), None)
 
 
 def read_labels(folder: Path, split: str, form: str = "auto") -> tuple[Path, dict[str, Annotation]]:
@@ -264,28 +246,36 @@ def _read_labels(folder: Path, split: str, form: str, images: dict[str, Path]) -
 
 
 def _label_places(folder: Path, split: str, form: str) -> list[Path]:
-    """The places of `find_labels` that hold annotations."""
+    """Places that hold annotations which can be of the format `form`, the one that is read first:
+
+    FOLDER/jsons/SPLIT.json     the competition's or COCO's
+    FOLDER/labels/SPLIT.json    the same
+    FOLDER/labels/SPLIT.txt     PPOCRLabel's Label.txt
+    FOLDER/labels/SPLIT.zip     a text file, or a json of LabelMe, for each image; or one file for all of them
+    FOLDER/labels/SPLIT/        the same in a folder
+    FOLDER/images/SPLIT/        the same beside the images
+    """
     jsons = [folder / "jsons" / f"{split}.json", folder / "labels" / f"{split}.json"]
     texts = [folder / "labels" / f"{split}.txt"]
     folders = [folder / "labels" / f"{split}.zip", folder / "labels" / split, folder / "images" / split]
     one_file = jsons if form in ("competition", "coco") else texts if form == "ppocrlabel" else jsons + texts
     places = folders if form in TEXT_PARSERS else one_file + folders
-    return [path for path in places if (_holds_labels(path) if path.is_dir() else path.exists())]
-
-
-def _holds_labels(folder: Path) -> bool:
-    return any(list_text_files(folder, suffix) for suffix in (".txt", ".json"))
+    return [
+        path
+        for path in places
+        if path.exists() and (not path.is_dir() or list_text_files(path, ".txt") or list_text_files(path, ".json"))
+    ]
 
 
 def match_names(labels: Iterable[str], present: Iterable[str]) -> dict[str, str]:
     """The image that each name in the annotations means: the one of that name, the same in another Unicode form (macOS
     decomposes Korean), the only one of that name in a sub-folder, or the first page of a file called so."""
-    by_form = {unicodedata.normalize("NFC", name): name for name in present}
+    by_form = {nfc(name): name for name in present}
     file_names = Counter(name.rsplit("/", 1)[-1] for name in by_form)
     by_file_name = {form.rsplit("/", 1)[-1]: name for form, name in by_form.items()}
     matches = {}
     for label in labels:
-        form = unicodedata.normalize("NFC", label)
+        form = nfc(label)
         if label in present:
             matches[label] = label
         elif form in by_form:
