@@ -8,7 +8,7 @@ Stages: tests (those with a CUDA variant), sync (no step waits for the device), 
 fallback (with real memory limits), train (v0, v1 and lite in full), rates (evaluate.py and predict.py), trace (v1).
 
 OUT/results.jsonl has a line for each measurement, written as soon as it is made; OUT/tables.md the tables;
-OUT/*.log what the commands printed; OUT/trace.json.gz opens in a trace viewer. A measurement that fails is recorded with
+OUT/*.log what the commands printed; OUT/trace.json.gz is a trace. A measurement that fails is recorded with
 its error and not repeated: delete its line to repeat it.
 """
 
@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from dbnet.config import Config
 from dbnet.dataset import Batches, TextDataset, count_workers, make_loader
-from dbnet.device import compile_model, pick_amp_dtype, pick_device
+from dbnet.device import pick_amp_dtype, pick_device
 from dbnet.memory import BatchPlan
 from dbnet.model import DBNet
 from dbnet.training import Training
@@ -102,6 +102,7 @@ class Results:
             traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         self._keep(name, result | {"took": round(time.monotonic() - begin, 1)})
+        print(f"{name}: {self.rows[name]}", flush=True)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -112,7 +113,6 @@ class Results:
             file.write(json.dumps({"name": name} | row) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        print(f"{name}: {row}", flush=True)
 
     def tables(self) -> str:
         """A table in Markdown for each stage, one row a measurement."""
@@ -130,7 +130,7 @@ Measurements = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
 
 
 def tests(args: argparse.Namespace, device: torch.device) -> Measurements:
-    yield "with a CUDA variant", partial(run, args, "tests", [sys.executable, "-m", "pytest", *TESTS], ROOT)
+    yield "with a CUDA variant", partial(run, args, "pytest", [sys.executable, "-m", "pytest", *TESTS], ROOT)
 
 
 def sync(args: argparse.Namespace, device: torch.device) -> Measurements:
@@ -182,14 +182,11 @@ def settings(args: argparse.Namespace, preset: str, amp: str) -> Config:
     return Config.from_preset(preset, weights="none", amp=amp, data=str(args.data), **size)
 
 
-def begin(config: Config, device: torch.device, compiled: bool = False) -> Training:
+def begin(config: Config, device: torch.device) -> Training:
     """A training before its first step."""
     torch.manual_seed(0)
-    model = DBNet(config).to(device).to(memory_format=torch.channels_last).train()
-    if compiled:
-        compile_model(model)
     torch.backends.cudnn.benchmark = config.pad == "square"
-    return Training.begin(model, config, device)
+    return Training.begin(DBNet(config), config, device)
 
 
 def endless_groups(config: Config, device: torch.device) -> Iterator[list[dict[str, Any]]]:
@@ -230,8 +227,8 @@ def seconds_a_step(work: Callable[[], object], count: int, device: torch.device)
 def measure_steps(args: argparse.Namespace, preset: str, how: str, device: torch.device) -> dict[str, Any]:
     """Images a second with samples in memory and from files, peak memory, and what counting predicts."""
     amp, _, compiled = how.partition(" ")
-    config = settings(args, preset, amp)
-    training = begin(config, device, bool(compiled))
+    config = settings(args, preset, amp).changed(compile=bool(compiled))
+    training = begin(config, device)
     groups = endless_groups(config, device)
     in_memory = next(groups)
     images = sum(len(batch["image"]) for batch in in_memory)
