@@ -183,13 +183,13 @@ class ImageNames:
     def find(self, where: str, written: str) -> str:
         """The name of the image; the last part of the path for one that is not there. Raises UserError."""
         parts = re.split(r"[/\\]", written)
-        for spelled in (parts, [unquote(part) for part in parts]):
+        for spelled in (written.split("/"), parts, [unquote(part) for part in parts]):
             for start in range(len(spelled)):
                 name = "/".join(spelled[start:])
                 found = self._known.get(name) or self._known.get(nfc(name))
                 if found:
                     return found
-        return written if written in self._known else check_name(where, parts[-1])
+        return check_name(where, parts[-1])
 
 
 def to_polygon(where: str, points: object) -> np.ndarray:

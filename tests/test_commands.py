@@ -445,7 +445,6 @@ def test_mistakes_of_train(place, data, tmp_path, typed):
 
     refused(train("--data", tmp_path / "absent"), "absent", "--data")
     refused(train("--run", "first"), "runs/first: exists", "--resume")
-    refused(train("--run", "absent", "--resume"), "runs/absent", "leave out --resume")
     refused(train("--init", tmp_path / "absent.pt"), "absent.pt: no such checkpoint")
     refused(train("--batch-size", "0"), "--batch-size 0")
     refused(train("--batch-size", "many"), "--batch-size")

@@ -207,7 +207,7 @@ def test_a_data_folder_that_disappears_stops_the_run_in_one_line_and_costs_nothi
     launched = Launched("train.py", *words, cwd=tmp_path)
     until_saved(launched)
     data.rename(tmp_path / "away")
-    stopped_with_one_line(launched, "data", "has gone")
+    stopped_with_one_line(launched, "data", "is missing")
     (tmp_path / "away").rename(data)
     save = load_last(tmp_path / "runs/a")
     run("train.py", "--resume", "--epochs", save["epoch"] + 1, cwd=tmp_path)
