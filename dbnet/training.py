@@ -11,7 +11,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from itertools import chain
@@ -100,6 +100,8 @@ def lock_run(run: Path) -> Iterator[None]:
     finally:
         for lock in held:
             lock.release()
+            with suppress(OSError):
+                run.rmdir()  # only where nothing was written into it
 
 
 def prepare_folder(run: Path, config: Config, epochs: int) -> None:
