@@ -161,6 +161,8 @@ class Config:
     """epochs over which the learning rate rises to its schedule, step by step"""
     ema: Annotated[float, Range(0, 0.99999)] = 0.0
     """decay of a moving average of the weights, which is validated and saved as best.pt in their place; 0 is off"""
+    freeze_batch_norm: bool = False
+    """keep the batch norm statistics of the initial weights; for training on (--init) in small batches"""
     clip_grad_norm: Weight = 5.0
     """largest norm of the gradient of an optimizer step; 0 is off"""
     patience: Annotated[int, Range(0)] = 0

@@ -43,13 +43,15 @@ def data_folders(data: str | Path) -> list[Path]:
 def read_split(data: str | Path, split: str, form: str = "auto", need_images: bool = True) -> Split:
     """Images and annotations of a split of one or several folders, in the order of each folder's json, or by name.
 
-    Prints how many images have no annotations and are left out, and what `read_labels` prints. Without `need_images`,
-    images may be missing: their names and paths are then those that the annotations give them.
+    Of several folders, some may lack the split. Prints how many images have no annotations and are left out, and what
+    `read_labels` prints. Without `need_images`, images may be missing: their names and paths are then those that the
+    annotations give them.
 
     Raises UserError where a folder, its annotations or, if needed, images that these name are missing.
     """
     folders = _checked_folders(data)
-    parts = [_read_folder(folder, split, form, need_images) for folder in folders]
+    having = _having(folders, split, form)
+    parts = [_read_folder(folder, split, form, need_images) if folder in having else ({}, {}) for folder in folders]
     images = _join(folders, [images for images, _ in parts])
     annotations = _join(folders, [annotations for _, annotations in parts])
     return Split(images, annotations, [len(images) for images, _ in parts])
@@ -57,7 +59,7 @@ def read_split(data: str | Path, split: str, form: str = "auto", need_images: bo
 
 def read_images(data: str | Path, split: str, form: str = "auto") -> dict[str, Path]:
     """Images of a split that needs no annotations, by name: in the order of its json where there is one."""
-    folders = _checked_folders(data)
+    folders = _having(_checked_folders(data), split, form)
     places = [_label_places(folder, split, form) for folder in folders]
     if all(found and found[0].suffix == ".json" for found in places):
         return read_split(data, split, form).images
@@ -134,6 +136,14 @@ def _checked_folders(data: str | Path) -> list[Path]:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; name the data set with --data DIR, several as --data DIR,DIR")
     return folders
+
+
+def _having(folders: list[Path], split: str, form: str) -> list[Path]:
+    """The folders with images or annotations of a split; all of them, for their error, where none has any."""
+    having = [
+        folder for folder in folders if (folder / "images" / split).is_dir() or _label_places(folder, split, form)
+    ]
+    return having or folders
 
 
 def _walk(folder: Path, seen: set[str]) -> Iterable[Path]:

@@ -473,6 +473,10 @@ class Training:
         if self.running is None:
             self.running = RunningEpoch(self.plan.image_size or config.image_size).to(self.device)
         self.model.train()
+        if config.freeze_batch_norm:
+            for layer in self.model.modules():
+                if isinstance(layer, nn.BatchNorm2d):
+                    layer.eval()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             # Shapes that hardly ever come again would each be measured anew.

@@ -161,6 +161,16 @@ def test_weights_that_do_not_fit_are_named(tmp_path, weights, message):
         TextDataset(Config(data=str(data), data_weights=weights), "train", train=True)
 
 
+def test_of_several_folders_some_may_lack_a_split(tmp_path):
+    folders = [make_data(tmp_path / name, [f"{name}.png"], "train") for name in ("a", "b")]
+    make_data(folders[0], ["c.png"], "val")
+    data = ",".join(map(str, folders))
+    assert read_split(data, "train").folder_sizes == [1, 1]
+    assert read_split(data, "val").folder_sizes == [1, 0] and list(read_images(data, "val")) == ["c.png"]
+    with pytest.raises(UserError, match="a/images/test: no such folder"):
+        read_split(data, "test")
+
+
 def test_a_training_on_two_folders_runs_and_is_scored_by_name(tmp_path):
     for name, seed in (("one", 1), ("two", 2)):
         write_dataset(tmp_path / name, train=2, val=1, test=1, size=128, seed=seed, workers=1)

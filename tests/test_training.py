@@ -51,6 +51,15 @@ def test_warm_up_rises_step_by_step_to_the_schedule():
     assert rates == pytest.approx([rate * without[i // 2] for i, rate in enumerate((0.25, 0.5, 0.75, 1, 1, 1))])
 
 
+def test_frozen_batch_norm_statistics_stay_while_the_weights_move(small):
+    config = small.changed(freeze_batch_norm=True, batch_size=2)
+    training = make_training(config)
+    before = copy.deepcopy(training.model.state_dict())
+    run_epoch(training, config)
+    moved = {name for name, tensor in training.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {name for name, _ in training.model.named_parameters()}
+
+
 def test_the_average_follows_the_weights_and_is_what_is_scored(small):
     config = small.changed(ema=0.9, batch_size=2)
     training = make_training(config)
