@@ -6,7 +6,6 @@ All are numpy arrays; only `make_loader`, whose batches are tensors, needs PyTor
 from __future__ import annotations
 
 import copy
-import math
 import os
 import shutil
 import sys
@@ -16,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, islice
+from itertools import compress, groupby, islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -31,7 +30,7 @@ from dbnet.device import keep_freed_memory, rank, world_size
 from dbnet.errors import ImageError, UserError, is_out_of_memory
 from dbnet.files import stamp
 from dbnet.geometry import Letterbox, areas, clip_polygons, inference_side, padded, split_polygons, visible_shares
-from dbnet.images import read_image, read_size
+from dbnet.images import file_of, read_image, read_size
 from dbnet.splits import read_split
 from dbnet.targets import draw_targets, make_targets, polygon_mask
 
@@ -51,17 +50,15 @@ MOSTLY_VISIBLE = 0.9
 class PixelCache:
     """A slot on disk for the decoded pixels of each image, in one temporary file that all workers map into memory.
 
-    It lies in the system's temporary folder (TMPDIR) and takes at most half of the free space there; images beyond that
-    are not cached. The system keeps in memory what is used often, as long as there is room. Where workers are forked,
-    the file has no name and goes with the last process that maps it; else the process that made it removes it.
+    It lies in the system's temporary folder (TMPDIR) and takes at most config.cache_gb and half of the free space
+    there; images beyond that are not cached. Where workers are forked, the file has no name and vanishes with the last
+    of them; else the process that made it removes it.
     """
 
-    def __init__(self, images: int, image_size: int, config: Config) -> None:
-        """`images` slots for (height, width, 3) uint8 pixels, each side at most image_size, within config.cache_gb."""
-        numbers = [("key", "i8", 3), ("shape", "i8", 2), ("size", "i8", 2)]
-        slot = np.dtype([*numbers, ("pixels", "u1", 3 * image_size**2)])
-        self._slots: np.ndarray | None = None
-        self._file: str | None = None
+    def __init__(self, images: int, config: Config) -> None:
+        slot = np.dtype([("key", "i8", 3), ("sizes", "i8", 4), ("pixels", "u1", 3 * config.image_size**2)])
+        self._slots: np.ndarray = np.empty(0, slot)
+        self._file = ""
         try:
             count = min(images, int(min(config.cache_gb * 1e9, _free_bytes() / 2)) // slot.itemsize)
             if count:
@@ -73,75 +70,61 @@ class PixelCache:
         if _START_METHOD == "fork":
             self._remove()
 
+    def _remove(self) -> None:
+        with suppress(OSError):
+            os.unlink(self._file)
+        self._file = ""
+
     def __del__(self) -> None:
-        self._slots = None
+        self._slots = np.empty(0)  # Windows removes no file that is mapped
         self._remove()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> tuple[str, np.dtype]:
         """For a process that is spawned: it maps the file by its name."""
-        return {"file": self._file, "slot": None if self._slots is None else self._slots.dtype}
+        return self._file if len(self._slots) else "", self._slots.dtype
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._file = None  # the process that made it removes it
-        self._slots = np.asarray(np.memmap(state["file"], state["slot"], "r+")) if state["slot"] else None
+    def __setstate__(self, state: tuple[str, np.dtype]) -> None:
+        file, slot = state
+        self._file = ""  # the process that made it removes it
+        self._slots = np.asarray(np.memmap(file, slot, "r+")) if file else np.empty(0, slot)
 
-    def load(self, index: int, key: tuple[int, int, int]) -> tuple[np.ndarray, tuple[int, int]] | None:
+    def load(self, index: int, key: list[int]) -> tuple[np.ndarray, tuple[int, int]] | None:
         """The pixels and the (width, height) stored for an image under this key, or None."""
-        if self._slots is None or index >= len(self._slots):
+        if index >= len(self._slots) or self._slots[index]["key"].tolist() != key:
             return None
-        slot = self._slots[index]
-        if slot["key"].tolist() != list(key):
-            return None
-        shape = (*slot["shape"].tolist(), 3)
-        return slot["pixels"][: math.prod(shape)].reshape(shape).copy(), tuple(slot["size"].tolist())
+        height, width, *size = self._slots[index]["sizes"].tolist()
+        pixels = self._slots[index]["pixels"][: height * width * 3]
+        return pixels.reshape(height, width, 3).copy(), (size[0], size[1])
 
-    def store(self, index: int, key: tuple[int, int, int], pixels: np.ndarray, size: tuple[int, int]) -> None:
-        """Keep `pixels` for the key, which stands for all that they are made from, and the image's (width, height).
+    def store(self, index: int, key: list[int], pixels: np.ndarray, size: tuple[int, int]) -> None:
+        """Keep (height, width, 3) pixels and the original (width, height) under a key of all that they are made from.
 
-        Where the disk gets full this process caches no more, and prints a line: writing to a mapped file on a full disk
-        would end it.
+        On a full disk, where writing to a mapped file would end the process, it prints a line and caches no more.
         """
-        if self._slots is None or index >= len(self._slots):
+        if index >= len(self._slots):
             return
         if _free_bytes() < _MIN_FREE + self._slots.itemsize:
-            self._slots = None
+            self._slots = np.empty(0, self._slots.dtype)
             print(f"\nimages are no longer cached ({tempfile.gettempdir()} is nearly full)", file=sys.stderr)
             return
         slot = self._slots[index]
         slot["key"] = 0  # a slot half written does not count
         slot["pixels"][: pixels.size] = pixels.reshape(-1)
-        slot["shape"], slot["size"] = pixels.shape[:2], size
+        slot["sizes"] = *pixels.shape[:2], *size
         slot["key"] = key
 
-    def _remove(self) -> None:
-        """Remove the file's name."""
-        if self._file:
-            with suppress(OSError):
-                os.unlink(self._file)
-            self._file = None
 
-
-def _free_bytes() -> float:
-    """Free space on the disk of the temporary folder; infinite where the system does not say."""
-    try:
-        return shutil.disk_usage(tempfile.gettempdir()).free
-    except AttributeError:
-        return math.inf
+def _free_bytes() -> int:
+    return shutil.disk_usage(tempfile.gettempdir()).free
 
 
 class Draw(NamedTuple):
     """Which sample: all that its content depends on, beside the configuration."""
 
-    place: int
-    """of the image in the data set"""
-
+    place: int  # of the image in the data set
     epoch: int = 0
-
-    side: int | None = None
-    """longer side of the resized image in pixels; None is config.image_size"""
-
-    repeat: int = 0
-    """how often the image has come in this epoch before"""
+    side: int | None = None  # longer side of the resized image in pixels; None is config.image_size
+    repeat: int = 0  # how often the image has come in this epoch before
 
 
 class ImageDataset:
@@ -156,14 +139,14 @@ class ImageDataset:
     or of `index` and `error`, a line of text, for an image that cannot be read.
     """
 
-    def __init__(
-        self, paths: Sequence[Path], config: Config, pad: str = "tight", names: Sequence[str] | None = None
-    ) -> None:
-        """`pad`: tight, or square for images padded to image_size x image_size. `names`: else those of the files."""
+    pad = "tight"
+    """or "square": all samples are image_size x image_size"""
+
+    def __init__(self, paths: Sequence[Path], config: Config, names: Sequence[str] | None = None) -> None:
+        """`names` are else those of the files."""
         self.paths = list(paths)
         self.names = [path.name for path in paths] if names is None else list(names)
         self.config = config
-        self.pad = pad
         self.further_sizes: tuple[int, ...] = ()
         self._sizes: dict[int, tuple[int, int] | None] = {}
         keep_freed_memory()  # loading allocates and frees thousands of large arrays
@@ -184,16 +167,18 @@ class ImageDataset:
         """The samples of a batch, all of one shape. (The data loader looks for this name.)"""
         samples = self._at_one_size(draws)
         for side in self.further_sizes:
-            resized = copy.copy(self)
-            resized.config = self.config.changed(image_size=side)
-            found = {sample["index"]: sample for sample in resized._at_one_size(draws)}
+            resized = {sample["index"]: sample for sample in self._resized(side)._at_one_size(draws)}
             for sample in samples:
-                other = found[sample["index"]]
+                other = resized[sample["index"]]
                 sample.update({"error": other["error"]} if "error" in other else {f"image_{side}": other["image"]})
         return samples
 
+    def _resized(self, image_size: int) -> Self:
+        other = copy.copy(self)
+        other.config = self.config.changed(image_size=image_size)
+        return other
+
     def _at_one_size(self, draws: list[Draw]) -> list[dict[str, Any]]:
-        """The samples of a batch without their further sizes."""
         loaded, samples = [], []
         for draw in draws:
             try:
@@ -201,9 +186,11 @@ class ImageDataset:
             except ImageError as error:
                 samples.append({"index": draw.place, "error": str(error)})
         sizes = [augmentation.size(*letterbox.resized) for _, _, letterbox, augmentation in loaded]
-        height, width = self._canvas(sizes, draws[0].side)
-        for image in loaded:
-            samples.append(self.sample(*image, canvas=np.zeros((height, width, 3), np.uint8)))
+        shape = self._padded(sizes, draws[0].side)
+        for draw, pixels, letterbox, augmentation in loaded:
+            image = np.zeros((*shape, 3), np.uint8)
+            augmentation.render(pixels, image)
+            samples.append({"image": image, **self.labels(draw, letterbox, augmentation, shape), "index": draw.place})
         return samples
 
     def load(self, place: int) -> tuple[np.ndarray, Letterbox]:
@@ -229,107 +216,49 @@ class ImageDataset:
         """The augmentation of a sample in addition to resizing and padding: here, none."""
         return Augmentation()
 
-    def sample(
-        self, draw: Draw, pixels: np.ndarray, letterbox: Letterbox, augmentation: Augmentation, canvas: np.ndarray
+    def labels(
+        self, draw: Draw, letterbox: Letterbox, augmentation: Augmentation, shape: tuple[int, int]
     ) -> dict[str, Any]:
-        """The sample of what `load` and `augmentation` gave, on the black (height, width, 3) `canvas` of its batch."""
-        augmentation.render(pixels, canvas)
-        return {"image": canvas, "size": np.array((letterbox.width, letterbox.height)), "index": draw.place}
+        """What a sample of this padded (height, width) has beside the image."""
+        return {"size": np.array((letterbox.width, letterbox.height))}
 
     def size(self, place: int) -> tuple[int, int] | None:
         """Width and height of the original image in pixels, from its header, which is read once; None without one."""
         if place not in self._sizes:
-            try:
+            self._sizes[place] = None
+            with suppress(ImageError):
                 self._sizes[place] = read_size(self.paths[place])
-            except ImageError:
-                self._sizes[place] = None
         return self._sizes[place]
 
-    def elongation(self, draw: Draw) -> int:
-        """Width less height of a padded sample: images of one image_size and like elongation have like shapes.
+    def shapes(self, draw: Draw) -> list[tuple[int, int]]:
+        """`shape` at image_size and at each of the further sizes."""
+        return [dataset.shape(draw) for dataset in (self, *map(self._resized, self.further_sizes))]
 
-        An image without a readable header counts as a square.
-        """
+    def shape(self, draw: Draw) -> tuple[int, int]:
+        """(height, width) of a padded sample in pixels, from the header; without one, it counts as a square."""
         resized = Letterbox(*(self.size(draw.place) or (1, 1)), self.side(draw.place)).resized
-        height, width = self._canvas([self.augmentation(draw).size(*resized)], draw.side)
-        return width - height
+        return self._padded([self.augmentation(draw).size(*resized)], draw.side)
 
-    def padded_shapes(self, draw: Draw) -> list[tuple[int, int]]:
-        """(height, width) in pixels of a padded image, at image_size and at the further sizes."""
-        size = self.size(draw.place) or (1, 1)
-        shapes = []
-        for image_size in (self.config.image_size, *self.further_sizes):
-            side = inference_side(*size, image_size, self.config.enlarge)
-            shapes.append(self._canvas([Letterbox(*size, side).resized], side))
-        return shapes
+    def _padded(self, sizes: list[tuple[int, int]], side: int | None) -> tuple[int, int]:
+        """(height, width) that holds images of these (width, height), none longer than `side` (config.image_size).
 
-    def _canvas(self, sizes: list[tuple[int, int]], side: int | None) -> tuple[int, int]:
-        """(height, width) that holds images of these (width, height), none longer than `side` (config.image_size)."""
+        It is more than one pixel at the coarsest stride: a batch norm in training cannot normalize a single one.
+        """
         if self.pad == "square":
-            square = max(side or self.config.image_size, 2 * STRIDE)  # of one pixel, as below
+            square = max(side or self.config.image_size, 2 * STRIDE)
             return square, square
-        widths, heights = zip(*sizes, strict=True) if sizes else ((1,), (1,))
-        height, width = padded(max(heights)), padded(max(widths))
-        # At the coarsest stride a single pixel would be left, which a batch norm in training cannot normalize.
+        width, height = (padded(max(lengths)) for lengths in zip((1, 1), *sizes, strict=True))
         return (2 * STRIDE, width) if height == width == STRIDE else (height, width)
 
 
-@dataclass(frozen=True)
-class Words:
-    """The polygons of all images in a few arrays. Workers share them with the process that they were forked from:
-    unlike lists, arrays do not count references to each element, and counting would copy them page by page."""
+def gather_words(annotation: Annotation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The polygons of an image in three arrays: points (total, 2), number of points of each, don't-care flags.
 
-    points: np.ndarray
-    """(total, 2) float64, in pixels of the originals, polygon after polygon, image after image"""
-
-    counts: np.ndarray
-    """(polygons,) points of each"""
-
-    dont_care: np.ndarray
-    """(polygons,) bool"""
-
-    first_polygon: np.ndarray
-    """(images + 1,) where in `counts` the polygons of each image begin"""
-
-    first_point: np.ndarray
-    """(images + 1,) where in `points` the polygons of each image begin"""
-
-    @classmethod
-    def gather(cls, annotations: list[Annotation]) -> Self:
-        """The polygons of these annotations."""
-        polygons = [polygon for annotation in annotations for polygon in annotation.polygons]
-        counts = np.array([len(polygon) for polygon in polygons], int)
-        first_polygon = np.cumsum([0, *(len(annotation.polygons) for annotation in annotations)])
-        first_point = np.concatenate([[0], np.cumsum(counts)])[first_polygon]
-        dont_care = np.array([flag for annotation in annotations for flag in annotation.dont_care], bool)
-        return cls(np.concatenate([np.empty((0, 2)), *polygons]), counts, dont_care, first_polygon, first_point)
-
-    def of(self, image: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Points, counts and don't-care flags of the polygons of an image."""
-        polygons = slice(*self.first_polygon[image : image + 2])
-        points = slice(*self.first_point[image : image + 2])
-        return self.points[points], self.counts[polygons], self.dont_care[polygons]
-
-
-class WordCounts(NamedTuple):
-    """What training makes of the words of a data set, before any augmentation."""
-
-    learned: int
-
-    dont_care: int
-    """masked, as their annotations say"""
-
-    degenerate: int
-    """masked, because they have fewer than three points or no area"""
-
-    outside: int
-    """left out, because they lie outside of their image"""
-
-    def __str__(self) -> str:
-        return (
-            f"{self.learned} words are learned; masked: {self.dont_care} don't care and {self.degenerate} without "
-            f"area; {self.outside} lie outside of their images"
-        )
+    Forked workers share them with their parent. Polygons in a list would have a reference count each, and counting
+    copies memory page by page.
+    """
+    points = np.concatenate([np.empty((0, 2)), *annotation.polygons])
+    return points, np.array([*map(len, annotation.polygons)], int), np.array(annotation.dont_care, bool)
 
 
 class TextDataset(ImageDataset):
@@ -350,14 +279,18 @@ class TextDataset(ImageDataset):
     """
 
     def __init__(self, config: Config, split: str, train: bool) -> None:
-        images, annotations, folder_sizes = read_split(config.data, split, config.format)
-        super().__init__(list(images.values()), config, config.pad if train else "tight", list(images))
+        images, annotations, self._folder_sizes = read_split(config.data, split, config.format)
+        super().__init__(list(images.values()), config, list(images))
         self.train = train
         self.annotations = list(annotations.values())
         if train:
-            self.words = Words.gather(self.annotations)
-            self._folders = list(zip(folder_sizes, _folder_weights(config, len(folder_sizes)), strict=True))
-            self._cache = PixelCache(len(images), config.image_size, config)
+            self.pad = config.pad
+            self.words = [gather_words(annotation) for annotation in self.annotations]
+            self._cache = PixelCache(len(images), config)
+            weights, folders = config.data_weights, len(self._folder_sizes)
+            if weights and len(weights) != folders:
+                given = ",".join(f"{weight:g}" for weight in weights)
+                raise UserError(f"--data-weights {given}: must be a number for each of the {folders} folders of --data")
 
     def draws(self, epoch: int) -> list[Draw]:
         """The samples of an epoch: each image as often as config.data_weights says.
@@ -369,77 +302,71 @@ class TextDataset(ImageDataset):
             return super().draws(epoch)
         draws: list[Draw] = []
         first = 0
-        for folder, (size, weight) in enumerate(self._folders):
-            times = int(weight)
-            draws += [Draw(first + i, epoch, repeat=repeat) for repeat in range(times) for i in range(size)]
-            more = round((weight - times) * size)
+        for folder, (size, weight) in enumerate(zip(self._folder_sizes, self.config.data_weights, strict=True)):
+            more = round(weight % 1 * size)
             order = np.random.default_rng((self.config.seed, folder)).permutation(size)
-            for i in order.take(range(epoch * more, (epoch + 1) * more), mode="wrap").tolist():
-                draws.append(Draw(first + i, epoch, repeat=times))
+            once_more = order.take(range(epoch * more, (epoch + 1) * more), mode="wrap").tolist()
+            for repeat, places in enumerate([*[range(size)] * int(weight), once_more]):
+                draws += [Draw(first + place, epoch, repeat=repeat) for place in places]
             first += size
         return draws
 
-    def count_words(self) -> WordCounts:
-        """How many words are learned, and how many are not and why; of an image that cannot be read, none is outside.
+    def count_words(self) -> str:
+        """A line on how many words are learned, before any augmentation, and how many are not and why.
 
-        Raises UserError where there is nothing to learn.
+        Of an image that cannot be read, no word is outside. Raises UserError where there is nothing to learn.
         """
-        words = self.words
-        sizes = np.array([self.size(place) or (np.inf, np.inf) for place in range(len(self))])
-        limits = np.repeat(sizes, np.diff(words.first_polygon), axis=0)  # (polygons, 2)
-        clipped = np.clip(words.points, 0, np.repeat(limits, words.counts, axis=0))
-        has_area = areas(words.points, words.counts) > 0
-        outside = has_area & (areas(clipped, words.counts) == 0) & ~words.dont_care
-        degenerate = ((words.counts < 3) | (areas(clipped, words.counts) < 1)) & ~outside & ~words.dont_care
-        ignored, no_area, gone = (int(which.sum()) for which in (words.dont_care, degenerate, outside))
-        counts = WordCounts(len(words.counts) - ignored - no_area - gone, ignored, no_area, gone)
-        if not counts.learned:
+        points, counts, dont_care = map(np.concatenate, zip(*self.words, strict=True))
+        sizes = [self.size(place) or (np.inf, np.inf) for place in range(len(self))]
+        limits = np.repeat(sizes, [len(points) for points, _, _ in self.words], axis=0)
+        visible = areas(np.clip(points, 0, limits), counts)
+        outside = (areas(points, counts) > 0) & (visible == 0) & ~dont_care
+        degenerate = ((counts < 3) | (visible < 1)) & ~outside & ~dont_care
+        learned = len(counts) - int((dont_care | degenerate | outside).sum())
+        line = (
+            f"{learned} words are learned; masked: {dont_care.sum()} don't care and {degenerate.sum()} without area; "
+            f"{outside.sum()} lie outside of their images"
+        )
+        if not learned:
             hint = "compare the annotations with the images; --show-samples draws them"
-            raise UserError(f"{self.config.data}: there is nothing to learn: {counts}; {hint}")
-        return counts
+            raise UserError(f"{self.config.data}: there is nothing to learn: {line}; {hint}")
+        return line
 
     def augmentation(self, draw: Draw) -> Augmentation:
         if not self.train:
             return super().augmentation(draw)
-        seeds = (self.config.seed, draw.epoch, draw.place)
-        rng = np.random.default_rng((*seeds, draw.repeat) if draw.repeat else seeds)
-        return draw_augmentation(self.config, rng, draw.side)
+        seeds = [self.config.seed, draw.epoch, draw.place] + [draw.repeat] * (draw.repeat > 0)
+        return draw_augmentation(self.config, np.random.default_rng(seeds), draw.side)
 
     def side(self, place: int) -> int:
         return self.config.image_size if self.train else super().side(place)
 
-    def load(self, place: int) -> tuple[np.ndarray, Letterbox]:
+    def read(self, place: int, side: int) -> tuple[np.ndarray, tuple[int, int]]:
         if not self.train:
-            return super().load(place)
-        side = self.config.image_size
-        stamped = stamp(self.paths[place])
-        key = (*stamped, side) if stamped else None
-        found = self._cache.load(place, key) if key else None
-        if found:
-            return found[0], Letterbox(*found[1], side)
-        pixels, letterbox = super().load(place)
-        if key:
-            self._cache.store(place, key, pixels, (letterbox.width, letterbox.height))
-        return pixels, letterbox
+            return super().read(place, side)
+        key = [*(stamp(file_of(self.paths[place])) or (0, 0)), side]
+        cached = self._cache.load(place, key)
+        if cached:
+            return cached
+        pixels, size = super().read(place, side)
+        pixels = Letterbox(*size, side).resize(pixels)
+        self._cache.store(place, key, pixels, size)
+        return pixels, size
 
-    def sample(
-        self, draw: Draw, pixels: np.ndarray, letterbox: Letterbox, augmentation: Augmentation, canvas: np.ndarray
+    def labels(
+        self, draw: Draw, letterbox: Letterbox, augmentation: Augmentation, shape: tuple[int, int]
     ) -> dict[str, Any]:
         if not self.train:
-            return super().sample(draw, pixels, letterbox, augmentation, canvas)
-        height, width = canvas.shape[:2]
-        augmentation.render(pixels, canvas)
-        text, illegible, dropped = self.polygons(draw.place, letterbox, augmentation)
-        prob_map, thresh_levels, lost = draw_targets(text, height, width, self.config.shrink_ratio)
-        mask = polygon_mask(illegible + [text[index] for index in lost], height, width)
+            return super().labels(draw, letterbox, augmentation, shape)
+        text, masked, dropped = self.polygons(draw.place, letterbox, augmentation)
+        prob_map, thresh_levels, lost = draw_targets(text, *shape, self.config.shrink_ratio)
+        mask = polygon_mask(masked + [text[index] for index in lost], *shape)
         return {
-            "image": canvas,
             "prob_map": prob_map,
             "thresh_levels": thresh_levels,
             "mask": np.subtract(1, mask, out=mask),
             "dropped": dropped + len(lost),
             "side": draw.side or self.config.image_size,
-            "index": draw.place,
         }
 
     def polygons(
@@ -450,17 +377,14 @@ class TextDataset(ImageDataset):
         Masked are don't-care and degenerate polygons, and words that the augmentation has cut; those that it has moved
         out of the image are gone.
         """
-        points, counts, dont_care = self.words.of(place)
+        points, counts, dont_care = self.words[place]
         points, is_degenerate = clip_polygons(points, counts, letterbox.width, letterbox.height)
         points = augmentation.move(letterbox.to_network(points), *letterbox.resized)
         visible = visible_shares(points, counts, *augmentation.size(*letterbox.resized))
         is_masked = dont_care | is_degenerate | (visible < MOSTLY_VISIBLE)
-        is_gone = ~is_degenerate & (visible == 0)
-        text: list[np.ndarray] = []
-        masked: list[np.ndarray] = []
-        for polygon, gone, mask in zip(split_polygons(points, counts), is_gone, is_masked, strict=True):
-            if not gone:
-                (masked if mask else text).append(polygon)
+        is_there = is_degenerate | (visible > 0)
+        polygons = split_polygons(points, counts)
+        text, masked = (list(compress(polygons, is_there & which)) for which in (~is_masked, is_masked))
         return text, masked, int((is_degenerate & ~dont_care).sum())
 
 
@@ -482,46 +406,44 @@ class Batches:
     epoch: int = 0
     start: int = 0
 
-    @property
-    def samples(self) -> int:
-        """How many samples an epoch has, over all processes."""
-        return len(self.dataset.draws(self.epoch))
-
     def __len__(self) -> int:
-        batches = -(-self.samples // self.batch_size)
+        batches = -(-len(self.dataset.draws(self.epoch)) // self.batch_size)
         return len(range(self.start + rank(), batches, world_size()))
 
     def __iter__(self) -> Iterator[list[Draw]]:
         return islice(self._of_all_processes(), self.start + rank(), None, world_size())
 
     def _of_all_processes(self) -> Iterator[list[Draw]]:
-        rng = None if self.seed is None else np.random.default_rng((self.seed, self.epoch))
-        sizes = self.dataset.config.train_sizes if rng else ()
-        side = None
-        for number, batch in enumerate(self._batches(rng)):
-            if rng and sizes and number % self.accumulate == 0:
-                side = min(int(rng.choice(sizes)), self.dataset.config.image_size)
-            yield [draw._replace(side=side) for draw in batch]
+        dataset, draws = self.dataset, self.dataset.draws(self.epoch)
+        sizes = dataset.config.train_sizes
 
-    def _batches(self, rng: np.random.Generator | None) -> Iterator[list[Draw]]:
-        epoch = self.dataset.draws(self.epoch)
-        order = np.arange(len(epoch))
+        def elongation(draw: Draw) -> int:
+            height, width = dataset.shape(draw)
+            return width - height
+
+        rng = None if self.seed is None else np.random.default_rng((self.seed, self.epoch))
         if rng:
-            rng.shuffle(order)
-        together = self.batch_size * _LIKE_SHAPES_AMONG
-        for start in range(0, len(order), together):
-            draws = [epoch[i] for i in order[start : start + together].tolist()]
-            if self.dataset.pad == "tight" and (rng or self.batch_size > 1):
-                draws.sort(key=self.dataset.elongation)
-            groups = [draws] if rng else [list(group) for _, group in groupby(draws, self.dataset.padded_shapes)]
-            batches = [
-                group[i : i + self.batch_size] for group in groups for i in range(0, len(group), self.batch_size)
-            ]
+            rng.shuffle(draws)
+        number, side = 0, None
+        for together in _pieces(draws, self.batch_size * _LIKE_SHAPES_AMONG):
+            if dataset.pad == "tight" and (rng or self.batch_size > 1):
+                together.sort(key=elongation)
+            groups = [together] if rng else [list(group) for _, group in groupby(together, dataset.shapes)]
+            batches = [batch for group in groups for batch in _pieces(group, self.batch_size)]
             if rng:
                 rng.shuffle(batches)
-            yield from batches
+            for batch in batches:
+                if rng and sizes and number % self.accumulate == 0:
+                    side = min(int(rng.choice(sizes)), dataset.config.image_size)
+                number += 1
+                yield [draw._replace(side=side) for draw in batch]
 
 
+def _pieces(items: list[Any], size: int) -> list[list[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+@dataclass
 class ArrayLoader:
     """Batches of arrays, read where and when they are asked for.
 
@@ -529,8 +451,7 @@ class ArrayLoader:
     not be read; with no readable sample, `image` is missing.
     """
 
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
+    batches: Batches
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for draws in self.batches:
@@ -558,6 +479,17 @@ def make_loader(batches: Batches, workers: int, pin_memory: bool) -> DataLoader:
     )
 
 
+def _collate(samples: list[dict[str, Any]], stack: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> dict[str, Any]:
+    readable = [sample for sample in samples if "error" not in sample]
+    batch = stack(readable) if readable else {}
+    batch["failed"] = [(sample["index"], sample["error"]) for sample in samples if "error" in sample]
+    return batch
+
+
+def _stack(samples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
 def _prepare_process(_: int = 0) -> None:
     """Set up a process that loads images, or starts such processes.
 
@@ -574,22 +506,12 @@ def _prepare_process(_: int = 0) -> None:
 def describe_failure(error: BaseException) -> str:
     """One line on an error that comes from the workers of a loader, with what to do about it."""
     text = str(error)
-    if "Bus error" in text or "shared memory" in text or "torch_shm" in text or "/torch_" in text:
-        return (
-            "the data workers have no shared memory left; in Docker give the container more (--shm-size 8g), or use "
-            "--workers 0"
-        )
+    if any(words in text for words in ("Bus error", "shared memory", "torch_shm", "/torch_")):
+        container = "in Docker give the container more (--shm-size 8g)"
+        return f"the data workers have no shared memory left; {container}, or use --workers 0"
     if is_out_of_memory(error):
         return "the data workers have no memory left; lower --workers, or use --workers 0"
     return f"{text.strip().splitlines()[-1]}; if memory is short, lower --workers, or use --workers 0"
-
-
-def _folder_weights(config: Config, folders: int) -> tuple[float, ...]:
-    """The weight of each folder of --data. Raises UserError where there is not one for each."""
-    if config.data_weights and len(config.data_weights) != folders:
-        weights = ",".join(f"{weight:g}" for weight in config.data_weights)
-        raise UserError(f"--data-weights {weights}: must be a number for each of the {folders} folders of --data")
-    return config.data_weights or (1.0,) * folders
 
 
 def count_workers(config: Config) -> int:
@@ -615,14 +537,3 @@ def map_in_processes(function: Callable[[Any], Any], items: Iterable[Any], worke
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), cv2.setNumThreads, (1,)) as processes:
         yield from processes.map(function, items)
-
-
-def _collate(samples: list[dict[str, Any]], stack: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> dict[str, Any]:
-    readable = [sample for sample in samples if "error" not in sample]
-    batch = stack(readable) if readable else {}
-    batch["failed"] = [(sample["index"], sample["error"]) for sample in samples if "error" in sample]
-    return batch
-
-
-def _stack(samples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}

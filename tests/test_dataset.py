@@ -22,7 +22,7 @@ from support import ROOT, make_training
 import train
 from dbnet import augment
 from dbnet.annotations import Annotation
-from dbnet.dataset import Batches, Draw, TextDataset, WordCounts, Words, describe_failure, make_loader
+from dbnet.dataset import Batches, Draw, TextDataset, describe_failure, gather_words, make_loader
 from dbnet.errors import UserError
 from dbnet.formats import read_annotations
 from dbnet.geometry import Letterbox, areas, clip_polygons, split_polygons
@@ -109,7 +109,7 @@ def test_words_that_a_cut_parts_are_masked_and_those_outside_are_gone(small):
         [[50, 30], [90, 30], [90, 38], [50, 38]],
         [[70, 90], [99, 99], [70, 99]],
     ]
-    dataset.words = Words.gather([Annotation([np.array(word, float) for word in words], [False] * 3)])
+    dataset.words = [gather_words(Annotation([np.array(word, float) for word in words], [False] * 3))]
     cut = augment.Augmentation(scale=2.0, limit=128, cut_position=(0.0, 0.0))
     text, masked, dropped = dataset.polygons(0, letterbox, cut)
     assert [polygon.tolist() for polygon in text] == [[[8, 8], [80, 8], [80, 24], [8, 24]]]
@@ -124,13 +124,12 @@ def test_words_are_counted_by_what_training_makes_of_them(small):
     far = square + np.array((width + 5, 0))
     words = [square, square + 3, far, square - 50, square[:2], square * np.array((1, 0)), np.empty((0, 2)), square]
     dont_care = [False] * 7 + [True]
-    none = [Annotation() for _ in dataset.paths[1:]]
-    dataset.words = Words.gather([Annotation(words, dont_care), *none])
-    counts = dataset.count_words()
-    assert counts == WordCounts(learned=2, dont_care=1, degenerate=3, outside=2)
-    assert "2 words are learned; masked: 1 don't care and 3 without area; 2 lie outside" in str(counts)
+    none = [gather_words(Annotation()) for _ in dataset.paths[1:]]
+    dataset.words = [gather_words(Annotation(words, dont_care)), *none]
+    line = "2 words are learned; masked: 1 don't care and 3 without area; 2 lie outside of their images"
+    assert dataset.count_words() == line
     for nothing in ([far], [square[:2]], []):
-        dataset.words = Words.gather([Annotation(nothing, [False] * len(nothing)), *none])
+        dataset.words = [gather_words(Annotation(nothing, [False] * len(nothing))), *none]
         with pytest.raises(UserError, match="there is nothing to learn: 0 words are learned"):
             dataset.count_words()
 
@@ -191,9 +190,8 @@ def test_text_that_cannot_be_learned_is_masked_and_counted_and_not_left_as_backg
     (left, top), (right, bottom) = vanishes
     thin = [[left, top], [right, top], [right, bottom], [left, bottom]]
     words = [np.array(each, float) for each in (word, line, [[70, 70], [90, 90]], thin)]
-    dataset.words = Words.gather([Annotation(words, [False] * 4)])
-    canvas = np.zeros((128, 128, 3), np.uint8)
-    sample = dataset.sample(Draw(0), canvas.copy(), Letterbox(128, 128, 128), augment.Augmentation(), canvas)
+    dataset.words = [gather_words(Annotation(words, [False] * 4))]
+    sample = dataset.labels(Draw(0), Letterbox(128, 128, 128), augment.Augmentation(), (128, 128))
     assert sample["dropped"] == 3
     assert sample["mask"][12, 30] == 1 and sample["prob_map"][12, 30] == 1
     for x, y in ((30, 40), (80, 80), (25, 61)):
@@ -218,7 +216,7 @@ def test_a_cached_image_is_the_decoded_one_until_its_file_changes(rendered, smal
     for index in (1, 1 + len(cached), 1 + 2 * len(cached)):  # the first fills the cache, the others read it
         for name, value in cached[index].items():
             assert np.array_equal(value, decoded[index][name]), name
-    assert cached._cache.load(1, (0, 0, 0)) is None
+    assert cached._cache.load(1, [0, 0, 0]) is None
     shutil.copy(data / "images" / "train" / cached.paths[2].name, cached.paths[1])
     assert np.array_equal(cached.load(1)[0], cached.load(2)[0])
 
@@ -327,8 +325,7 @@ def test_tight_batches_are_padded_to_32_and_hold_each_image_once(small):
     assert len(batches) == len(list(batches)) == 3
     for batch in batches:
         shapes = {dataset.__getitems__([draw])[0]["image"].shape for draw in batch}
-        elongations = {dataset.elongation(draw) for draw in batch}
-        assert len(shapes) == len(elongations)  # what the headers say is what comes
+        assert shapes == {(*dataset.shape(draw), 3) for draw in batch}  # what the headers say is what comes
 
 
 def test_an_image_however_small_leaves_a_batch_norm_more_than_one_pixel(small):

@@ -180,7 +180,7 @@ def test_an_image_has_the_same_result_whatever_the_batch(receipts, tmp_path):
         pipeline = Pipeline(ImageDataset(paths, config), config, "cpu")
         pipeline.batch_size = batch_size  # as on a GPU
         found[batch_size] = {each.index: each for each in pipeline.detect(network)}
-    shapes = [ImageDataset(paths, config).padded_shapes(Draw(place)) for place in range(12)]
+    shapes = [ImageDataset(paths, config).shapes(Draw(place)) for place in range(12)]
     assert 1 < len({tuple(each) for each in shapes}) < 12  # some batches hold several images, but not all
     for batch_size in (4, 12):
         for index, detection in found[1].items():

@@ -10,12 +10,14 @@ from support import ROOT
 
 # What the process and all that it starts see: for this program alone, since PyTorch and Python here are those of Linux.
 WITHOUT = """
-import builtins, ctypes, os, signal, sys
+import builtins, ctypes, os, shutil, signal, sys
 
 MODULES = {"resource", "fcntl", "pwd", "grp", "termios", "posix"}
 FUNCTIONS = ["preadv", "pwritev", "pread", "pwrite", "sched_getaffinity", "statvfs", "fstatvfs", "posix_fallocate",
              "fork", "getuid", "geteuid", "mkfifo", "killpg", "setpgid", "getpgid", "setsid", "sync"]
 imported = builtins.__import__
+usage = shutil.disk_usage(".")
+shutil.disk_usage = lambda path: usage  # Windows has it without statvfs
 
 def without(name, globals=None, *rest, **more):
     module = (globals or {}).get("__name__", "")

@@ -140,7 +140,7 @@ def test_each_image_of_a_folder_comes_as_often_as_its_weight_says(tmp_path):
         batches.epoch = epoch
         draws = [draw for batch in batches for draw in batch]
         counts = Counter(draw.place for draw in draws)
-        assert len(batches) == 4 and len(draws) == batches.samples == 4 * 2 + 5 + 3
+        assert len(batches) == 4 and len(draws) == 4 * 2 + 5 + 3
         assert [counts[place] for place in range(9)] == [2] * 4 + [1] * 5
         assert set(counts) <= set(range(15)) and max(counts[place] for place in range(9, 15)) == 1
         assert len({(draw.place, draw.repeat) for draw in draws}) == len(draws)
