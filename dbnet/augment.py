@@ -6,7 +6,6 @@ points = augmentation.move(points, width, height)  # the points of all polygons 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import cv2
 import numpy as np
@@ -38,10 +37,8 @@ class Augmentation:
     and depth"""
     blur: float = 0.0
     """standard deviation of a Gaussian blur in pixels"""
-    noise: float = 0.0
-    """standard deviation of grey noise, in grey levels"""
-    noise_seed: int = 0
-    """which noise"""
+    noise: tuple[float, int] | None = None
+    """standard deviation of grey noise, in grey levels, and its seed"""
     jpeg_quality: int = 0
     """quality of a JPEG compression, 1 to 100; 0 leaves it out"""
     flip: bool = False
@@ -111,7 +108,7 @@ class Augmentation:
 
     def _change_values(self, image: np.ndarray) -> np.ndarray:
         if self.brightness or self.contrast:
-            change_brightness_contrast(image, self.brightness, self.contrast)
+            cv2.addWeighted(image, 1 + self.contrast, image, 0, self.brightness * 255, dst=image)
         if self.clahe_clip:
             equalize(image, self.clahe_clip)
         if self.shadow:
@@ -119,15 +116,16 @@ class Augmentation:
         if self.blur:
             image = cv2.GaussianBlur(image, (0, 0), self.blur)
         if self.noise:
-            image = add_noise(image, self.noise, self.noise_seed)
-        if self.jpeg_quality:
-            image = compress(image, self.jpeg_quality)
+            deviation, seed = self.noise
+            noise = np.random.default_rng(seed).standard_normal(image.shape[:2], np.float32) * np.float32(deviation)
+            image = cv2.add(image, cv2.merge([noise] * 3), dtype=cv2.CV_8U)
+        if self.jpeg_quality:  # the order of the channels hardly matters
+            _, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, self.jpeg_quality])
+            image = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))
         return image
 
     def _turn(self, image: np.ndarray, region: np.ndarray | None = None) -> np.ndarray:
         """Flip and turn by quarters, into `region` if it is given."""
-        if self.flip and self.quarter_turns == 2:
-            return cv2.flip(image, 0, dst=region)  # the mirror image turned by half is upside down
         if self.quarter_turns:
             return cv2.rotate(cv2.flip(image, 1) if self.flip else image, _ROTATIONS[self.quarter_turns], dst=region)
         if self.flip:
@@ -169,38 +167,29 @@ def draw_augmentation(config: Config, rng: np.random.Generator, image_size: int 
     image_size = image_size or config.image_size
     probabilities = config.flip_p, config.rotate90_p, config.brightness_contrast_p, config.clahe_p
     flip, turn, shade, equalized = rng.random(4) < probabilities
-    values: dict[str, Any] = {
-        "brightness": rng.uniform(-config.brightness, config.brightness) if shade else 0.0,
-        "contrast": rng.uniform(-config.contrast, config.contrast) if shade else 0.0,
-        "clahe_clip": CLAHE_CLIP if equalized else 0.0,
-        "flip": bool(flip),
-        "quarter_turns": int(rng.integers(1, 4)) if turn else 0,
-    }
+    brightness = rng.uniform(-config.brightness, config.brightness) if shade else 0.0
+    contrast = rng.uniform(-config.contrast, config.contrast) if shade else 0.0
+    quarter_turns = int(rng.integers(1, 4)) if turn else 0
     probabilities = config.blur_p, config.noise_p, config.jpeg_p, config.shadow_p
     blurred, noisy, compressed, shaded = rng.random(4) < probabilities
     scale = config.scale ** rng.uniform(-1, 1) if config.scale > 1 else 1.0
-    return Augmentation(
-        **values,
+    largest = config.perspective
+    return Augmentation(  # the arguments draw in this order
+        brightness,
+        contrast,
+        CLAHE_CLIP if equalized else 0.0,
+        flip=bool(flip),
+        quarter_turns=quarter_turns,
         shadow=(rng.uniform(0, 2 * np.pi), rng.uniform(-0.3, 0.3), rng.uniform(*_SHADOW_DEPTHS)) if shaded else None,
         blur=rng.uniform(*_BLUR_SIGMAS) if blurred else 0.0,
-        noise=rng.uniform(*_NOISE_DEVIATIONS) if noisy else 0.0,
-        noise_seed=int(rng.integers(2**31)) if noisy else 0,
+        noise=(rng.uniform(*_NOISE_DEVIATIONS), int(rng.integers(2**31))) if noisy else None,
         jpeg_quality=int(rng.integers(*_JPEG_QUALITIES)) if compressed else 0,
         scale=scale * image_size / config.image_size,
         angle=rng.uniform(-config.rotate, config.rotate) if config.rotate else 0.0,
-        corners=_draw_corners(config.perspective, rng) if config.perspective else (),
+        corners=tuple(map(tuple, rng.uniform(-largest, largest, (4, 2)).tolist())) if largest else (),
         limit=image_size,
         cut_position=tuple(rng.random(2)) if scale > 1 else (0.5, 0.5),
     )
-
-
-def _draw_corners(largest: float, rng: np.random.Generator) -> tuple[tuple[float, float], ...]:
-    return tuple((x, y) for x, y in rng.uniform(-largest, largest, (4, 2)).tolist())
-
-
-def change_brightness_contrast(image: np.ndarray, brightness: float, contrast: float) -> None:
-    """Scale the values of (height, width, 3) uint8 by 1 + contrast and add brightness x 255, in place."""
-    cv2.addWeighted(image, 1 + contrast, image, 0, brightness * 255, dst=image)
 
 
 def equalize(image: np.ndarray, clip: float) -> None:
@@ -224,15 +213,3 @@ def cast_shadow(image: np.ndarray, direction: float, distance: float, depth: flo
     shaded = np.clip((x + (y[:, None] - distance)) / _SHADOW_EDGE, 0, 1)
     light = cv2.merge([1 - np.float32(depth) * shaded] * 3)
     cv2.multiply(image, light, dst=image, dtype=cv2.CV_8U)
-
-
-def add_noise(image: np.ndarray, deviation: float, seed: int) -> np.ndarray:
-    """(height, width, 3) uint8 with Gaussian noise, the same in the three channels, of a deviation in grey levels."""
-    noise = np.random.default_rng(seed).standard_normal(image.shape[:2], np.float32) * np.float32(deviation)
-    return cv2.add(image, cv2.merge([noise] * 3), dtype=cv2.CV_8U)
-
-
-def compress(image: np.ndarray, quality: int) -> np.ndarray:
-    """(height, width, 3) uint8 after JPEG compression; the order of the channels hardly matters."""
-    _, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))
