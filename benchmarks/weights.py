@@ -1,0 +1,371 @@
+"""Train the shipped weights: one command for each file, hours on a CPU.
+
+    python benchmarks/weights.py lines DATA WORK        writes WORK/lite.pt
+    python benchmarks/weights.py words DATA WORK        writes WORK/lite-words.pt
+
+DATA has the folders sroie, doclaynet, tapus, fondue and icdar2015; weights/README.md names their sources. WORK keeps
+the data sets that are made of them, which a second call finds again, and the runs. Fonts: fonts-nanum.
+
+What is made, and why:
+
+    rendered        receipts in English and Korean, with lines, or words, as labels
+    dark            inverted pages, and light print on dark
+    gaps            street photographs; the gaps between the words of a line are don't care, so that lines may join them
+    street          street photographs beside a page: in the loss, an image has negative pixels in proportion to its
+                    positive ones, so a photograph with little text alone would teach little
+    sparse          pieces of pages on large empty paper with specks, rules and rows of asterisks
+    cut             receipts whose lines are cut into words at their spaces
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+FONTS = ("NanumGothic.ttf", "NanumBarunGothic.ttf", "NanumGothicCoding.ttf", "NanumMyeongjo.ttf")
+TRAINING = (
+    "--preset lite --batch-size 1 --accumulate 4 --amp bf16 --freeze-batch-norm true --ema 0.996 --min-lr 5e-6 "
+    "--warmup-epochs 0.05 --lr 5e-4 --rotate 3 --blur-p 0.1 --noise-p 0.1 --jpeg-p 0.1 --shadow-p 0.1"
+)
+
+
+class Word(NamedTuple):
+    """A labelled word or line."""
+
+    points: np.ndarray
+    """(n, 2) in pixels"""
+    dont_care: bool
+    text: str = ""
+
+
+class Sample(NamedTuple):
+    """An image and its labels."""
+
+    image: np.ndarray
+    """(height, width, 3) uint8, BGR"""
+    words: list[Word]
+
+
+def read(folder: Path, split: str = "train") -> Iterator[Sample]:
+    """The samples of a folder in the competition's format."""
+    entries = json.loads((folder / "jsons" / f"{split}.json").read_text(encoding="utf-8"))["images"]
+    for name, entry in entries.items():
+        image = cv2.imread(str(folder / "images" / split / name))
+        words = [
+            Word(np.array(word["points"], float), _is_dont_care(word), word.get("transcription") or "")
+            for word in entry["words"].values()
+        ]
+        yield Sample(image, words)
+
+
+def _is_dont_care(word: dict) -> bool:
+    return bool(word.get("illegibility")) or word.get("transcription") == "###"
+
+
+def write(folder: Path, samples: Iterator[Sample], split: str = "train") -> None:
+    """Write a folder in the competition's format; the json comes last, so that an interrupted call is no data set."""
+    (folder / "images" / split).mkdir(parents=True, exist_ok=True)
+    (folder / "jsons").mkdir(exist_ok=True)
+    entries = {}
+    for number, sample in enumerate(samples):
+        name = f"{number:04d}.jpg"
+        cv2.imwrite(str(folder / "images" / split / name), sample.image, [cv2.IMWRITE_JPEG_QUALITY, 93])
+        entries[name] = {
+            "words": {
+                str(index): {"points": word.points.round(1).tolist(), "illegibility": word.dont_care}
+                for index, word in enumerate(sample.words)
+            }
+        }
+    (folder / "jsons" / f"{split}.json").write_text(json.dumps({"images": entries}), encoding="utf-8")
+
+
+# ---- changes of one sample
+
+
+def with_gaps(sample: Sample) -> Sample:
+    """Adds the gaps between neighbouring words of a line as don't care."""
+    quads = [word for word in sample.words if len(word.points) == 4]
+    gaps = [
+        Word(np.stack([left.points[1], right.points[0], right.points[3], left.points[2]]), True)
+        for left in quads
+        for right in quads
+        if left is not right and not (left.dont_care and right.dont_care) and _follows(left.points, right.points)
+    ]
+    return Sample(sample.image, sample.words + gaps)
+
+
+def _follows(left: np.ndarray, right: np.ndarray) -> bool:
+    """Whether the quad `right` goes on with the line of `left`: as high, in its direction, a short step away."""
+    heights = [np.linalg.norm(quad[3] + quad[2] - quad[0] - quad[1]) / 2 for quad in (left, right)]
+    ways = [(quad[1] + quad[2] - quad[0] - quad[3]) / 2 for quad in (left, right)]
+    lengths = [np.linalg.norm(way) for way in ways]
+    if not min(*heights, *lengths):
+        return False
+    along = ways[0] / lengths[0]
+    step = (right[0] + right[3] - left[1] - left[2]) / 2
+    aside = step @ (-along[1], along[0])
+    return bool(
+        -0.5 < step @ along / heights[0] < 0.8
+        and abs(aside) < 0.35 * heights[0]
+        and 0.6 < heights[1] / heights[0] < 1.6
+        and ways[1] @ along > 0.95 * lengths[1]
+    )
+
+
+def darken(sample: Sample, rng: np.random.Generator) -> Sample:
+    """Inverts the image, or prints its grey levels in a light colour on a dark one."""
+    if rng.random() < 0.5:
+        return sample._replace(image=255 - sample.image)
+    share = (255 - cv2.cvtColor(sample.image, cv2.COLOR_BGR2GRAY)).astype(np.float32)[..., None] / 255
+    paper = rng.uniform(0, 110, 3)
+    ink = paper + rng.uniform(80, 200) + rng.uniform(-40, 40, 3)
+    return sample._replace(image=np.clip(paper + share * (ink - paper), 0, 255).astype(np.uint8))
+
+
+def cut_into_words(sample: Sample) -> Sample:
+    """Cuts each upright line at the spaces of its text; a line whose ink shows no gaps there is don't care."""
+    words = []
+    for line in sample.words:
+        (x0, y0), (x1, y1) = line.points.min(0), line.points.max(0)
+        pieces = line.text.split()
+        edges = _word_edges(sample.image[int(y0) : int(y1) + 1, int(x0) : int(x1) + 1], pieces)
+        if line.dont_care or len(pieces) < 2 or edges is None:
+            words.append(line._replace(dont_care=line.dont_care or len(pieces) > 1))
+            continue
+        for left, right in edges:
+            a, b = int(x0) + left, int(x0) + right
+            words.append(Word(np.array([[a, y0], [b, y0], [b, y1], [a, y1]]), right - left < 3))
+    return Sample(sample.image, words)
+
+
+def _word_edges(line: np.ndarray, pieces: list[str]) -> list[tuple[float, float]] | None:
+    """Left and right edge of each word in the image of a line; None where a gap is missing.
+
+    A gap is the widest run of blank columns near the place that the characters before it give, at equal widths.
+    """
+    if min(line.shape[:2]) < 5 or len(pieces) < 2:
+        return None
+    _, ink = cv2.threshold(cv2.cvtColor(line, cv2.COLOR_BGR2GRAY), 0, 1, cv2.THRESH_BINARY_INV + cv2.THRESH_OTSU)
+    inked = np.flatnonzero(ink[1:-1].sum(0) > max(1, 0.04 * len(line)))
+    if len(inked) < 2:
+        return None
+    first, last = inked[0], inked[-1] + 1
+    pitch = (last - first) / len(" ".join(pieces))
+    blanks = [(a + 1, b) for a, b in pairwise(inked.tolist()) if b - a - 1 > 0.45 * pitch]
+    margin = 0.06 * len(line)
+    edges, characters, left = [], 0, max(0.0, first - margin)
+    for piece in pieces[:-1]:
+        characters += len(piece) + 1
+        place = first + (characters - 0.5) * pitch
+        near = [blank for blank in blanks if abs(sum(blank) / 2 - place) < 1.6 * pitch and blank[0] > left]
+        if not near:
+            return None
+        start, end = max(near, key=lambda blank: blank[1] - blank[0] - 0.4 * abs(sum(blank) / 2 - place))
+        edges.append((left, start + margin))
+        left = end - margin
+    return [*edges, (left, min(line.shape[1], last + margin))]
+
+
+# ---- compositions of several samples
+
+
+def zoom(sample: Sample, factor: float) -> Sample:
+    """Scales an image and its labels."""
+    way = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
+    image = cv2.resize(sample.image, None, fx=factor, fy=factor, interpolation=way)
+    return Sample(image, [word._replace(points=word.points * factor) for word in sample.words])
+
+
+def crop(sample: Sample, x: int, y: int, width: int, height: int) -> Sample:
+    """A part of an image; words that its edge cuts are don't care."""
+    image, words = sample.image[y : y + height, x : x + width], []
+    for word in sample.words:
+        moved = word.points - (x, y)
+        inside = np.clip(moved, 0, image.shape[1::-1])
+        if np.ptp(inside, axis=0).min() >= 1:
+            words.append(word._replace(points=inside, dont_care=word.dont_care or np.abs(inside - moved).max() > 2))
+    return Sample(image, words)
+
+
+def paste(canvas: Sample, sample: Sample, x: int, y: int) -> None:
+    """Put an image and its labels on a larger one."""
+    height, width = sample.image.shape[:2]
+    canvas.image[y : y + height, x : x + width] = sample.image
+    offset = np.array([x, y])
+    canvas.words.extend(word._replace(points=word.points + offset) for word in sample.words)
+
+
+def street(rng: np.random.Generator, pages: list[Sample], photos: list[Sample]) -> Sample:
+    """A page, and beside it a column of street photographs."""
+    page = pages[rng.integers(len(pages))]
+    page = zoom(page, 1224 / len(page.image) * rng.uniform(0.8, 1.0))
+    if rng.random() < 0.25:
+        page = page._replace(image=255 - page.image)
+    height, width = page.image.shape[:2]
+    tall, wide = max(height, 1224), int(rng.integers(380, 620))
+    canvas = Sample(np.zeros((tall, width + wide, 3), np.uint8), [])
+    canvas.image[:] = rng.integers(0, 256, 3)
+    on_left = rng.random() < 0.5
+    paste(canvas, page, 0 if on_left else wide, int(rng.integers(0, tall - height + 1)))
+    y = 0
+    while y < tall:
+        photo = zoom(photos[rng.integers(len(photos))], rng.uniform(0.8, 1.5))
+        x = int(rng.integers(0, max(1, photo.image.shape[1] - wide)))
+        part = crop(photo, x, 0, wide, min(len(photo.image), tall - y))
+        paste(canvas, part, width if on_left else 0, y)
+        y += len(part.image)
+    return canvas
+
+
+def sparse(rng: np.random.Generator, pages: list[Sample]) -> Sample:
+    """A piece of a page on large empty paper with marks that are no text."""
+    page = pages[rng.integers(len(pages))]
+    height, width = page.image.shape[:2]
+    part_height = int(height * rng.uniform(0.12, 0.5))
+    part = crop(page, 0, int(rng.integers(0, height - part_height)), width, part_height)
+    part = zoom(part, rng.uniform(0.7, 1.5))
+    height, width = part.image.shape[:2]
+    tall, wide = max(1200, height + 10), max(int(rng.integers(700, 1100)), width + 10)
+    light = cv2.resize(rng.uniform(0.85, 1.05, (4, 4)), (wide, tall), interpolation=cv2.INTER_CUBIC)[..., None]
+    paper = np.median(page.image, axis=(0, 1)) * light + rng.normal(0, 4, (tall, wide, 1))
+    canvas = Sample(np.clip(paper, 0, 255).astype(np.uint8), [])
+    litter(rng, canvas.image)
+    paste(canvas, part, int(rng.integers(0, wide - width)), int(rng.integers(0, tall - height)))
+    return canvas
+
+
+def litter(rng: np.random.Generator, paper: np.ndarray) -> None:
+    """Draw specks, rules, rows of asterisks and dashes, and stains."""
+    height, width = paper.shape[:2]
+    ink = [int(rng.integers(0, 120))] * 3
+    for _ in range(int(rng.integers(20, 200))):
+        centre = (int(rng.integers(width)), int(rng.integers(height)))
+        cv2.ellipse(paper, centre, tuple(rng.integers(0, 4, 2).tolist()), 0, 0, 360, ink, -1)
+    for _ in range(int(rng.integers(2, 7))):
+        y, x0, x1 = int(rng.integers(height)), int(rng.integers(width // 2)), int(rng.integers(width // 2, width))
+        mark, size, thickness = rng.choice(list("_*-=")), float(rng.uniform(0.5, 1.4)), int(rng.integers(1, 3))
+        if mark == "_":
+            cv2.line(paper, (x0, y), (x1, y + int(rng.integers(-4, 5))), ink, thickness)
+        else:
+            row = mark * int((x1 - x0) / (18 * size))
+            cv2.putText(paper, row, (x0, y), cv2.FONT_HERSHEY_SIMPLEX, size, ink, thickness, cv2.LINE_AA)
+    for _ in range(int(rng.integers(0, 4))):
+        centre = (int(rng.integers(width)), int(rng.integers(height)))
+        shade = (paper[centre[1], centre[0]] * rng.uniform(0.6, 0.95)).tolist()
+        axes, tilt = tuple(rng.integers(15, 120, 2).tolist()), float(rng.uniform(0, 180))
+        cv2.ellipse(paper, centre, axes, tilt, 0, 360, shade, int(rng.choice([-1, 2, 5])))
+
+
+# ---- the two files
+
+
+def make(folder: Path, samples: Callable[[np.random.Generator], Iterator[Sample]], seed: int) -> Path:
+    """Write a training set unless it is there, and return its folder."""
+    if not (folder / "jsons" / "train.json").exists():
+        print(f"making {folder}", flush=True)
+        write(folder, samples(np.random.default_rng(seed)))
+    return folder
+
+
+def render(folder: Path, train: int, val: int, seed: int, *flags: str) -> Path:
+    """Render receipts unless they are there, and return their folder."""
+    if not (folder / "jsons" / "val.json").exists():
+        fonts = [word for font in FONTS for word in ("--font", font)]
+        counts = ["--train", str(train), "--val", str(val), "--test", "0", "--size", "1024", "--seed", str(seed)]
+        run(["-m", "dbnet.synth", "--out", str(folder), *counts, *flags, *fonts], ROOT)
+    return folder
+
+
+def some(rng: np.random.Generator, samples: Iterator[Sample], count: int) -> list[Sample]:
+    """`count` samples drawn at random."""
+    found = list(samples)
+    return [found[place] for place in sorted(rng.permutation(len(found))[:count])]
+
+
+def lines_data(data: Path, work: Path) -> dict[Path, float]:
+    """Folders of the lines file, with the passes over each in an epoch."""
+    gaps = make(work / "gaps", lambda _: map(with_gaps, read(data / "icdar2015")), 0)
+    dark = {
+        name: make(
+            work / f"{name}-dark",
+            lambda rng, name=name, count=count: (darken(page, rng) for page in some(rng, read(data / name), count)),
+            1,
+        )
+        for name, count in (("sroie", 120), ("doclaynet", 60))
+    }
+
+    def streets(rng: np.random.Generator) -> Iterator[Sample]:
+        pages, photos = list(read(data / "sroie")), list(read(gaps))
+        return (street(rng, pages, photos) for _ in range(240))
+
+    def sparse_pages(rng: np.random.Generator) -> Iterator[Sample]:
+        pages = [page for name in ("sroie", "tapus", "doclaynet") for page in read(data / name)]
+        return (sparse(rng, pages) for _ in range(80))
+
+    return {
+        data / "sroie": 2,
+        render(work / "rendered-lines", 400, 30, 7, "--lines"): 1,
+        dark["sroie"]: 1,
+        data / "doclaynet": 2,
+        dark["doclaynet"]: 1,
+        data / "tapus": 1,
+        data / "fondue": 1,
+        gaps: 2,
+        make(work / "street", streets, 2): 1,
+        make(work / "sparse", sparse_pages, 3): 1,
+    }
+
+
+def words_data(data: Path, work: Path) -> dict[Path, float]:
+    """Folders of the words file, with the passes over each in an epoch."""
+    cut = make(work / "cut", lambda rng: map(cut_into_words, some(rng, read(data / "sroie"), 260)), 4)
+    pages = work / "doclaynet-words"
+    if not pages.exists():
+        pages.mkdir(parents=True)
+        (pages / "images").symlink_to((data / "doclaynet" / "images").resolve())
+        (pages / "jsons").symlink_to((data / "doclaynet" / "jsons_words").resolve())
+    return {cut: 1, render(work / "rendered-words", 260, 30, 11): 1, pages: 1, data / "icdar2015": 1}
+
+
+def run(words: list[str], folder: Path) -> None:
+    """Run Python on a command of this checkout in `folder`. Ends with its exit status where it fails."""
+    print("python", *words, flush=True)
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    status = subprocess.run([sys.executable, *words], cwd=folder, env=os.environ | {"PYTHONPATH": paths}).returncode
+    if status:
+        sys.exit(status)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", choices=["lines", "words"])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--init", type=Path, default=ROOT / "weights" / "lite.pt", help="start from this checkpoint")
+    parser.add_argument("--epochs", type=int, default=3)
+    args = parser.parse_args()
+    data, work = args.data.resolve(), args.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    folders = (lines_data if args.file == "lines" else words_data)(data, work)
+    shares = ["--data", ",".join(map(str, folders)), "--data-weights", ",".join(f"{n:g}" for n in folders.values())]
+    turns = "0.35" if args.file == "lines" else "0.15"
+    start = ["--init", str(args.init.resolve())]
+    if (work / "runs" / args.file / "last.pt").exists():
+        start = ["--resume"]
+    length = ["--epochs", str(args.epochs), "--rotate90-p", turns]
+    run([str(ROOT / "train.py"), "--run", args.file, *start, *TRAINING.split(), *length, *shares], work)
+    name = "lite.pt" if args.file == "lines" else "lite-words.pt"
+    run([str(ROOT / "export.py"), str(work / "runs" / args.file / "best.pt"), "--half", str(work / name)], work)
+
+
+if __name__ == "__main__":
+    main()
