@@ -696,7 +696,14 @@ class Training:
                 self.running = RunningEpoch(**state["running"]).to(device)
 
 
-_ORDER = ("data", "batch_size", "image_size", "pad", "seed")  # fields that decide the batches of an epoch
+_ORDER = (
+    "data",
+    "data_weights",
+    "batch_size",
+    "image_size",
+    "pad",
+    "seed",
+)  # fields that decide the batches of an epoch
 
 
 class LastSave:

@@ -148,6 +148,7 @@ def test_changed_fields_hold_after_resuming(small):
     larger = resumed(config, config.changed(image_size=160), before)
     assert larger.plan == BatchPlan(4, 2, 160) and larger.running is None
     assert resumed(config, config.changed(batch_size=2), before).running is None
+    assert resumed(config, config.changed(data_weights=(2,)), before).running is None
 
     other = resumed(config, config.changed(weight_decay=0.2, optimizer="adam", amp="bf16"), before)
     assert other.optimizer.param_groups[0]["weight_decay"] == 0.2
