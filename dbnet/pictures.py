@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import gc
 import importlib.util
 import io
 import math
@@ -256,6 +257,7 @@ def show_progress(run: Path) -> None:
         except Exception as error:  # of a full disk, a font, a TensorBoard that does not fit its protobuf
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
             print(f"no curves of this epoch, training goes on: {printable(reason)}", file=sys.stderr)
+    gc.collect()  # the parts of a figure refer to each other: until Python's rare full collection, none is freed
 
 
 def write_curves(run: Path) -> None:

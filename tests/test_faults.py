@@ -272,7 +272,7 @@ def test_a_system_clock_that_goes_backwards_changes_nothing(rendered, tmp_path):
 
 @pytest.mark.parametrize(
     ("epochs", "settled", "mebibytes"),
-    [pytest.param(10, 5, 64, id="10"), pytest.param(300, 60, 48, marks=pytest.mark.long, id="300")],
+    [pytest.param(10, 5, 24, id="10"), pytest.param(300, 60, 48, marks=pytest.mark.long, id="300")],
 )
 def test_memory_of_a_long_run_is_flat(rendered, tmp_path, epochs, settled, mebibytes):
     words = ["--preset", "lite", "--weights", "none", "--image-size", "64", "--batch-size", "3", "--run", "a"]

@@ -1,5 +1,6 @@
 """Pictures: curves of any log, the search of a tuning, overlays with a name each, and none of them in the way."""
 
+import gc
 import importlib.util
 import json
 import math
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.colors import same_color
+from matplotlib.figure import Figure
 from PIL import Image
 
 from dbnet import pictures
@@ -149,6 +151,12 @@ def test_a_full_disk_costs_the_curves_and_not_the_run(tmp_path):
     assert "curves.png: cannot be written" in lines[0]
     if importlib.util.find_spec("tensorboard"):
         assert len(lines) == 2 and list(read_events(tmp_path)["score/hmean"]) == [(20, 0.5)]
+
+
+def test_the_curves_of_an_epoch_are_freed_once_they_are_written(tmp_path):
+    write_log(tmp_path, [make_row(1, 0.5)])
+    show_progress(tmp_path)
+    assert not [each for each in gc.get_objects() if isinstance(each, Figure)]
 
 
 # ------------------------------------------------------------------------------------------- heat map and overlays
