@@ -79,8 +79,9 @@ def test_polygons_lie_inside_the_image_and_are_convex_and_clockwise_from_the_top
 def test_boxes_on_the_page_hold_all_the_ink_of_the_words_and_hug_it():
     face = Typeface("", fixed_pitch=False, stretch=1.0)
     sheet = print_sheet(np.random.default_rng(3), 400, 800, face, LATIN)
-    assert len(sheet.boxes) > 20
-    for left, top, right, bottom in sheet.boxes:
+    words = sheet.labels(lines=False)
+    assert len(words) > 20
+    for _, (left, top, right, bottom) in words:
         rows, columns = slice(round(top), round(bottom)), slice(round(left), round(right))
         x, y, width, height = cv2.boundingRect(sheet.ink[rows, columns])
         slack = 3 + 0.1 * (bottom - top)
@@ -94,7 +95,7 @@ def test_the_homography_that_bends_the_page_carries_the_boxes_with_the_ink():
     homography = lay(rng, sheet, (420, 720), flat=False)
     only_words = np.zeros_like(sheet.ink)
     cover = np.zeros((720, 420), np.uint8)
-    for left, top, right, bottom in sheet.boxes:
+    for _, (left, top, right, bottom) in sheet.labels(lines=False):
         rows, columns = slice(int(top) + 1, int(bottom)), slice(int(left) + 1, int(right))
         only_words[rows, columns] = sheet.ink[rows, columns]
         polygon = transform(homography, corners(left, top, right, bottom) - 0.5) + 0.5

@@ -7,10 +7,11 @@ the sheet on paper and photographs it.
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -28,28 +29,14 @@ FONT_NAMES = ("DejaVuSans", "DejaVuSerif", "Liberation", "FreeSans", "FreeMono",
 # ---- the text of a receipt
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """The words of receipts in one language, of vocabularies.json."""
-
-    shops: list[str]
-    places: list[str]
-    items: list[str]
-    notes: list[str]
-    columns: list[list[str]]  # alternative headings of the table of items: name, quantity, unit price, amount
-    fields: list[str]  # labels of header lines: a counter, a cashier, a number
-    sums: list[list[str]]  # alternative labels of subtotal, tax, total, payment and change
-    syllables: list[str]  # parts of made-up names, so that the words are not always the same
-    cents: bool
-    currencies: list[str]
-
-
 _VOCABULARIES = json.loads(Path(__file__).with_name("vocabularies.json").read_text(encoding="utf-8"))
-LATIN, KOREAN = (Vocabulary(**_VOCABULARIES[name]) for name in ("latin", "korean"))
+LATIN, KOREAN = (SimpleNamespace(**_VOCABULARIES[name]) for name in ("latin", "korean"))
+Vocabulary = SimpleNamespace
+"""Words in one language: of them, `columns` are alternative headings of the table of items (name, quantity, unit price,
+amount), `sums` alternative labels of subtotal, tax, total, payment and change, `syllables` parts of made-up names."""
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """Text between two positions across the sheet (fractions of the print width); align 0 left, 0.5 centre, 1 right."""
 
     text: str
@@ -58,8 +45,7 @@ class Cell:
     align: float = 0.0
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A line of print, a graphic, or (with neither) a gap. `scale` is its height in lines of body text."""
 
     cells: tuple[Cell, ...] = ()
@@ -95,17 +81,15 @@ def money(rng: Generator, words: Vocabulary, largest: float = 100) -> str:
 def compose_header(rng: Generator, words: Vocabulary) -> list[Row]:
     """Logo, shop name, address, phone, date and the numbers of the sale."""
     align = pick(rng, (0.5, 0.5, 0.5, 0.0))
-
-    def line(text: str, **look) -> Row:
-        return Row((Cell(text, align=align),), **look)
-
     rows = [Row(graphic=draw_logo, scale=rng.uniform(2.5, 5)), Row(scale=0.4)] if chance(rng, 0.3) else []
     shop = f"{made_up_name(rng, words)} {pick(rng, words.shops)}"
-    rows.append(line(shop, scale=rng.uniform(1.2, 2.8), bold=chance(rng, 0.6), inverted=chance(rng, 0.12)))
-    for _ in range(rng.integers(1, 4)):
-        rows.append(line(f"{digits(rng, '#', '##,', 'No.##')} {pick(rng, words.places)}, {digits(rng, '#####')}"))
-    rows.append(line(digits(rng, "Tel: ##-### ####", "TEL ###-####-####", "(###) ###-####  Fax:##-#######")))
-    rows.append(Row(scale=rng.uniform(0.3, 1)))
+    rows.append(Row((Cell(shop, align=align),), rng.uniform(1.2, 2.8), chance(rng, 0.6), chance(rng, 0.12)))
+    lines = [
+        f"{digits(rng, '#', '##,', 'No.##')} {pick(rng, words.places)}, {digits(rng, '#####')}"
+        for _ in range(rng.integers(1, 4))
+    ]
+    lines.append(digits(rng, "Tel: ##-### ####", "TEL ###-####-####", "(###) ###-####  Fax:##-#######"))
+    rows += [*(Row((Cell(text, align=align),)) for text in lines), Row(scale=rng.uniform(0.3, 1))]
     date = digits(rng, "202#-1#-1#", "1#/0#/202#", "2#.1#.2#") + digits(rng, " 1#:3#", " 0#:1#:2# PM")
     rows.append(Row((Cell(date, 0, 0.66), Cell(digits(rng, "No. ####", "####"), 0.66, 1, 1.0))))
     for _ in range(rng.integers(0, 5)):
@@ -177,7 +161,7 @@ def compose_receipt(rng: Generator, words: Vocabulary, line_count: float) -> lis
     fixed = sum(row.scale for row in (*head, *sums, *foot))
     rows = head + compose_items(rng, words, line_count * rng.uniform(0.7, 1.0) - fixed) + sums + foot
     if chance(rng, 0.5):
-        rows = [replace(row, cells=tuple(replace(cell, text=cell.text.upper()) for cell in row.cells)) for row in rows]
+        rows = [row._replace(cells=tuple(cell._replace(text=cell.text.upper()) for cell in row.cells)) for row in rows]
     return rows
 
 
@@ -185,9 +169,9 @@ def compose_receipt(rng: Generator, words: Vocabulary, line_count: float) -> lis
 
 
 def draw_rule(rng: Generator, ink: np.ndarray) -> None:
-    height = len(ink)
-    for y in np.linspace(height * 0.4, height * 0.6, rng.integers(1, 3)).astype(int):
-        ink[y : y + max(1, height // 12)] = 255
+    for share in np.linspace(0.4, 0.6, rng.integers(1, 3)):
+        y = int(share * len(ink))
+        ink[y : y + max(1, len(ink) // 12)] = 255
 
 
 def draw_dashes(rng: Generator, ink: np.ndarray) -> None:
@@ -235,8 +219,7 @@ def draw_logo(rng: Generator, ink: np.ndarray) -> None:
             cv2.fillPoly(ink, [points.astype(np.int32)], shade, cv2.LINE_AA)
 
 
-@dataclass(frozen=True)
-class Typeface:
+class Typeface(NamedTuple):
     """A font file ("" for Pillow's own) and its use in print."""
 
     path: str
@@ -270,10 +253,7 @@ def system_fonts() -> tuple[str, ...]:
 
 
 def choose_print(rng: Generator, fonts: Sequence[str], others: Sequence[str]) -> tuple[Typeface, Vocabulary]:
-    """A typeface and words that it has the glyphs of.
-
-    It is one of `fonts` in 3 of 4 receipts where there are any, else Pillow's own or one of the others.
-    """
+    """One of `fonts` in 3 of 4 receipts if there are any, else Pillow's own or one of the others; and words for it."""
     path = pick(rng, fonts) if fonts and chance(rng, 0.75) else pick(rng, ("", *others))
     fixed_pitch = not path and chance(rng, 0.5)
     face = Typeface(path, fixed_pitch, stretch=rng.uniform(0.75, 1.0 if fixed_pitch else 1.1))
@@ -310,47 +290,28 @@ def letter_width(face: Typeface) -> float:
 
 @dataclass
 class Sheet:
-    """Print on flat paper: ink (height, width) uint8, box x0, y0, x1, y1 in pixels and text of each word."""
+    """Print on flat paper: ink (height, width) uint8, and the words of each cell that has some. A word is its text and
+    its box x0, y0, x1, y1 in pixels."""
 
     ink: np.ndarray
-    boxes: list[tuple[float, float, float, float]]
-    texts: list[str]
-    cell_ends: list[int]
-    """index after the last word of each cell that has one; the words of a cell are a line for `labels`"""
+    cells: list[list[tuple[str, np.ndarray]]] = field(default_factory=list)
 
-    def labels(self, lines: bool) -> list[tuple[np.ndarray, str]]:
-        """Box and text of each word, or of the words of each cell as one line."""
-        ends = self.cell_ends if lines else range(1, len(self.boxes) + 1)
-        cells = [slice(start, end) for start, end in pairwise([0, *ends])]
-        return [(enclosing_box(self.boxes[cell]), " ".join(self.texts[cell])) for cell in cells]
+    def labels(self, lines: bool) -> list[tuple[str, np.ndarray]]:
+        """Text and box of each word, or of the words of each cell as one line."""
+        if not lines:
+            return [word for cell in self.cells for word in cell]
+        return [(" ".join(text for text, _ in cell), enclosing_box([box for _, box in cell])) for cell in self.cells]
 
     def padded(self, top: int, bottom: int, left: int, right: int) -> "Sheet":
         """The sheet with empty margins of so many pixels added."""
-        boxes = [(x0 + left, y0 + top, x1 + left, y1 + top) for x0, y0, x1, y1 in self.boxes]
-        return replace(self, ink=np.pad(self.ink, ((top, bottom), (left, right))), boxes=boxes)
+        shift = np.array((left, top, left, top))
+        cells = [[(text, box + shift) for text, box in cell] for cell in self.cells]
+        return Sheet(np.pad(self.ink, ((top, bottom), (left, right))), cells)
 
 
 def enclosing_box(boxes: Sequence) -> np.ndarray:
     """x0, y0, x1, y1 around all of `boxes` (n, 4)."""
     return np.concatenate([np.min(boxes, axis=0)[:2], np.max(boxes, axis=0)[2:]])
-
-
-def fit_words(text: str, face: Typeface, size: int, bold: bool, room: float) -> tuple[list[tuple], int]:
-    """As many words of `text` as fit in `room` pixels, and the width of all of them.
-
-    A word is (text, ink, top, left), where top is relative to the baseline and left to the start of the first word.
-    """
-    space = max(3, round(size * face.stretch * (0.6 if face.fixed_pitch else 0.32)))
-    words: list[tuple] = []
-    width = 0
-    for word in text.split():
-        ink, top = word_ink(face, size, bold, word)
-        left = width + space if words else 0
-        if ink.size == 0 or left + ink.shape[1] > room:
-            break
-        words.append((word, ink, top, left))
-        width = left + ink.shape[1]
-    return words, width
 
 
 def print_row(sheet: Sheet, row: Row, face: Typeface, size: int, band: tuple[int, int, int, int]) -> str:
@@ -359,36 +320,41 @@ def print_row(sheet: Sheet, row: Row, face: Typeface, size: int, band: tuple[int
     if row.inverted:
         sheet.ink[y0:y1, x0:x1] = 255
     padding = size // 3 if row.inverted else 0
-    start, across = x0 + padding, x1 - x0 - 2 * padding
+    across = x1 - x0 - 2 * padding
     baseline = (y0 + y1 + round(size * 0.66)) // 2
-    margin = WORD_MARGIN * size + 0.5
+    space = max(3, round(size * face.stretch * (0.6 if face.fixed_pitch else 0.32)))
+    margin = (WORD_MARGIN * size + 0.5) * np.array((-1, -1, 1, 1))
     for cell in row.cells:
         room = (cell.right - cell.left) * across - (size * 0.4 if cell.right < 1 else 0)
-        words, width = fit_words(cell.text, face, size, row.bold, room)
-        origin = round(start + cell.left * across + cell.align * (room - width))
-        for text, ink, offset, shift in words:
-            left, top = origin + shift, baseline + offset
-            right, bottom = left + ink.shape[1], top + ink.shape[0]
-            spot = sheet.ink[top:bottom, left:right]
+        rest, width = cell.text.split(), 0
+        words: list[tuple[str, np.ndarray, int, int]] = []
+        while rest:
+            ink, rise = word_ink(face, size, row.bold, rest[0])
+            left = width + space if words else 0
+            if ink.size == 0 or left + ink.shape[1] > room:
+                break
+            words.append((rest.pop(0), ink, left, baseline + rise))
+            width = left + ink.shape[1]
+        origin = round(x0 + padding + cell.left * across + cell.align * (room - width))
+        printed = []
+        for text, ink, left, top in words:
+            box = np.array((origin + left, top, origin + left + ink.shape[1], top + ink.shape[0]))
+            spot = sheet.ink[box[1] : box[3], box[0] : box[2]]
             spot[:] = spot - np.minimum(ink, spot) if row.inverted else np.maximum(spot, ink)
-            sheet.boxes.append((left - margin, top - margin, right + margin, bottom + margin))
-            sheet.texts.append(text)
-        if words:
-            sheet.cell_ends.append(len(sheet.texts))
-    return " ".join(cell.text.split()[len(words) :]) if words else ""
+            printed.append((text, box + margin))
+        if printed:
+            sheet.cells.append(printed)
+    return " ".join(rest) if printed else ""
 
 
 def print_sheet(
     rng: Generator, width: int, height: int, face: Typeface, words: Vocabulary, varied: bool = False
 ) -> Sheet:
-    """Print a receipt on a sheet `width` pixels wide and at most `height` high; rows that do not fit are left out.
-
-    With `varied`, lines may be as tight as print allows, and rows of marks that are no text stand between them.
-    """
+    """Print a receipt on a sheet `width` pixels wide and at most `height` high; rows that do not fit are left out."""
     size = max(8, round(width / rng.uniform(34, 62) / letter_width(face)))
     leading = rng.uniform(0.95, 1.1) if varied and chance(rng, 0.3) else rng.uniform(1.1, 1.5)
     margin = max(4, round(width * rng.uniform(0.03, 0.1)))
-    sheet = Sheet(np.zeros((height, width), np.uint8), [], [], [])
+    sheet = Sheet(np.zeros((height, width), np.uint8))
     rows = compose_receipt(rng, words, (height - 2 * margin) / (size * leading))[::-1]
     for _ in range(rng.integers(0, 5) if varied else 0):
         rows.insert(int(rng.integers(len(rows))), Row(graphic=pick(rng, (draw_marks, draw_rule)), scale=0.8))
@@ -406,7 +372,7 @@ def print_sheet(
         elif row.cells:
             rest = print_row(sheet, row, face, row_size, (margin, top, width - margin, bottom))
             if rest and len(row.cells) == 1:
-                rows.append(replace(row, cells=(replace(row.cells[0], text=rest),)))
+                rows.append(row._replace(cells=(row.cells[0]._replace(text=rest),)))
         top = bottom
     sheet.ink = sheet.ink[: top + margin]
     return sheet

@@ -2,13 +2,10 @@
 
     python -m dbnet.synth --out data/synth --train 200 --val 20 --test 10 --size 640 --seed 0 [--font Korean.ttf]
 
-The order of this file is the order in which an image is made: `print_sheet` of `receipt` prints on a flat sheet and
-notes the box of each word, `develop` turns ink into coloured paper, `lay` chooses one homography for the pixels and the
-boxes, `photograph` or `scan` puts the paper into its scene, and `degrade` is the camera: blur, noise, JPEG. All lengths
-follow `size`, so 640 and 1024 show the same kind of receipt.
-
-The same seed gives the same words, layout and pixels on the same machine, for any number of workers. Another machine
-may have other fonts (`system_fonts`) or another Pillow, and then the images differ. No font need be installed.
+In the order of this file: `develop` turns the ink of a sheet (`receipt`) into coloured paper, `lay` chooses one
+homography for pixels and boxes, `photograph` or `scan` puts the paper into its scene, and `degrade` is the camera. All
+lengths follow `size`. The same seed gives the same pixels on the same machine, for any number of workers; another
+machine may have other fonts (`system_fonts`), which need not be there, or another Pillow.
 """
 
 import json
@@ -51,7 +48,7 @@ def noise_tile() -> np.ndarray:
 
 
 def noise_window(rng: Generator, height: int, width: int) -> np.ndarray:
-    """(height, width) int16 noise of deviation 32 from a random place of the tile, wrapped around."""
+    """(height, width) int16 from a random place of the tile, wrapped around."""
     rows = (int(rng.integers(2048)) + np.arange(height)) % 2048
     columns = (int(rng.integers(2048)) + np.arange(width)) % 2048
     return noise_tile()[rows[:, None], columns]
@@ -148,7 +145,8 @@ def lay(rng: Generator, sheet: Sheet, frame: Frame, flat: bool) -> np.ndarray:
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     seen = outline @ turn + (0 if flat else rng.uniform(-0.06, 0.06, (4, 2)) * width)
     homography = cv2.getPerspectiveTransform(outline.astype(np.float32), seen.astype(np.float32))
-    text = transform(homography, corners(*enclosing_box(sheet.boxes or [(0, 0, width, height)])))
+    boxes = [box for _, box in sheet.labels(lines=False)] or [np.array((0, 0, width, height))]
+    text = transform(homography, corners(*enclosing_box(boxes)))
     low, high = text.min(0), text.max(0)
     room = np.array(frame) - 4.0
     zoom = min(1.0, *(room / (high - low)))
@@ -224,7 +222,7 @@ def uneven_light(rng: Generator, width: int, height: int) -> np.ndarray:
 def photograph(rng: Generator, paper: np.ndarray, homography: np.ndarray, frame: Frame, varied: bool) -> np.ndarray:
     """The paper on a table, its shadow beside it, in uneven light: (h, w, 3) uint8 for a frame (w, h)."""
     width, height = frame
-    outline = transform(homography, corners(0, 0, paper.shape[1], paper.shape[0]))
+    outline = transform(homography, corners(0, 0, *paper.shape[1::-1]))
     mask = np.zeros((height, width), np.float32)
     cv2.fillConvexPoly(mask, np.round(outline * 16).astype(np.int32), 1.0, shift=4)
     reach = width // 20 + 1
@@ -267,15 +265,6 @@ def degrade(rng: Generator, image: np.ndarray, size: int, flat: bool) -> np.ndar
     return image
 
 
-def quarter_turns(image: np.ndarray, words: list[LabelledWord], count: int) -> tuple[np.ndarray, list[LabelledWord]]:
-    """The image and its words turned counter-clockwise by `count` times 90 degrees; first corners stay the first."""
-    for _ in range(count):
-        width = image.shape[1]
-        image = np.ascontiguousarray(np.rot90(image))
-        words = [(np.stack([points[:, 1], width - points[:, 0]], 1), text, faint) for points, text, faint in words]
-    return image, words
-
-
 def render_receipt(
     rng: Generator,
     size: int = 640,
@@ -288,11 +277,10 @@ def render_receipt(
 
     A word is (polygon, transcription, illegible): polygon (4, 2) float64 in pixels of the image, clockwise from the
     word's top left, tight around its ink, always inside the image; illegible where the print is too faint to read.
-    With `lines`, the words of a line that stand together in a column are one polygon, as some data sets label them.
-    With `varied`, also light print on dark paper, tight lines, rows of marks, specks, large empty margins, patterns and
-    faces in the background, and pages turned by 90, 180 or 270 degrees.
-    `fonts` are files to prefer over Pillow's own and `other_fonts` (those of this machine); fonts with Hangul give
-    Korean receipts. Raises UserError for a file that is no font.
+    With `lines`, the words of a line that stand together in a column are one polygon. With `varied`, also light print
+    on dark paper, tight lines, rows of marks, specks, large empty margins, patterns and faces in the background, and
+    turned pages. `fonts` are files to prefer over Pillow's own and `other_fonts` (those of this machine); fonts with
+    Hangul give Korean receipts. Raises UserError for a file that is no font.
     """
     flat = chance(rng, SCAN_SHARE)
     face, words = choose_print(rng, fonts, system_fonts() if other_fonts is None else other_fonts)
@@ -315,13 +303,16 @@ def render_receipt(
     paper, contrast = develop(rng, sheet, flat, varied)
     image = (scan if flat else photograph)(rng, paper, homography, frame, varied)
     labelled = []
-    for box, text in sheet.labels(lines):
+    for text, box in sheet.labels(lines):
         x0, y0, x1, y1 = (max(0, round(edge)) for edge in box)
         faint = float(contrast[y0:y1, x0:x1].mean()) < MIN_CONTRAST
         polygon = transform(homography, corners(*box) - 0.5) + 0.5  # OpenCV counts from the centre of pixel 0
         labelled.append((polygon, text, faint))
     image = degrade(rng, image, size, flat)
-    return quarter_turns(image, labelled, pick(rng, (0, 0, 1, 2, 3)) if varied else 0)
+    for _ in range(pick(rng, (0, 0, 1, 2, 3)) if varied else 0):  # turn by 90 degrees, counter-clockwise
+        labelled = [(np.stack([x[:, 1], image.shape[1] - x[:, 0]], 1), text, faint) for x, text, faint in labelled]
+        image = np.ascontiguousarray(np.rot90(image))
+    return image, labelled
 
 
 # ---- data set on disk
@@ -334,22 +325,20 @@ def write_receipt(job: tuple[str, int], folder: Path, size: int, seed: int, **op
     name = f"synth_{split}_{index:05d}.jpg"
     _, encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
     (folder / "images" / split / name).write_bytes(encoded.tobytes())
-    entries = {}
-    for number, (polygon, text, illegible) in enumerate(words, 1):
-        points = polygon.round(2).tolist()
-        entries[f"{number:04d}"] = {"points": points, "transcription": text, "illegibility": illegible}
+    entries = {
+        f"{number:04d}": {"points": polygon.round(2).tolist(), "transcription": text, "illegibility": illegible}
+        for number, (polygon, text, illegible) in enumerate(words, 1)
+    }
     return name, {"img_w": image.shape[1], "img_h": image.shape[0], "words": entries}
 
 
 def check_request(folder: Path, counts: dict[str, int], size: int, seed: int, fonts: Sequence[str]) -> None:
-    """Raise UserError for a request that `write_dataset` cannot meet; the message names the flag and the fix."""
-    for name, value in (counts | {"seed": seed}).items():
-        if value < 0:
-            raise UserError(f"--{name} {value}: give 0 or more")
+    """Raise UserError for a request that `write_dataset` cannot meet."""
+    for name, value, least in (*((*count, 0) for count in counts.items()), ("seed", seed, 0), ("size", size, MIN_SIZE)):
+        if value < least:
+            raise UserError(f"--{name} {value}: give {least} or more")
     if not any(counts.values()):
         raise UserError("--train, --val and --test are all 0: ask for at least one image")
-    if size < MIN_SIZE:
-        raise UserError(f"--size {size}: give at least {MIN_SIZE} pixels")
     for path in ("", *fonts):
         load_font(path, 16)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -368,12 +357,11 @@ def write_dataset(
     lines: bool = False,
     varied: bool = False,
 ) -> int:
-    """Write a data set of receipts in the layout that `dbnet.annotations` reads, and return the number of its words.
+    """Write a data set of receipts in the layout of the README, and return the number of its words.
 
     `folder` must be absent or empty. The jsons come last, so that an interrupted run is no data set. Image i of a
     split depends on (seed, split, i) alone: not on `workers` (processes; default: one a core) nor on the counts.
-    Workers are spawned, so a script calls this under `if __name__ == "__main__"`. Raises UserError for a request that
-    cannot be met.
+    Workers are spawned, so a script calls this under `if __name__ == "__main__"`. Raises UserError.
     """
     folder, fonts = Path(folder), tuple(map(str, fonts))
     counts = {"train": train, "val": val, "test": test}
