@@ -103,6 +103,26 @@ def test_a_folded_network_computes_the_same_up_to_the_borders(fusion):
         torch.testing.assert_close(model(images), expected, atol=0.1, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_weights_are_stored_once_for_each_layout_and_not_in_each_call(dtype, capfd):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch has no oneDNN here")
+    torch.manual_seed(0)
+    model = DBNet(PRESETS["lite"].changed(weights="none")).eval()
+    fold(model)
+    prepare_for_cpu(model, dtype)
+    shapes = [(1, 800, width, 3) for width in (64, 256, 352)]
+    with torch.inference_mode():
+        for shape in shapes:
+            model(torch.zeros(shape, dtype=torch.uint8))
+        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+            for shape in shapes:
+                model(torch.zeros(shape, dtype=torch.uint8))
+    lines = [line.split(",") for line in capfd.readouterr().out.splitlines() if ",exec," in line]
+    reordered = [line[-2] for line in lines if line[5] == "reorder"]  # out x in x height x width; images begin with 1
+    assert len(lines) > 200 and [shape for shape in reordered if not shape.startswith("1x")] == []
+
+
 class Misleading(nn.Module):
     """Registered as if each batch norm belonged to the convolution before it, and it does not."""
 
