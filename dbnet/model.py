@@ -2,12 +2,14 @@
 
 from collections import Counter
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import fuse_conv_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dbnet.backbone import Backbone
 from dbnet.config import Config
@@ -23,12 +25,10 @@ class Maps(NamedTuple):
 
 
 class DBNet(nn.Module):
-    """Text detector: 8-bit images in, maps of their own size out.
+    """Text detector: (N, H, W, 3) uint8 RGB images in, H and W multiples of 32, maps of their own size out.
 
-    Input: (N, H, W, 3) uint8 RGB as the data loader makes it, H and W multiples of 32. Normalization happens here, on
-    the device, so that a quarter of the bytes travels to it; seen as (N, 3, H, W) the images are channels_last.
-
-    Output: `Maps` in training mode; in eval mode the probability map alone, (N, H, W) float32 in 0..1.
+    In training mode these are `Maps`; in eval mode the probability map alone, (N, H, W) float32 in 0..1. Images are
+    normalized here, on the device, so that a quarter of the bytes travels to it, and are channels_last as they come.
     """
 
     mean: Tensor
@@ -79,21 +79,17 @@ class FeaturePyramid(nn.Module):
 class ScaleAttention(nn.Module):
     """Adaptive scale fusion of DBNet++ (arXiv 2202.10304, section 3.2).
 
-    Each level of the joined pyramid, (N, width, H, W), is weighed at each place by a number in 0..1 that is read off
-    all of the levels. The paper has no batch norm here. But nothing bounds the pyramid's features, and without it they
-    drove all weights to 0 in one training of two (benchmarks/RESULTS.md), from where no gradient leads back.
+    Each level of the joined pyramid, (N, width, H, W), is weighed at each place by a number in 0..1 made of all levels.
+    The paper has no batch norm here; without it, unbounded features drove all weights to 0, where no gradient is, in
+    one training of two (benchmarks/RESULTS.md).
     """
 
     def __init__(self, width: int, levels: int) -> None:
         super().__init__()
         inner = width // levels
         self.reduce = nn.Sequential(nn.Conv2d(width, inner, 3, padding=1, bias=False), nn.BatchNorm2d(inner))
-        self.spatial = nn.Sequential(
-            nn.Conv2d(1, 1, 3, padding=1, bias=False),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(1, 1, 1, bias=False),
-            nn.Sigmoid(),
-        )
+        first, second = nn.Conv2d(1, 1, 3, padding=1, bias=False), nn.Conv2d(1, 1, 1, bias=False)
+        self.spatial = nn.Sequential(first, nn.ReLU(inplace=True), second, nn.Sigmoid())
         self.weigh = nn.Sequential(nn.Conv2d(inner, levels, 1, bias=False), nn.Sigmoid())
 
     def forward(self, joined: Tensor) -> Tensor:
@@ -116,15 +112,17 @@ def fold_batch_norms(model: DBNet) -> None:
     uses = Counter(id(tensor) for taken, _ in run.calls for tensor in taken)
     names = {layer: name for name, layer in model.named_modules()}
     by_weight = {id(layer.weight): layer for layer in names if _is_convolution(layer) or type(layer) is nn.BatchNorm2d}
-    makers: dict[int, nn.Conv2d | nn.ConvTranspose2d] = {}
+    makers: dict[int, nn.Module] = {}
     for taken, result in run.calls:
         layer = by_weight.get(id(taken[1])) if len(taken) > 1 else None
         if layer is None or uses[id(layer.weight)] > 1:
             continue
         if _is_convolution(layer):
             makers[id(result)] = layer
-        elif isinstance(layer, nn.BatchNorm2d) and id(taken[0]) in makers and uses[id(taken[0])] == 1:
-            _fold(makers[id(taken[0])], layer)
+        elif id(taken[0]) in makers and uses[id(taken[0])] == 1:
+            maker: Any = makers[id(taken[0])]
+            fused = fuse_conv_bn_eval(maker, layer, transpose=isinstance(maker, nn.ConvTranspose2d))
+            model.set_submodule(names[maker], fused)
             model.set_submodule(names[layer], nn.Identity())
 
 
@@ -137,22 +135,12 @@ class _Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = operation(*args, **(kwargs or {}))
-        taken = [item for arg in args for item in (arg if isinstance(arg, list | tuple) else [arg])]
-        self.calls.append(([item for item in taken if isinstance(item, Tensor)], result))
+        self.calls.append(([item for item in tree_leaves(args) if isinstance(item, Tensor)], result))
         return result
 
 
-def _is_convolution(layer: nn.Module) -> TypeGuard[nn.Conv2d | nn.ConvTranspose2d]:
+def _is_convolution(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) or (isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1)
-
-
-def _fold(layer: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d) -> None:
-    assert norm.running_mean is not None and norm.running_var is not None  # as all backbones have them
-    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    of_outputs = (1, -1, 1, 1) if isinstance(layer, nn.ConvTranspose2d) else (-1, 1, 1, 1)
-    bias = 0 if layer.bias is None else layer.bias
-    layer.weight = nn.Parameter(layer.weight * scale.view(of_outputs))
-    layer.bias = nn.Parameter((bias - norm.running_mean) * scale + norm.bias)
 
 
 @torch.no_grad()
@@ -167,8 +155,7 @@ def fold(model: DBNet) -> None:
     fold_batch_norms(model)
     model.thresh_branch = nn.Sequential()
     if isinstance(model.pyramid, FeaturePyramid) and isinstance(model.pyramid.attention, nn.Identity):
-        layers: Any = model.prob_branch
-        first, _, relu, second, _, _, third = layers
+        first, _, relu, second, _, _, third = list[Any](model.prob_branch)
         model.pyramid = FoldedPyramid(model.pyramid, first)
         model.prob_branch = nn.Sequential(relu, *_pointwise_head(second, third))
 
@@ -179,12 +166,11 @@ class UpConvolution(nn.Module):
     rows and two columns of the feature.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
         # Which of three rows or columns of the weight fall on which of two, for even and odd results.
         rows = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
-        phases = torch.einsum("ayi,bxj,ocij->abocyx", rows, rows, weight).flatten(0, 2)
-        self.convolution = _convolution(phases, None if bias is None else bias.repeat(4))
+        self.convolution = _convolution(torch.einsum("ayi,bxj,ocij->abocyx", rows, rows, weight).flatten(0, 2))
 
     def forward(self, feature: Tensor) -> Tensor:
         phases = self.convolution(feature).permute(0, 2, 3, 1).chunk(4, dim=3)  # (N, H + 1, W + 1, out)
@@ -223,35 +209,21 @@ def _convolution(weight: Tensor, bias: Tensor | None = None) -> nn.Conv2d:
     """A convolution with this (out, in, size, size) weight that keeps height and width; of size 2 they grow by one."""
     out, channels, size, _ = weight.shape
     layer = nn.Conv2d(channels, out, size, padding=size // 2, bias=bias is not None)
-    layer.weight = nn.Parameter(weight.contiguous())
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.clone())
+    layer.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
     return layer
 
 
-class Interleave(nn.Module):
-    """(N, 16, H, W), the rows of 4 x 4 results at each place, as (N, 1, 4 H, 4 W)."""
-
-    def forward(self, results: Tensor) -> Tensor:
-        rows = results.permute(0, 2, 3, 1).unflatten(3, (4, 4)).transpose(2, 3)
-        return rows.flatten(3, 4).flatten(1, 2).unsqueeze(1)
-
-
-def _pointwise_head(second: nn.ConvTranspose2d, third: nn.ConvTranspose2d) -> list[nn.Module]:
+def _pointwise_head(second: Any, third: Any) -> list[nn.Module]:
     """Two transposed convolutions of 2 x 2 at a step of 2, with a ReLU between them, as layers at stride 4."""
-    assert second.bias is not None and third.bias is not None
-    inner = second.out_channels
-    first = second.weight.permute(2, 3, 1, 0).reshape(4 * inner, -1)  # (row, column, channel) of each result
-    # Result (row, row in it, column, column in it) of all inputs.
-    last = third.weight.new_zeros(2, 2, 2, 2, 2, 2, inner)
-    for row in range(2):
-        for column in range(2):
-            last[row, :, column, :, row, column] = third.weight[:, 0].permute(1, 2, 0)
+    # (row, column, channel) of each of four results; then, of each of those, row and column of four again.
+    first = second.weight.permute(2, 3, 1, 0).flatten(0, 2)
+    place = torch.eye(2)
+    last = torch.einsum("ry,cx,iab->racbyxi", place, place, third.weight[:, 0]).reshape(16, -1)
     return [
         _convolution(first[:, :, None, None], second.bias.repeat(4)),
         nn.ReLU(inplace=True),
-        _convolution(last.reshape(16, -1, 1, 1), third.bias.repeat(16)),
-        Interleave(),
+        _convolution(last[:, :, None, None], third.bias.repeat(16)),
+        nn.PixelShuffle(4),
     ]
 
 
@@ -280,9 +252,6 @@ class FusedConvolution(nn.Module):
         return convolve(images, packed, self.bias, *self.how, self.activation, [], "")
 
 
-_ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Hardswish: "hardswish"}
-
-
 @torch.no_grad()
 def prepare_for_cpu(model: DBNet, dtype: torch.dtype | None) -> None:
     """Let a folded network compute in `dtype` (None: float32) and through oneDNN, in place."""
@@ -290,13 +259,14 @@ def prepare_for_cpu(model: DBNet, dtype: torch.dtype | None) -> None:
         part.to(dtype)
     if not torch.backends.mkldnn.is_available():
         return
+    activations = {nn.ReLU: "relu", nn.Hardswish: "hardswish"}
     for parent in list(model.modules()):
         layers = [(name, child) for name, child in parent.named_children() if not isinstance(child, nn.Identity)]
         for (name, layer), (next_name, follower) in pairwise([*layers, ("", nn.Identity())]):
             if type(layer) is nn.Conv2d and not isinstance(layer.padding, str) and layer.padding_mode == "zeros":
-                activation = _ACTIVATIONS.get(type(follower), "none") if isinstance(parent, nn.Sequential) else "none"
-                parent.set_submodule(name, FusedConvolution(layer, activation))
-                if activation != "none":
+                activation = activations.get(type(follower)) if isinstance(parent, nn.Sequential) else None
+                parent.set_submodule(name, FusedConvolution(layer, activation or "none"))
+                if activation:
                     parent.set_submodule(next_name, nn.Identity())
 
 
@@ -304,15 +274,10 @@ def _branch(width: int) -> nn.Sequential:
     """From the pyramid's features to one map of logits, 4 times their size (section 3.1 of the paper)."""
     inner = width // 4
     branch = nn.Sequential(
-        nn.Conv2d(width, inner, 3, padding=1, bias=False),
-        nn.BatchNorm2d(inner),
-        nn.ReLU(inplace=True),
-        nn.ConvTranspose2d(inner, inner, 2, stride=2, bias=False),
-        nn.BatchNorm2d(inner),
-        nn.ReLU(inplace=True),
+        *(nn.Conv2d(width, inner, 3, padding=1, bias=False), nn.BatchNorm2d(inner), nn.ReLU(inplace=True)),
+        *(nn.ConvTranspose2d(inner, inner, 2, stride=2, bias=False), nn.BatchNorm2d(inner), nn.ReLU(inplace=True)),
         nn.ConvTranspose2d(inner, 1, 2, stride=2),
     )
-    for layer in branch:
-        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-            nn.init.kaiming_normal_(layer.weight)
+    for layer in (branch[0], branch[3], branch[6]):
+        nn.init.kaiming_normal_(layer.weight)
     return branch
