@@ -1,31 +1,25 @@
-"""Annotations: the words of images; what their files have in common; and the files that are written.
+"""Annotations: the words of images, what is checked of them, and the files in which detections are written.
 
-All that is read is checked: anything wrong raises UserError, one line with the file, the place in it and the fix.
-Nothing in a file is ever run, and no path in it is followed. `dbnet.formats` reads the formats.
+`dbnet.formats` reads them.
 """
 
 import csv
-import io
 import json
-import math
 import os
 import re
-import unicodedata
 import zipfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
-from urllib.parse import unquote
+from typing import Any, Self
 
 import numpy as np
+import shapely
 from numpy.typing import ArrayLike
 
-from dbnet.errors import ImageError, UserError, library_errors
-from dbnet.files import check_regular, write_whole
-from dbnet.geometry import areas, fault_of, fit_outline, order_outlines, reading_order
+from dbnet.errors import ImageError, UserError
+from dbnet.files import make_folder, write_whole
+from dbnet.geometry import areas, fit_outline, order_outlines, reading_order
 from dbnet.images import name_stem, read_size
 
 
@@ -52,11 +46,6 @@ class Annotation:
         arrays = [np.asarray(polygon, np.int32) for polygon in polygons]
         return cls(arrays, [False] * len(arrays), scores, (size[0], size[1]) if size else None)
 
-    def add(self, polygon: np.ndarray, dont_care: bool) -> None:
-        """Add a word."""
-        self.polygons.append(polygon)
-        self.dont_care.append(dont_care)
-
     def words(self) -> Iterator[tuple[np.ndarray, bool, dict[str, Any]]]:
         """Polygon, don't care flag, and score, order and line by name where they are known."""
         for index, (polygon, ignore) in enumerate(zip(self.polygons, self.dont_care, strict=True)):
@@ -66,223 +55,6 @@ class Annotation:
             yield polygon, ignore, extras
 
 
-class TextFile(NamedTuple):
-    """A text file in a folder or in a zip."""
-
-    where: str
-    """its path, for messages"""
-    stem: str
-    """its name without the suffix"""
-    read: Callable[[], str]
-    """returns its text; raises UserError"""
-
-
-# ---- files
-
-
-def parse_json(where: str, text: str) -> Any:
-    """The content of a JSON text. Raises UserError."""
-    try:
-        return json.loads(text, object_pairs_hook=_read_object)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON in UTF-8 ({' '.join(str(error).split())})") from None
-
-
-def _read_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object; raises ValueError for a name that occurs twice, since only one of the two would be read."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"{twice!r} is there twice in one object")
-    return content
-
-
-def list_text_files(source: Path, suffix: str) -> list[TextFile]:
-    """Files of a folder and its sub-folders, or of a zip, that end in `suffix`, by name, without hidden ones.
-
-    The stem of a file in a sub-folder is FOLDER_NAME, as that of an image (`name_stem`). Raises UserError.
-    """
-    if source.is_dir():
-        paths = [path for path in source.rglob("*") if path.suffix.lower() == suffix and not path.is_dir()]
-        named = [(path, path.relative_to(source).with_suffix("").parts) for path in sorted(paths)]
-        return [
-            TextFile(str(path), "_".join(parts), partial(read_file, path))
-            for path, parts in named
-            if not any(part.startswith(".") for part in parts)
-        ]
-    archive = _open_zip(source)
-    files = []
-    for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
-        name = entry.filename.rsplit("/", 1)[-1]
-        if not name.startswith(".") and name.lower().endswith(suffix):
-            where = f"{source}: {name}"
-            files.append(TextFile(where, name[: -len(suffix)], partial(_read_zipped, where, archive, entry)))
-    return files
-
-
-def read_file(path: Path) -> str:
-    """The text of a file, with newlines as they are there. Raises UserError."""
-    check_regular(path)
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    return _decode(str(path), data)
-
-
-_MAX_ZIPPED = 1 << 28  # bytes that a file in a zip may unfold to
-
-
-def _open_zip(path: Path) -> zipfile.ZipFile:
-    check_regular(path)
-    with library_errors(f"{path}: not a zip file that can be read"):
-        return zipfile.ZipFile(path)
-
-
-def _read_zipped(where: str, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> str:
-    if entry.file_size > _MAX_ZIPPED:
-        raise UserError(f"{where}: unfolds to {entry.file_size} bytes, over the limit of {_MAX_ZIPPED}")
-    with library_errors(f"{where}: cannot be read from the zip"):
-        data = archive.read(entry)
-    return _decode(where, data)
-
-
-def _decode(where: str, data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        kind = "text in UTF-16, not" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "not text in"
-        raise UserError(f"{where}: {kind} UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
-
-
-# ---- names, points and flags
-
-
-def check_name(where: Path | str, name: str) -> str:
-    """The name, where it is that of a file in the folder of the images or in a sub-folder of it. Raises UserError."""
-    leads_out = name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/"))
-    if leads_out or "\0" in name or name.encode(errors="ignore").decode() != name:  # a lone surrogate is no character
-        raise UserError(f"{where}: {name!r} is not a plain file name, nor a path within the folder of the images")
-    return name
-
-
-def nfc(name: str) -> str:
-    """The name in the Unicode form of most systems; macOS takes letters apart."""
-    return unicodedata.normalize("NFC", name)
-
-
-class ImageNames:
-    """Finds which image a name in a file means: the whole path, or its end, also as in a URL or in the other Unicode
-    form."""
-
-    def __init__(self, names: list[str]) -> None:
-        self._known = {nfc(name): name for name in names} | {name: name for name in names}
-
-    def find(self, where: str, written: str) -> str:
-        """The name of the image; the last part of the path for one that is not there. Raises UserError."""
-        parts = re.split(r"[/\\]", written)
-        for spelled in (written.split("/"), parts, [unquote(part) for part in parts]):
-            for start in range(len(spelled)):
-                name = "/".join(spelled[start:])
-                found = self._known.get(name) or self._known.get(nfc(name))
-                if found:
-                    return found
-        return check_name(where, parts[-1])
-
-
-def to_polygon(where: str, points: object) -> np.ndarray:
-    """(n, 2) float64 of a JSON value that must be a list of [x, y] pairs of finite numbers. Raises UserError."""
-    try:
-        if not isinstance(points, list) or any(isinstance(value, bool | str) for point in points for value in point):
-            raise ValueError
-        polygon = np.array(points, dtype=np.float64).reshape(len(points), 2)
-    except (ValueError, TypeError, OverflowError):
-        raise UserError(f'{where}: "points" must be a list of [x, y] pairs of numbers') from None
-    return check_polygon(where, polygon)
-
-
-def check_polygon(where: str, polygon: np.ndarray) -> np.ndarray:
-    """The (n, 2) polygon. Raises UserError for one that can be neither learned nor scored."""
-    fault = fault_of(polygon)
-    if fault:
-        raise UserError(f"{where}: {fault}")
-    return polygon
-
-
-def rectangle(x0: float, y0: float, x1: float, y1: float, degrees: float = 0) -> np.ndarray:
-    """(4, 2) corners of a rectangle, clockwise from its upper left, turned clockwise about its centre."""
-    left, right, top, bottom = min(x0, x1), max(x0, x1), min(y0, y1), max(y0, y1)
-    corners = np.array([[left, top], [right, top], [right, bottom], [left, bottom]], np.float64)
-    if not degrees:
-        return corners
-    angle, centre = math.radians(degrees % 360), corners.mean(axis=0)
-    cosine, sine = round(math.cos(angle), 15), round(math.sin(angle), 15)  # exact for quarter turns
-    return (corners - centre) @ np.array([[cosine, sine], [-sine, cosine]]) + centre
-
-
-def scores_of(values: Iterable[object]) -> list[float] | None:
-    """The confidences 0..1 of an image's words, if each word has one."""
-    values = list(values)
-    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-    is_known = len(numbers) == len(values) > 0 and all(0 <= number <= 1 for number in numbers)
-    return list(map(float, numbers)) if is_known else None
-
-
-def size_of(entry: dict[str, Any], width: str, height: str) -> tuple[int, int] | None:
-    """The image's size under these two names, or None where it is missing or empty."""
-    values = [str(entry.get(name)).removesuffix(".0") for name in (width, height)]
-    if not all(re.fullmatch("[1-9][0-9]{0,8}", value, re.ASCII) for value in values):
-        return None
-    return int(values[0]), int(values[1])
-
-
-_DONT_CARE = {"ignore", "ignored", "iscrowd", "crowd", "illegible", "illegibility", "unreadable", "difficult"}
-_DONT_CARE |= {"dontcare", "donotcare", "legibilityillegible"}
-_CARE = {"legible", "readable"}
-_TRUE, _FALSE = {"true", "1", "1.0", "yes"}, {"false", "0", "0.0", "no", "none", "null", ""}
-
-
-@cache
-def _letters(name: str) -> str:
-    return re.sub("[^a-z]", "", name.lower())
-
-
-def is_hidden_text(text: object) -> bool:
-    """Whether a transcription is `###`, also in quotes."""
-    return isinstance(text, str) and re.fullmatch(r"\s*(['\"]?)###\1\s*", text) is not None
-
-
-def is_dont_care_class(name: object) -> bool:
-    """Whether a class or label is `###`, or means don't care in words."""
-    return isinstance(name, str) and (is_hidden_text(name) or _letters(name) in _DONT_CARE)
-
-
-def is_flagged(where: str, entry: dict[str, Any]) -> bool:
-    """Whether a word has a flag that says don't care: `difficult`, `ignore`, `illegibility` and others of their kind,
-    in the entry or its flags, attributes or tags. Raises UserError for a flag that is neither true nor false."""
-    flags = [*entry.items()]
-    for name in ("flags", "attributes", "tags"):
-        values = entry.get(name)
-        if isinstance(values, dict):
-            flags.extend(values.items())
-        elif isinstance(values, list):
-            flags.extend((tag, True) for tag in values if isinstance(tag, str))
-            flags.extend((tag["name"], tag.get("value")) for tag in values if isinstance(tag, dict) and "name" in tag)
-    for name, value in flags:
-        meaning = _letters(str(name))
-        if meaning == "legibility":
-            meaning, value = "illegible", str(value).lower() == "illegible"
-        if meaning in _DONT_CARE or (meaning in _CARE and value is not None):
-            text = str(value).strip().lower()
-            if text not in _TRUE | _FALSE:
-                raise UserError(f'{where}: "{name}" must be true or false, not {text[:40]!r}')
-            if (text in _TRUE) == (meaning in _DONT_CARE):
-                return True
-    return False
-
-
 def check_sizes(source: Path, annotations: dict[str, Annotation], images: dict[str, Path]) -> None:
     """Raise UserError where labels were made for another image: their file has another size than the image of this
     name, or all coordinates are shares of the image.
@@ -290,32 +62,24 @@ def check_sizes(source: Path, annotations: dict[str, Annotation], images: dict[s
     A file may have the size as stored, before the turn that EXIF asks for, if its points fit the upright image alone.
     """
     for name, annotation in annotations.items():
-        highest = max((polygon.max(initial=0) for polygon in annotation.polygons), default=2)
-        if highest <= 1:
+        farthest = np.max([polygon.max(axis=0, initial=0) for polygon in annotation.polygons] or [(2, 2)], axis=0)
+        if farthest.max() <= 1:
             raise UserError(f"{source}: {name}: coordinates are shares of the image, from 0 to 1; write them in pixels")
         if not annotation.size:
             continue
         try:
-            upright = read_size(images[name])
+            width, height = read_size(images[name])
         except ImageError:  # a submission can be scored without the images
             continue
-        stored = (upright[1], upright[0])
-        if annotation.size == upright or (
-            annotation.size == stored and _lie_in(annotation, upright) and not _lie_in(annotation, stored)
-        ):
+        is_as_stored = annotation.size == (height, width)
+        fits, fits_stored = ((farthest <= np.add(size, 2)).all() for size in ((width, height), (height, width)))
+        if annotation.size == (width, height) or (is_as_stored and fits and not fits_stored):
             continue
-        shown = " x ".join(map(str, annotation.size))
         advice = "put the image that was labelled there, or scale the labels"
-        if annotation.size == stored:
+        if is_as_stored:
             advice = "the tool ignored that EXIF turns the image; turn its pixels (mogrify -auto-orient) and label that"
-        raise UserError(
-            f"{source}: {name}: was labelled at {shown} px, but the image has {upright[0]} x {upright[1]} px; {advice}"
-        )
-
-
-def _lie_in(annotation: Annotation, size: tuple[int, int]) -> bool:
-    """Whether all points lie in an image of this size, or up to two pixels outside."""
-    return all((polygon <= np.add(size, 2)).all() for polygon in annotation.polygons)
+        shown, upright = " x ".join(map(str, annotation.size)), f"{width} x {height} px"
+        raise UserError(f"{source}: {name}: was labelled at {shown} px, but the image has {upright}; {advice}")
 
 
 def put_in_order(annotations: dict[str, Annotation]) -> list[str]:
@@ -340,12 +104,10 @@ def put_in_order(annotations: dict[str, Annotation]) -> list[str]:
 # ---- writing
 
 HEADER = ["filename", "polygons"]
-OUT_FORMATS = ("csv", "competition", "coco", "icdar", "labelme", "ppocrlabel")
-_FORMAT_OF_SUFFIX = {".csv": "csv", ".json": "competition", ".zip": "icdar"}
-
-
 RESULT_MARK = "detections by dbnet"
 """In a file of detections whose format has room for it"""
+MAX_OVERLAP = 0.4  # share of the smaller of two outlines above which both can hardly be text
+_FORMAT_OF_SUFFIX = {".csv": "csv", ".json": "competition", ".zip": "icdar"}
 
 
 def result_mark(form: str) -> str:
@@ -363,20 +125,16 @@ def choose_format(path: Path, form: str, names: list[str]) -> str:
         form = "ppocrlabel" if path.name == "Label.txt" else _FORMAT_OF_SUFFIX.get(path.suffix.lower(), "")
     if not form:
         raise UserError(f"{path}: its suffix names no format; end it in .csv, .json or .zip, or say --out-format")
-    if form in ("icdar", "labelme"):
-        check_stems(names)
     if form == "ppocrlabel" and path.is_dir():
         raise UserError(f"{path}: is a folder; name the file, {path / 'Label.txt'}")
-    for name in names if form != "csv" else []:
-        if any("\ud800" <= character <= "\udfff" for character in name):
-            raise UserError(f"{name!a}: the file name is not UTF-8, as {form} files are; rename it or write a CSV")
+    if form in ("icdar", "labelme"):
+        check_stems(names)
+    for name in names:
         if form == "ppocrlabel" and re.search(r"[\t\r\n]", name):
             raise UserError(f"{name!a}: a line of Label.txt cannot hold this file name; rename it")
-    there = next((name for name in names if form == "labelme" and labelme_file(path, name).exists()), None)
-    if there:
-        raise UserError(
-            f"{labelme_file(path, there)}: is there already, and may be corrected; move it away or name another folder"
-        )
+        if form == "labelme" and labelme_file(path, name).exists():
+            there = labelme_file(path, name)
+            raise UserError(f"{there}: is there already, and may be corrected; move it away or name another folder")
     return form
 
 
@@ -384,36 +142,9 @@ def check_stems(names: Iterable[str]) -> None:
     """Raise UserError where files that are named after images would get the same name for two of them."""
     seen: dict[str, str] = {}
     for name in names:
-        if name_stem(name) in seen:
-            other = seen[name_stem(name)]
+        other = seen.setdefault(name_stem(name), name)
+        if other != name:
             raise UserError(f"{name}: its label file would have the same name as {other}'s; rename one of the images")
-        seen[name_stem(name)] = name
-
-
-def write_detections(
-    path: Path, form: str, found: dict[str, Annotation], images: dict[str, Path] | None = None
-) -> None:
-    """Write the words found in each image in one of `OUT_FORMATS`: as they are in a csv, else as labels (`as_labels`).
-
-    `images` are their files by name, to which LabelMe and PPOCRLabel refer. Raises UserError.
-    """
-    if form == "csv":
-        write_submission(path, {name: annotation.polygons for name, annotation in found.items()})
-    else:
-        write_labels(path, form, {name: as_labels(annotation) for name, annotation in found.items()}, images)
-
-
-def as_labels(annotation: Annotation) -> Annotation:
-    """Detections as labels: outlines of 4 or 8 whole points (`fit_outline`), in reading order with line numbers."""
-    outlines = [np.rint(fit_outline(polygon)).astype(np.int64) for polygon in annotation.polygons]
-    order, lines = reading_order(outlines)
-    return Annotation(
-        [outlines[index] for index in order],
-        [annotation.dont_care[index] for index in order],
-        None if annotation.scores is None else [annotation.scores[index] for index in order],
-        annotation.size,
-        [lines[index] for index in order],
-    )
 
 
 def uncertainty(annotation: Annotation) -> float:
@@ -424,12 +155,68 @@ def uncertainty(annotation: Annotation) -> float:
     return float(np.mean(np.array(annotation.scores) < 0.6)) if annotation.scores else 1.0
 
 
+def as_labels(annotation: Annotation) -> Annotation:
+    """Detections as labels: outlines of 4 or 8 whole points (`fit_outline`), in reading order with line numbers.
+
+    Two of which one covers much of the other are don't care, until a person has decided which of them is text.
+    """
+    outlines = [np.rint(fit_outline(polygon)).astype(np.int64) for polygon in annotation.polygons]
+    order, lines = reading_order(outlines)
+    overlaps = _overlaps(annotation.polygons)
+    return Annotation(
+        [outlines[index] for index in order],
+        [annotation.dont_care[index] or overlaps[index] for index in order],
+        None if annotation.scores is None else [annotation.scores[index] for index in order],
+        annotation.size,
+        [lines[index] for index in order],
+    )
+
+
+def _overlaps(polygons: list[np.ndarray]) -> list[bool]:
+    """For each polygon, whether it shares more than MAX_OVERLAP of the smaller area with another."""
+    shapes = shapely.make_valid(np.array([shapely.Polygon(polygon) for polygon in polygons], object))
+    some, others = shapely.STRtree(shapes).query(shapes, predicate="intersects")
+    shared, areas = shapely.area(shapely.intersection(shapes[some], shapes[others])), shapely.area(shapes)
+    pairs = (some != others) & (shared > MAX_OVERLAP * np.minimum(areas[some], areas[others]))
+    return np.isin(np.arange(len(polygons)), some[pairs]).tolist()
+
+
+def write_detections(
+    path: Path, form: str, found: dict[str, Annotation], images: dict[str, Path] | None = None
+) -> None:
+    """Write the words found in each image, in the formats of predict.py: as they are in a csv, else as labels.
+
+    `images` are their files by name, to which LabelMe and PPOCRLabel refer. Prints how many overlap. Raises UserError.
+    """
+    if form == "csv":
+        write_submission(path, {name: annotation.polygons for name, annotation in found.items()})
+        return
+    labels = {name: as_labels(annotation) for name, annotation in found.items()}
+    if form == "icdar":  # for an upload, where nothing is don't care
+        labels = {name: replace(label, dont_care=found[name].dont_care) for name, label in labels.items()}
+    doubtful = sum(sum(label.dont_care) for label in labels.values())
+    if doubtful:
+        print(f"{path}: {doubtful} outlines overlap others by much and are marked as don't care; look at these first")
+    write_labels(path, form, labels, images)
+
+
+def write_submission(path: Path, rows: dict[str, list[np.ndarray]]) -> None:
+    """Write a row for each file name and its (n, 2) int polygons, in order."""
+    with write_whole(path, "w") as file:
+        writer = csv.writer(file)
+        writer.writerow(HEADER)
+        for name, polygons in rows.items():
+            writer.writerow([name, "|".join(" ".join(map(str, polygon.ravel())) for polygon in polygons)])
+
+
 def write_labels(path: Path, form: str, found: dict[str, Annotation], images: dict[str, Path] | None = None) -> None:
-    """Write annotations as they are, in one of `OUT_FORMATS` but csv; arguments and errors as of `write_detections`."""
+    """Write annotations as they are, in a format other than csv; arguments and errors as of `write_detections`."""
     files = {name: Path(name) for name in found} | (images or {})
     if form == "labelme":
         for name, annotation in found.items():
-            _write_json(labelme_file(path, name), _labelme_content(path, files[name], annotation))
+            label = labelme_file(path, name)
+            make_folder(label.parent)
+            _write_json(label, _labelme_content(label.parent, files[name], annotation))
     elif form == "ppocrlabel":
         with write_whole(path, "w") as file:
             file.writelines(_ppocrlabel_line(files[name], annotation) for name, annotation in found.items())
@@ -444,25 +231,21 @@ def _write_json(path: Path, content: Any) -> None:
         json.dump(content, file, ensure_ascii=False)
 
 
+def _sized(annotation: Annotation, width: str, height: str) -> dict[str, int]:
+    """The size by these names; nothing where it is not known."""
+    return dict(zip((width, height), annotation.size or (), strict=False))
+
+
 def _competition_content(found: dict[str, Annotation]) -> dict[str, Any]:
-    """What `read_annotations` reads, with scores, order, lines and the images' sizes where they are known."""
-    return {
-        "made_by": RESULT_MARK,
-        "images": {
-            name: dict(zip(("img_w", "img_h"), annotation.size or (), strict=False))
-            | {
-                "words": {
-                    f"{number:04d}": {
-                        "points": polygon.tolist(),
-                        **({"illegibility": True} if ignore else {}),
-                        **extras,
-                    }
-                    for number, (polygon, ignore, extras) in enumerate(annotation.words(), start=1)
-                }
-            }
-            for name, annotation in found.items()
-        },
-    }
+    """The annotation format of jsons/SPLIT.json, with scores, order, lines and the images' sizes where known."""
+    images = {}
+    for name, annotation in found.items():
+        words = {
+            f"{number:04d}": {"points": polygon.tolist(), **({"illegibility": True} if ignore else {}), **extras}
+            for number, (polygon, ignore, extras) in enumerate(annotation.words(), start=1)
+        }
+        images[name] = {**_sized(annotation, "img_w", "img_h"), "words": words}
+    return {"made_by": RESULT_MARK, "images": images}
 
 
 def _coco_content(found: dict[str, Annotation]) -> dict[str, Any]:
@@ -470,28 +253,17 @@ def _coco_content(found: dict[str, Annotation]) -> dict[str, Any]:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, (name, annotation) in enumerate(found.items(), start=1):
-        size = dict(zip(("width", "height"), annotation.size or (), strict=False))
-        images.append({"id": image_id, "file_name": name, **size})
+        images.append({"id": image_id, "file_name": name, **_sized(annotation, "width", "height")})
         for polygon, ignore, extras in annotation.words():
             (left, top), (right, bottom) = polygon.min(axis=0).tolist(), polygon.max(axis=0).tolist()
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": 1,
-                    "segmentation": [polygon.ravel().tolist()],
-                    "bbox": [left, top, right - left, bottom - top],
-                    "area": float(areas(polygon.astype(np.float64), np.array([len(polygon)]))[0]),
-                    "iscrowd": int(ignore),
-                    **extras,
-                }
-            )
-    return {
-        "info": {"description": RESULT_MARK},
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": 1, "name": "text"}],
-    }
+            word: dict[str, Any] = {"id": len(annotations) + 1, "image_id": image_id, "category_id": 1}
+            word |= {"iscrowd": int(ignore), "segmentation": [polygon.ravel().tolist()]}
+            word["bbox"] = [left, top, right - left, bottom - top]
+            word["area"] = float(areas(polygon.astype(np.float64), np.array([len(polygon)]))[0])
+            annotations.append(word | extras)
+    categories = [{"id": 1, "name": "text"}]
+    info = {"description": RESULT_MARK}
+    return {"info": info, "images": images, "annotations": annotations, "categories": categories}
 
 
 def labelme_file(folder: Path, name: str) -> Path:
@@ -499,37 +271,18 @@ def labelme_file(folder: Path, name: str) -> Path:
 
 
 def _labelme_content(folder: Path, image: Path, annotation: Annotation) -> dict[str, Any]:
-    """A file that LabelMe opens: its image is found by a path relative to the file."""
-    width, height = annotation.size or (None, None)
+    """A file in `folder` that LabelMe opens: its image is found by a path relative to it."""
+    try:
+        image_path = Path(os.path.relpath(image, folder)).as_posix()
+    except ValueError:  # on another drive
+        image_path = image.absolute().as_posix()
+    plain: dict[str, Any] = {"group_id": None, "description": "", "shape_type": "polygon", "flags": {}}
     shapes = [
-        {
-            "label": "###" if ignore else "text",
-            "points": polygon.tolist(),
-            "group_id": None,
-            "description": "",
-            "shape_type": "polygon",
-            "flags": {},
-            **extras,
-        }
+        {"label": "###" if ignore else "text", "points": polygon.tolist(), **plain, **extras}
         for polygon, ignore, extras in annotation.words()
     ]
-    return {
-        "version": "5.5.0",
-        "flags": {},
-        "shapes": shapes,
-        "imagePath": _relative(image, folder),
-        "imageData": None,
-        "imageHeight": height,
-        "imageWidth": width,
-    }
-
-
-def _relative(path: Path, folder: Path) -> str:
-    """The path from the folder, with slashes; the whole path where they are on different drives."""
-    try:
-        return Path(os.path.relpath(path, folder)).as_posix()
-    except ValueError:
-        return path.absolute().as_posix()
+    size = {"imageHeight": None, "imageWidth": None, **_sized(annotation, "imageWidth", "imageHeight")}
+    return {"version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": image_path, "imageData": None, **size}
 
 
 def _ppocrlabel_line(image: Path, annotation: Annotation) -> str:
@@ -543,65 +296,15 @@ def _ppocrlabel_line(image: Path, annotation: Annotation) -> str:
 
 def _write_icdar_zip(path: Path, found: dict[str, Annotation]) -> None:
     """A zip of `res_NAME.txt` for each image, as ICDAR's upload forms want it: lines of `x1,y1,...,xn,yn`, and `,###`
-    for don't care. Raises UserError as `check_stems` does, or where it cannot be written."""
+    for don't care."""
     check_stems(found)
     with write_whole(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.comment = RESULT_MARK.encode()
         for name, annotation in found.items():
+            folder, slash, stem = name_stem(name).rpartition("/")
             lines = [
                 ",".join(np.format_float_positional(value, trim="-") for value in polygon.ravel().tolist())
                 + (",###\r\n" if ignore else "\r\n")
                 for polygon, ignore, _ in annotation.words()
             ]
-            archive.writestr(f"res_{name_stem(name)}.txt", "".join(lines))
-
-
-# ---- submissions
-
-_MAX_FIELD = 1 << 28  # a row of 500 polygons with many points is longer than the csv module's default
-
-
-def write_submission(path: Path, rows: dict[str, list[np.ndarray]]) -> None:
-    """Write a row for each file name and its (n, 2) int polygons, in order."""
-    with write_whole(path, "w") as file:
-        writer = csv.writer(file)
-        writer.writerow(HEADER)
-        for name, polygons in rows.items():
-            writer.writerow([name, "|".join(" ".join(map(str, polygon.ravel())) for polygon in polygons)])
-
-
-def read_submission(path: Path) -> dict[str, list[np.ndarray]]:
-    """File names and their polygons, (n, 2) float64 arrays, in the order of the file. Raises UserError."""
-    csv.field_size_limit(_MAX_FIELD)
-    try:
-        rows = list(csv.reader(io.StringIO(read_file(path), newline=""), strict=True))
-    except csv.Error as error:
-        raise UserError(f"{path}: not a CSV ({error})") from None
-    if not rows or any(column not in rows[0] for column in HEADER):
-        raise UserError(f"{path}: the first row must name the columns filename and polygons")
-    name_column, polygons_column = (rows[0].index(column) for column in HEADER)
-    submission: dict[str, list[np.ndarray]] = {}
-    for number, row in enumerate(rows[1:], start=2):
-        if not row:
-            continue
-        if len(row) != len(rows[0]):
-            raise UserError(f"{path}: row {number} has {len(row)} columns, not {len(rows[0])}")
-        name = row[name_column]
-        if name in submission:
-            raise UserError(f"{path}: row {number}: {name} is there twice; keep one row an image")
-        submission[name] = [
-            _parse_polygon(path, number, text) for text in row[polygons_column].split("|") if text.strip()
-        ]
-    return submission
-
-
-def _parse_polygon(path: Path, number: int, text: str) -> np.ndarray:
-    try:
-        if "_" in text:  # which Python would take for a digit's separator
-            raise ValueError
-        values = [float(word) for word in text.split()]
-    except ValueError:
-        raise UserError(f"{path}: row {number}: coordinates must be numbers, not {text[:40]!r}") from None
-    if len(values) % 2:
-        raise UserError(f"{path}: row {number}: a polygon has {len(values)} coordinates; x and y come in pairs")
-    return check_polygon(f"{path}: row {number}", np.array(values).reshape(-1, 2))
+            archive.writestr(f"{folder}{slash}res_{stem}.txt", "".join(lines))

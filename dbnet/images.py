@@ -12,11 +12,11 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib.util import find_spec
 from io import SEEK_END, BytesIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from threading import Lock, Timer
 from typing import IO, Any, NamedTuple
 
@@ -35,11 +35,9 @@ DPI = 200  # of a page of a PDF: its points have no pixels
 PAGED_SUFFIXES = (".pdf", ".tif", ".tiff")
 EXTRA_SUFFIXES = {  # that need what may not be installed
     ".pdf": "pip install pypdfium2",
-    ".heic": "pip install pillow-heif",
-    ".heif": "pip install pillow-heif",
+    **dict.fromkeys((".heic", ".heif"), "pip install pillow-heif"),
     ".avif": "pip install 'pillow>=11.3'",
 }
-
 _SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow knows more, and runs Ghostscript for some of them
 _JPEGS = ("JPEG", "MPO")  # MPO: several JPEGs in a row, as phones write them
@@ -49,12 +47,6 @@ _MAX_SCANS = 20  # of a JPEG of MAX_PIXELS; of a smaller one as many more as tak
 _MAX_SEGMENTS = 100_000  # of a JPEG
 _STRIP_ROWS = 256
 _HEADER_ROOM = 1 << 28  # bytes that opening an image may take
-_REDUCED = {
-    1: cv2.IMREAD_COLOR,
-    2: cv2.IMREAD_REDUCED_COLOR_2,
-    4: cv2.IMREAD_REDUCED_COLOR_4,
-    8: cv2.IMREAD_REDUCED_COLOR_8,
-}
 _FLIPS = (None, None, 1, -1, 0, None, 1, -1, 0)  # by EXIF orientation: cv2.flip's code, from 5 on after a transpose
 _PAGE = re.compile(r"(.+\.(?:pdf|tiff?))#page=([0-9]{1,9})", re.IGNORECASE | re.DOTALL)
 
@@ -65,33 +57,40 @@ class _Header(NamedTuple):
     image: Image.Image
     orientation: int
     """by EXIF, 1 to 8; 1 where the decoder turns the image itself"""
-
     size: tuple[int, int]
     """(width, height) upright, in pixels"""
 
 
 def readable_suffixes() -> tuple[str, ...]:
     """The suffixes of the files that can be read with what is installed, in lower case."""
-    has_heif = find_spec("pillow_heif") is not None
-    readable = {
-        ".pdf": find_spec("pypdfium2") is not None,
-        ".heic": has_heif,
-        ".heif": has_heif,
-        ".avif": "avif" in features.get_supported_modules(),
-    }
-    return (*_SUFFIXES, *(suffix for suffix, is_readable in readable.items() if is_readable))
+    pdf = [".pdf"] if find_spec("pypdfium2") else []
+    heif = [".heic", ".heif"] if find_spec("pillow_heif") else []
+    avif = [".avif"] if "avif" in features.get_supported_modules() else []
+    return (*_SUFFIXES, *pdf, *heif, *avif)
+
+
+def list_files(folder: Path) -> list[Path]:
+    """The files of a folder and its sub-folders that are not hidden, by path; each folder once, despite links to it.
+
+    Raises UserError for a folder that cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    found, seen = list[Path](), {os.path.realpath(folder)}
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+        inner = {os.path.realpath(os.path.join(place, name)): name for name in folders if not name.startswith(".")}
+        folders[:] = [name for real, name in inner.items() if real not in seen]
+        seen |= inner.keys()
+    return sorted(found)
 
 
 def name_stem(name: str) -> str:
-    """The name of a file about an image, without suffix: the image's without its own, or a page's whole; folders become
-    a part of it."""
-    name = name.replace("/", "_")
-    return name if is_page(Path(name)) or name.lower().endswith(".pdf") else Path(name).stem
-
-
-def is_page(path: Path) -> bool:
-    """Whether a path is that of a page in a file, by its name."""
-    return _PAGE.fullmatch(path.name) is not None
+    """The name of a file about an image, with its folders: the image's without its suffix, or a page's whole."""
+    path = PurePosixPath(name)
+    return name if _PAGE.fullmatch(path.name) or path.suffix.lower() == ".pdf" else str(path.with_suffix(""))
 
 
 def file_of(path: Path) -> Path:
@@ -106,7 +105,7 @@ def list_pages(path: Path) -> list[Path]:
     Prints how many of a PDF's pages cannot be opened and are left out. Raises ImageError for a file that cannot be
     opened, and UserError where pypdfium2 is needed and not installed.
     """
-    if is_page(path):
+    if _PAGE.fullmatch(path.name):
         return [path]
     if _is_in_pdf(path):
         answer, _ = _ask_renderer(path, page=None)
@@ -127,26 +126,17 @@ def list_pages(path: Path) -> list[Path]:
 def read_image(
     path: Path, image_size: int | None = None, data: bytes | None = None
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Read an image as a viewer shows it.
+    """Read an image file of any mode and format, by its content, or a page, as a viewer shows it.
 
-    The content of a file decides its format, not its name: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, or HEIC with
-    pillow-heif. Of an animation, or of a TIFF of which no page is named, it is the first picture. A cut file is
-    rejected in all formats, a changed one where the format has checksums (PNG); damage in a JPEG shows in its pixels.
+    Of an animation, or of a TIFF of which no page is named, it is the first picture. A cut file is rejected in all
+    formats, a changed one where the format has checksums (PNG). `image_size` is the longer side in pixels to which the
+    caller resizes the image: a JPEG of at least twice that is decoded at a half, a quarter or an eighth, which takes a
+    fraction of the time and memory, and a page of a PDF is rendered no larger. With `data`, the content of the file,
+    `path` is only the name in messages.
 
-    Args:
-        path: a file of any mode: grey, palette, alpha (put on white), CMYK, 16 bits a channel; or a page.
-        image_size: longer side in pixels to which the caller resizes the image; a JPEG of at least twice that is
-            decoded at a half, a quarter or an eighth, which takes a fraction of the time and memory, and a page of a
-            PDF is rendered no larger.
-        data: content of the file, where it is in memory; `path` is then only the name in messages.
-
-    Returns:
-        pixels: (height, width, 3) uint8 RGB, upright by the EXIF orientation, possibly reduced as said above.
-        size: (width, height) of the full image, upright: the pixels of its annotations.
-
-    Raises:
-        ImageError: the file is missing, empty, truncated, no image, or too large to decode.
-        MemoryError: there is not enough memory for this image.
+    Returns (height, width, 3) uint8 RGB pixels, upright by the EXIF orientation and possibly reduced, with transparency
+    on white; and (width, height) of the full image, upright: the pixels of its annotations. Raises ImageError for a
+    file that is missing, damaged, no image, or too large to decode, and MemoryError.
     """
     if data is None and _is_in_pdf(path):
         answer, rendered = _ask_renderer(path, page=_page_number(path), render=True, image_size=image_size)
@@ -176,23 +166,17 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         return cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
-    if "A" in image.getbands() or "transparency" in image.info:
-        return _on_white(image)
-    return np.array(image.convert("RGB"))
-
-
-def _on_white(image: Image.Image) -> np.ndarray:
-    """Put transparency on white, strip by strip: as a whole it takes five times the memory of the result."""
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return np.array(image.convert("RGB"))
     pixels = np.empty((image.height, image.width, 3), np.uint8)
-    for top in range(0, image.height, _STRIP_ROWS):
-        bottom = min(top + _STRIP_ROWS, image.height)
-        strip = image.crop((0, top, image.width, bottom)).convert("RGBA")
+    for top in range(0, image.height, _STRIP_ROWS):  # as a whole it takes five times the memory of the result
+        strip = image.crop((0, top, image.width, min(top + _STRIP_ROWS, image.height))).convert("RGBA")
         white = Image.new("RGBA", strip.size, "white")
-        pixels[top:bottom] = np.asarray(Image.alpha_composite(white, strip).convert("RGB"))
+        pixels[top : top + _STRIP_ROWS] = np.asarray(Image.alpha_composite(white, strip).convert("RGB"))
     return pixels
 
 
-# ---- headers and limits
+# ---- headers
 
 
 @contextmanager
@@ -201,19 +185,32 @@ def _opened(path: Path, data: bytes | None = None) -> Iterator[tuple[_Header, IO
     with _reading(path):
         if data is None:
             check_regular(file_of(path), ImageError)
-        if data is None and is_page(path):
-            with _tiff_page(path) as header:
-                yield header, BytesIO()
-        else:
-            with path.open("rb") if data is None else BytesIO(data) as file:
-                yield _read_header(path, file), file
+        with file_of(path).open("rb") if data is None else BytesIO(data) as file:
+            image = _open_image(path, file)
+            if data is not None or not _PAGE.fullmatch(path.name):
+                yield _header_of(image, file), file
+                return
+            if image.format != "TIFF":
+                raise ImageError(f"{path}: a {image.format} without pages; name it without #page=")
+            number, count = _page_number(path), getattr(image, "n_frames", 1)
+            if not 1 <= number <= count:
+                raise ImageError(f"{path}: no such page; the file has {count}")
+            with library_errors(f"{path}: broken page", kind=ImageError):
+                image.seek(number - 1)
+                header = _header_of(image, file)
+            yield header, BytesIO()
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Name the path in errors of the system, and tell those of the file from a lack of memory or descriptors."""
+    """Name the path in errors of the system, and tell those of the file from a lack of memory or descriptors.
+
+    Warnings of Pillow are about faults that end in an error or that a viewer ignores, and about its own limit of size.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except (MemoryError, cv2.error, OSError) as error:
         if is_out_of_memory(error):
             raise MemoryError(str(path)) from error
@@ -225,42 +222,34 @@ def _reading(path: Path) -> Iterator[None]:
         raise ImageError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _read_header(path: Path, file: IO[bytes]) -> _Header:
-    """Read the header only: nothing is decoded yet."""
-    with warnings.catch_warnings(), library_errors(f"{path}: broken image header", kind=ImageError):
-        warnings.simplefilter("ignore")  # Pillow's decompression bomb warning: MAX_PIXELS decides here
+def _open_image(path: Path, file: IO[bytes]) -> Image.Image:
+    """Read the header only: nothing is decoded yet. HEIC and AVIF are what phones write beside JPEG."""
+    with library_errors(f"{path}: broken image header", kind=ImageError):
         try:
-            image: Image.Image = Image.open(file, formats=_FORMATS)
+            return Image.open(file, formats=_FORMATS)
         except Image.DecompressionBombError:
             raise ImageError(f"{path}: too large to decode; reduce it first") from None
         except UnidentifiedImageError:
-            image = _open_heif(path, file)
+            file.seek(0)
         except Exception:
             _check_room(_HEADER_ROOM)  # WebP files are unpacked here
             raise
-        return _header_of(image, file)
+        start = file.read(12)
+        if start[4:8] != b"ftyp":
+            known = f"not an image ({', '.join(_FORMATS)}, AVIF, HEIC)"
+            raise ImageError(f"{path}: {known if start else 'the file is empty'}")
+        if find_spec("pillow_heif") is not None:
+            import pillow_heif
 
-
-def _open_heif(path: Path, file: IO[bytes]) -> Image.Image:
-    """Open what phones write beside JPEG. Raises ImageError for what is not, or cannot be read here."""
-    file.seek(0)
-    start = file.read(12)
-    if start[4:8] != b"ftyp":
-        known = f"not an image ({', '.join(_FORMATS)}, AVIF, HEIC)"
-        raise ImageError(f"{path}: {known if start else 'the file is empty'}")
-    if find_spec("pillow_heif") is not None:
-        import pillow_heif
-
-        pillow_heif.register_heif_opener()
-    Image.init()
-    try:
-        return Image.open(file, formats=[known for known in ("HEIF", "AVIF") if known in Image.OPEN])
-    except UnidentifiedImageError:
-        raise ImageError(f"{path}: reading HEIC files needs pillow-heif: pip install pillow-heif") from None
+            pillow_heif.register_heif_opener()
+        Image.init()
+        try:
+            return Image.open(file, formats=[known for known in ("HEIF", "AVIF") if known in Image.OPEN])
+        except UnidentifiedImageError:
+            raise ImageError(f"{path}: reading HEIC files needs pillow-heif: pip install pillow-heif") from None
 
 
 def _header_of(image: Image.Image, file: IO[bytes]) -> _Header:
-    """The header of an opened image."""
     orientation = _orientation(image, file)
     width, height = image.size
     if isinstance(image, TiffImageFile):  # it turns itself as it is decoded; whether `size` is, depends on the version
@@ -287,6 +276,51 @@ def _orientation(image: Image.Image, file: IO[bytes]) -> int:
     return int(orientation) if orientation in range(1, 9) else 1
 
 
+# ---- decoding
+
+
+def _decode(path: Path, header: _Header, file: IO[bytes], image_size: int | None) -> np.ndarray:
+    """Pixels as stored, (height, width, 3) uint8 RGB. OpenCV decodes common modes, three times as fast as Pillow.
+
+    A JPEG of several scans, a progressive one for example, is held whole in memory even if it is reduced, and each scan
+    is a pass over all of it: a small file can ask for thousands.
+    """
+    length, image = file.seek(0, SEEK_END), header.image
+    if length > MAX_BYTES:
+        raise ImageError(f"{path}: a file of {length / 1e9:.1f} GB; compress it, or reduce it first")
+    file.seek(0)
+    data, is_jpeg = file.read(), image.format in _JPEGS
+    times = max(image.size) // image_size if is_jpeg and image_size else 1
+    reduction = next((step for step in (8, 4, 2) if times >= step), 1)
+    scans, is_complete = _jpeg_scans(path, data) if is_jpeg else (1, False)
+    width, height = header.size
+    if width * height > MAX_PIXELS * (reduction**2 if scans <= 1 else 1):
+        limit = f"the limit of {MAX_PIXELS // 10**6} megapixels"
+        raise ImageError(f"{path}: {width} x {height} pixels is over {limit}; reduce it first")
+    if width * height * scans > MAX_PIXELS * _MAX_SCANS:
+        raise ImageError(f"{path}: a JPEG of {scans} scans takes too long to decode; save it again")
+    with library_errors(f"{path}: broken or truncated image", kind=ImageError):
+        try:
+            if image.format == "PNG":
+                Image.open(BytesIO(data)).verify()  # decoders ignore some damage
+                is_complete = True
+            is_plain = image.mode in ("RGB", "L") and "transparency" not in image.info
+            if is_complete and is_plain and image.format != "MPO" and not getattr(image, "is_animated", False):
+                mode = cv2.IMREAD_COLOR if reduction == 1 else getattr(cv2, f"IMREAD_REDUCED_COLOR_{reduction}")
+                try:
+                    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), mode | cv2.IMREAD_IGNORE_ORIENTATION)
+                    if pixels is not None:
+                        return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
+                except cv2.error as error:  # what OpenCV cannot decode, Pillow may
+                    if is_out_of_memory(error):
+                        raise
+            image.draft(None, (image.width // reduction, image.height // reduction))
+            return to_rgb(image)
+        except Exception:
+            _check_room(2 * 4 * image.width * image.height // reduction**2)
+            raise
+
+
 def _jpeg_scans(path: Path, data: bytes) -> tuple[int, bool]:
     """How many scans the first image of a JPEG file has, and whether its end is there.
 
@@ -302,107 +336,9 @@ def _jpeg_scans(path: Path, data: bytes) -> tuple[int, bool]:
     raise ImageError(f"{path}: a JPEG of more than {_MAX_SEGMENTS} segments; save it again")
 
 
-def _check_size(path: Path, header: _Header, scans: int, reduction: int) -> None:
-    """Raise ImageError for an image that takes too much memory or time to decode.
-
-    A JPEG of several scans, a progressive one for example, is held whole in memory even if it is reduced, and each scan
-    is a pass over all of it: a small file can ask for thousands.
-    """
-    width, height = header.size
-    if width * height > MAX_PIXELS * (reduction**2 if scans <= 1 else 1):
-        raise ImageError(
-            f"{path}: {width} x {height} pixels is over the limit of {MAX_PIXELS // 10**6} megapixels; reduce it first"
-        )
-    if width * height * scans > MAX_PIXELS * _MAX_SCANS:
-        raise ImageError(f"{path}: a JPEG of {scans} scans takes too long to decode; save it again")
-
-
-# ---- decoding
-
-
-def _decode(path: Path, header: _Header, file: IO[bytes], image_size: int | None) -> np.ndarray:
-    """Pixels as stored, (height, width, 3) uint8 RGB. OpenCV decodes common modes, three times as fast as Pillow."""
-    length = file.seek(0, SEEK_END)
-    if length > MAX_BYTES:
-        raise ImageError(f"{path}: a file of {length / 1e9:.1f} GB; compress it, or reduce it first")
-    file.seek(0)
-    data, image = file.read(), header.image
-    is_jpeg = image.format in _JPEGS
-    times = max(image.size) // image_size if is_jpeg and image_size else 1
-    reduction = next((step for step in (8, 4, 2) if times >= step), 1)
-    scans, is_complete = _jpeg_scans(path, data) if is_jpeg else (1, False)
-    _check_size(path, header, scans, reduction)
-    with library_errors(f"{path}: broken or truncated image", kind=ImageError), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Pillow, on faults that end in an error or that a viewer ignores
-        try:
-            if image.format == "PNG":
-                Image.open(BytesIO(data)).verify()  # decoders ignore some damage
-                is_complete = True
-            plain = image.mode in ("RGB", "L") and "transparency" not in image.info
-            if is_complete and image.format != "MPO" and plain and not getattr(image, "is_animated", False):
-                pixels = _decode_plain(data, reduction)
-                if pixels is not None:
-                    return pixels
-            image.draft(None, (image.width // reduction, image.height // reduction))
-            return to_rgb(image)
-        except Exception:
-            _check_room(2 * 4 * image.width * image.height // reduction**2)
-            raise
-
-
 def _check_room(size: int) -> None:
     """Raise MemoryError unless so many bytes can be allocated: some decoders report that as a broken image."""
     np.empty(size, np.uint8)
-
-
-def _decode_plain(data: bytes, reduction: int) -> np.ndarray | None:
-    """Pixels as OpenCV decodes them, or None where it cannot."""
-    try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _REDUCED[reduction] | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error as error:
-        if is_out_of_memory(error):
-            raise
-        return None
-    return None if pixels is None else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
-
-
-# ---- pages of TIFF files
-
-_one_tiff = Lock()
-
-
-@contextmanager
-def _tiff_page(path: Path) -> Iterator[_Header]:
-    """The header of a page, and its image until the end of the block."""
-    file, number = file_of(path), _page_number(path)
-    with _one_tiff:
-        image = _open_tiff(file, stamp(file), os.getpid())
-        stays_open = False
-        try:
-            with library_errors(f"{path}: broken page", kind=ImageError), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                count = getattr(image, "n_frames", 1)
-                if not 1 <= number <= count:
-                    raise ImageError(f"{path}: no such page; the file has {count}")
-                if image.tell() == number - 1:  # it may have been decoded, and turned: its header is read again
-                    image.seek(1 if number == 1 < count else 0)
-                image.seek(number - 1)
-                header = _header_of(image, BytesIO())
-            yield header
-            stays_open = count > 1
-        finally:
-            if not stays_open:
-                _open_tiff.cache_clear()
-
-
-@lru_cache(maxsize=1)
-def _open_tiff(file: Path, stamped: tuple[int, int] | None, process: int) -> Image.Image:
-    """The TIFF file used last stays open, with the places of its pages, which each opening has to look for one by one:
-    else the time for a file grows with the square of its pages. A forked process opens it again."""
-    image = _read_header(file, file.open("rb")).image
-    if image.format != "TIFF":
-        raise ImageError(f"{file}: a {image.format} without pages; name it without #page=")
-    return image
 
 
 # ---- pages of PDF files: rendered in a process of its own, since PDFium aborts its process for some files
@@ -413,41 +349,6 @@ _MAX_PAGES_TRIED = 100_000
 _POINT = 1 / 72  # inch, the unit of a PDF
 
 
-class _Renderer:
-    """A process that renders pages: a JSON line asks, a JSON line answers, pixels follow."""
-
-    def __init__(self) -> None:
-        code = f"import sys; sys.path[:] = {sys.path!r}; from dbnet.images import _serve_pages; _serve_pages()"
-        self.lock = Lock()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-
-    def ask(self, question: dict[str, Any]) -> tuple[dict[str, Any], bytearray] | None:
-        """The answer and its pixels; None where the process has ended, or had to be ended after _PAGE_SECONDS."""
-        assert self.process.stdin and self.process.stdout
-        timer = Timer(_PAGE_SECONDS, self.process.kill)
-        timer.daemon = True
-        timer.start()
-        try:
-            self.process.stdin.write(json.dumps(question).encode() + b"\n")
-            self.process.stdin.flush()
-            answer = json.loads(self.process.stdout.readline())
-            pixels = bytearray(math.prod(answer.get("shape", [0])))
-            received = self.process.stdout.readinto(pixels)  # type: ignore[attr-defined]
-            return (answer, pixels) if received == len(pixels) else None
-        except (OSError, ValueError):
-            return None
-        finally:
-            timer.cancel()
-
-
-@lru_cache(maxsize=1)
-def _renderer(process: int) -> _Renderer:
-    """The renderer of this process; a forked process has one of its own."""
-    return _Renderer()
-
-
 def _is_in_pdf(path: Path) -> bool:
     return file_of(path).suffix.lower() == ".pdf"
 
@@ -456,40 +357,59 @@ def _page_number(path: Path) -> int:
     """The number of a page. Raises ImageError for a whole PDF file."""
     page = _PAGE.fullmatch(path.name)
     if not page:
-        pages = len(list_pages(path))
-        raise ImageError(f"{path}: a PDF of {pages} pages; name one, e.g. {path.name}#page=1")
+        raise ImageError(f"{path}: a PDF of {len(list_pages(path))} pages; name one, e.g. {path.name}#page=1")
     return int(page[2])
 
 
+@lru_cache(maxsize=1)
+def _renderer(process: int) -> tuple[subprocess.Popen[bytes], Lock]:
+    """A process that runs `_serve_pages` for this one, and a lock on it; a forked process has one of its own."""
+    code = f"import sys; sys.path[:] = {sys.path!r}; from dbnet.images import _serve_pages; _serve_pages()"
+    words, pipe = [sys.executable, "-c", code], subprocess.PIPE
+    return subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL), Lock()
+
+
 def _ask_renderer(path: Path, **question: Any) -> tuple[dict[str, Any], bytearray]:
-    """What `_serve_pages` answers on a PDF. Raises ImageError, or UserError where pypdfium2 is not installed."""
+    """What `_serve_pages` answers on a PDF, and the pixels. Raises ImageError, or UserError without pypdfium2."""
     if find_spec("pypdfium2") is None:
         raise UserError(f"{path}: reading PDF files needs pypdfium2: pip install pypdfium2")
     file = file_of(path)
     check_regular(file, ImageError)
     with _reading(path):
         file.open("rb").close()  # for the system's own reason where it cannot be opened
-        renderer = _renderer(os.getpid())
-    with renderer.lock:
-        answer = renderer.ask({"file": os.path.abspath(file), "max_pixels": MAX_PIXELS, **question})
-    if answer is None:
-        renderer.process.kill()
-        renderer.process.wait()
-        _renderer.cache_clear()
-        raise ImageError(
-            f"{path}: takes more than {_PAGE_SECONDS} s or {_RENDERER_BYTES >> 30} GB to render, or breaks PDFium"
-        )
-    if "error" in answer[0]:
-        raise ImageError(f"{path}: {answer[0]['error']}")
-    return answer
+        renderer, lock = _renderer(os.getpid())
+    assert renderer.stdin and renderer.stdout
+    with lock:
+        timer = Timer(_PAGE_SECONDS, renderer.kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            question |= {"file": os.path.abspath(file), "max_pixels": MAX_PIXELS}
+            renderer.stdin.write(json.dumps(question).encode() + b"\n")
+            renderer.stdin.flush()
+            answer = json.loads(renderer.stdout.readline())
+            pixels = bytearray(math.prod(answer.get("shape", [0])))
+            if renderer.stdout.readinto(pixels) < len(pixels):  # type: ignore[attr-defined]
+                raise ValueError("the process has ended")
+        except (OSError, ValueError):
+            renderer.kill()
+            renderer.wait()
+            _renderer.cache_clear()
+            limits = f"{_PAGE_SECONDS} s or {_RENDERER_BYTES >> 30} GB"
+            raise ImageError(f"{path}: takes more than {limits} to render, or breaks PDFium") from None
+        finally:
+            timer.cancel()
+    if "error" in answer:
+        raise ImageError(f"{path}: {answer['error']}")
+    return answer, pixels
 
 
 def _serve_pages() -> None:
-    """Answer questions on PDF files from stdin until it closes; the last file stays open between them.
+    """Answer questions on PDF files from stdin until it closes: a JSON line asks, a JSON line answers, pixels follow.
 
     A question is {"file", "max_pixels", "page"}: page null asks for the numbers of the pages that can be opened, a
     number for its "size" at DPI or, above "max_pixels", less; with "render" also for its pixels, with annotations and
-    forms on white, at that size or, if it is smaller, at "image_size".
+    forms on white, at that size or, if it is smaller, at "image_size". The last file stays open.
     """
     import signal
 
@@ -498,17 +418,14 @@ def _serve_pages() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that no library writes into an answer
     _limit_memory(_RENDERER_BYTES)
     for line in sys.stdin.buffer:
-        question = json.loads(line)
-        pixels = b""
+        question, pixels = json.loads(line), b""
         try:
-            document = _open_pdf(question["file"], stamp(Path(question["file"])))
-            answer, pixels = _answer(document, question)
+            answer, pixels = _answer(_open_pdf(question["file"], stamp(Path(question["file"]))), question)
         except Exception as error:  # of pypdfium2, of many kinds; a lack of memory ends this process alone
             if is_out_of_memory(error):
                 raise
             answer = {"error": f"cannot be read as a PDF ({one_line(error).rstrip('.')})"}
-        output.write(json.dumps(answer).encode() + b"\n")
-        output.write(pixels)
+        output.write(json.dumps(answer).encode() + b"\n" + pixels)
         output.flush()
 
 
@@ -547,19 +464,18 @@ def _answer(document: Any, question: dict[str, Any]) -> tuple[dict[str, Any], by
 def _openable_pages(document: Any) -> list[int]:
     """The numbers of the pages that can be opened, from 1. A file may claim a million pages that are not there, so all
     are tried where the last cannot be opened, up to a limit."""
-    import pypdfium2
+    from pypdfium2 import PdfiumError
 
-    def opens(index: int) -> bool:
-        try:
-            document[index].close()
-        except pypdfium2.PdfiumError:
-            return False
-        return True
+    def opens(number: int) -> bool:
+        with suppress(PdfiumError):
+            document[number - 1].close()
+            return True
+        return False
 
     count = len(document)
-    if count and opens(count - 1):
+    if count and opens(count):
         return list(range(1, count + 1))
-    return [index + 1 for index in range(min(count, _MAX_PAGES_TRIED)) if opens(index)]
+    return list(filter(opens, range(1, min(count, _MAX_PAGES_TRIED) + 1)))
 
 
 def _limit_memory(more: int) -> None:
@@ -571,5 +487,5 @@ def _limit_memory(more: int) -> None:
     statm = Path("/proc/self/statm")
     used = int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else 1 << 30
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = used + more if hard == resource.RLIM_INFINITY else min(used + more, hard)
+    limit = min(used + more, sys.maxsize if hard == resource.RLIM_INFINITY else hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

@@ -10,7 +10,6 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +26,13 @@ from dbnet.geometry import Letterbox, enclosing_rectangle, is_turned
 from dbnet.images import name_stem, read_image
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TEXT_COLOR = (0, 158, 115)  # bluish green and vermilion stay apart for the colour-blind (Okabe and Ito)
-MAX_OVERLAY = (
-    4096  # pixels of the longer side; a JPEG of more than images.MAX_PIXELS is decoded at half its size or less
-)
-DONT_CARE_COLOR = (213, 94, 0)
+BLUE, ORANGE, GREEN, VERMILION, BLACK = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#1e1e1e"  # Okabe and Ito
+TEXT_COLOR, DONT_CARE_COLOR = (0, 158, 115), (213, 94, 0)  # GREEN and VERMILION stay apart for the colour-blind
+MAX_OVERLAY = 4096  # pixels of the longer side; a larger JPEG is decoded at a half of its size or less
+PICTURE_MARK = "picture by dbnet"  # in every picture, which may be overwritten therefore
+INDEX_HEADER = ["crop", "image", "order", "line", "score", "polygon"]
 
 
 def draw_polygons(
@@ -48,14 +46,22 @@ def draw_polygons(
     return canvas
 
 
-def write_overlay(path: Path, image: Path, polygons: Iterable[np.ndarray]) -> None:
-    """Write the image of a file with (n, 2) polygons on it to `path`, at most MAX_OVERLAY pixels long.
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write (height, width, 3) uint8 RGB pixels as .png or .jpg, whole or not at all. Raises UserError."""
+    suffix = path.suffix.lower()
+    if suffix not in (".png", ".jpg", ".jpeg"):
+        raise UserError(f"{path}: pictures are written as .png or .jpg; name such a file")
+    note = PngInfo()
+    note.add_text("Software", PICTURE_MARK)
+    with write_whole(path) as file:
+        kind = "PNG" if suffix == ".png" else "JPEG"
+        Image.fromarray(image).save(file, kind, pnginfo=note, quality=95, comment=PICTURE_MARK)
 
-    Raises ImageError where the image can no longer be read, and UserError where `path` cannot be written.
-    """
-    pixels, (width, height) = read_image(image, MAX_OVERLAY)
-    letterbox = Letterbox(width, height, min(MAX_OVERLAY, max(width, height)))
-    write_image(path, draw_polygons(letterbox.resize(pixels), map(letterbox.to_network, polygons)))
+
+def write_figure(path: Path, figure: "Figure") -> None:
+    """Write a figure of matplotlib as PNG, whole or not at all. Raises UserError where it cannot be written."""
+    with write_whole(path) as file:
+        figure.savefig(file, format="png", metadata={"Software": PICTURE_MARK})
 
 
 def plan_overlays(folder: Path, images: dict[str, Path]) -> dict[Path, Path]:
@@ -64,15 +70,12 @@ def plan_overlays(folder: Path, images: dict[str, Path]) -> dict[Path, Path]:
     That is a.jpg of a.png and x/a.jpg of x/a.png or, if two pictures were called alike, NAME.jpg for all of them.
     Creates the folders. Raises UserError where files cannot be written in them.
     """
-    short = [str(Path(name).with_name(name_stem(Path(name).name))) for name in images]
-    stems = short if len(set(short)) == len(images) else list(images)
-    pictures = {path: folder / f"{stem}.jpg" for stem, path in zip(stems, images.values(), strict=True)}
+    stems = [name_stem(name) for name in images]
+    names = stems if len(set(stems)) == len(images) else list(images)
+    pictures = {path: folder / f"{name}.jpg" for name, path in zip(names, images.values(), strict=True)}
     for each in sorted({folder, *(picture.parent for picture in pictures.values())}):
         make_folder(each)
     return pictures
-
-
-INDEX_HEADER = ["crop", "image", "order", "line", "score", "polygon"]
 
 
 class ImagePictures:
@@ -100,7 +103,10 @@ class ImagePictures:
     def write(self, path: Path, annotation: Annotation) -> None:
         """Write those of an image. Raises ImageError where it can no longer be read."""
         if path in self.overlays:
-            write_overlay(self.overlays[path], path, annotation.polygons)
+            pixels, (width, height) = read_image(path, MAX_OVERLAY)
+            letterbox = Letterbox(width, height, min(MAX_OVERLAY, max(width, height)))
+            outlines = map(letterbox.to_network, annotation.polygons)
+            write_image(self.overlays[path], draw_polygons(letterbox.resize(pixels), outlines))
         if path in self.crops and annotation.polygons:
             for order, crop in enumerate(crop_words(read_image(path)[0], as_labels(annotation).polygons), start=1):
                 write_image(self._crop(path, order), crop)
@@ -169,29 +175,6 @@ def sample_sheet(dataset: TextDataset, count: int = 4, side: int = 480) -> np.nd
     return np.vstack(rows)
 
 
-PICTURE_MARK = "picture by dbnet"  # in every picture, which may be overwritten therefore
-
-
-def write_image(path: Path, image: np.ndarray) -> None:
-    """Write (height, width, 3) uint8 RGB pixels as .png or .jpg, whole or not at all. Raises UserError."""
-    suffix = path.suffix.lower()
-    if suffix not in (".png", ".jpg", ".jpeg"):
-        raise UserError(f"{path}: pictures are written as .png or .jpg; name such a file")
-    note = PngInfo()
-    note.add_text("Software", PICTURE_MARK)
-    with write_whole(path) as file:
-        if suffix == ".png":
-            Image.fromarray(image).save(file, "PNG", pnginfo=note)
-        else:
-            Image.fromarray(image).save(file, "JPEG", quality=95, comment=PICTURE_MARK)
-
-
-def write_figure(path: Path, figure: "Figure") -> None:
-    """Write a figure of matplotlib as PNG, whole or not at all. Raises UserError where it cannot be written."""
-    with write_whole(path) as file:
-        figure.savefig(file, format="png", metadata={"Software": PICTURE_MARK})
-
-
 def draw_heat_map(
     values: np.ndarray,
     rows: Sequence[float],
@@ -212,10 +195,10 @@ def draw_heat_map(
     figure = Figure((2 + 0.9 * len(columns), 2.5 + 0.45 * len(rows)), layout="constrained")
     axes = figure.add_subplot(xlabel=labels[1], ylabel=labels[0], title=title)
     low, high = float(np.quantile(values, 0.25)), float(values.max())
-    middle = (low + high) / 2
     axes.imshow(values, "viridis", origin="lower", aspect="auto", vmin=low, vmax=max(high, low + 1e-9))
     for (row, column), value in np.ndenumerate(values):
-        axes.text(column, row, f"{value:.4f}", ha="center", va="center", color="black" if value > middle else "white")
+        color = "black" if value > (low + high) / 2 else "white"
+        axes.text(column, row, f"{value:.4f}", ha="center", va="center", color=color)
     axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
     axes.set_yticks(range(len(rows)), [f"{value:g}" for value in rows])
     for number, (legend, (row, column)) in enumerate(marks.items()):
@@ -225,146 +208,106 @@ def draw_heat_map(
     return figure
 
 
-BLUE, ORANGE, GREEN, VERMILION, BLACK = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#1e1e1e"  # Okabe and Ito
+# ---- the progress of a run
 
-PANELS: tuple[tuple[str, str, dict[str, tuple[str, str]]], ...] = (
-    (
-        "validation score (CLEval)",
-        "score",
-        {"precision": ("precision", BLUE), "recall": ("recall", ORANGE), "hmean": ("H-Mean", BLACK)},
-    ),
-    ("training loss, weighted sum", "log", {"total_loss": ("total", BLACK)}),
-    (
-        "training loss, unweighted parts",
-        "log",
-        {"prob_loss": ("probability", BLUE), "binary_loss": ("binary", ORANGE), "thresh_loss": ("threshold", GREEN)},
-    ),
-    ("learning rate", "linear", {"lr": ("at the end of the epoch", BLACK)}),
-    ("speed", "linear", {"images_per_second": ("training images/s", BLACK)}),
-    ("memory", "linear", {"peak_memory_gb": ("peak, GB", BLACK)}),
+PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("validation score (CLEval)", "score", {"precision": BLUE, "recall": ORANGE, "hmean": BLACK}),
+    ("training loss, weighted sum", "log", {"total_loss": BLACK}),
+    ("training loss, unweighted parts", "log", {"prob_loss": BLUE, "binary_loss": ORANGE, "thresh_loss": GREEN}),
+    ("learning rate at the end of the epoch", "linear", {"lr": BLACK}),
+    ("speed of the training, images/s", "linear", {"images_per_second": BLACK}),
+    ("peak memory, GB", "linear", {"peak_memory_gb": BLACK}),
 )
-"""Title, scale, and by key of the log the label and the colour of each curve"""
+"""Title, scale, and the colour of each curve by its key in the log"""
 
-_SCORE_TICKS = (0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 1)
+SCORES_SHOWN = 0.1  # below the best score; what is lower is off the chart
 _DOTS_UNTIL = 40  # epochs: with more, dots on the lines would run into each other
 
 
 def show_progress(run: Path) -> None:
     """Update `curves.png` and TensorBoard's events from the `log.jsonl` of a run; an error is one line on stderr."""
-    for work in (write_curves, write_events):
+    rows = read_log(run / "log.jsonl")
+    if not rows:
+        return
+    for work in (lambda: write_figure(run / "curves.png", draw_curves(rows)), lambda: write_events(run, rows)):
         try:
-            work(run)
+            work()
         except Exception as error:  # of a full disk, a font, a TensorBoard that does not fit its protobuf
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
             print(f"no curves of this epoch, training goes on: {printable(reason)}", file=sys.stderr)
     gc.collect()  # the parts of a figure refer to each other: until Python's rare full collection, none is freed
 
 
-def write_curves(run: Path) -> None:
-    """Draw `log.jsonl` as `curves.png`. Raises UserError where it cannot be written."""
-    rows = read_log(run / "log.jsonl")
-    if rows:
-        write_figure(run / "curves.png", draw_curves(rows))
-
-
 def draw_curves(rows: list[Row]) -> "Figure":
     """The rows of a log, at least one, as curves over the epochs. The best epoch is marked."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     figure = Figure((15, 8.2))
     figure.subplots_adjust(left=0.04, right=0.99, bottom=0.06, top=0.91, wspace=0.14, hspace=0.27)
-    best = best_epoch(rows)
-    title = f"epoch {rows[-1]['epoch']}: H-Mean {number(rows[-1], 'hmean'):.4f}"
-    if best:
-        title += f"      best: {number(best, 'hmean'):.4f} in epoch {best['epoch']}"
+    epochs, scores = [row["epoch"] for row in rows], _numbers(rows, "hmean")
+    title, best = f"epoch {epochs[-1]}: H-Mean {scores[-1]:.4f}", None
+    if (scores > 0).any():
+        best = int(np.nanargmax(scores))
+        title += f"      best: {scores[best]:.4f} in epoch {epochs[best]}"
     figure.suptitle(title, x=0.01, ha="left")
     for axes, (name, scale, curves) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-        _draw_panel(axes, rows, scale, curves)
+        style = "-o" if len(rows) <= _DOTS_UNTIL else "-"
+        for key, color in curves.items():
+            values, label = _numbers(rows, key), key.removesuffix("_loss")
+            values[(values <= 0) & (scale == "log")] = np.nan
+            axes.plot(epochs, values, style, color=color, markersize=4, label=f"{label} {values[-1]:.4g}")
+        if scale == "log":
+            axes.set_yscale("log", subs=[])
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+        else:
+            axes.set_ylim(bottom=0)
         axes.set_title(name, loc="left", fontsize="medium")
-        if best:
-            axes.axvline(best["epoch"], color=VERMILION, linestyle=":", label="_best")
-            if "hmean" in curves:
-                axes.plot(best["epoch"], number(best, "hmean"), "o", color=VERMILION, fillstyle="none", label="_best")
-    for epoch, batch in batch_changes(rows):  # in the last panel, that of memory
-        axes.axvline(epoch - 0.5, color="0.5", linestyle="--", label=f"_{batch}")
-        axes.annotate(batch, (epoch - 0.5, 0), (3, 4), textcoords="offset points", fontsize="small")
+        axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("epoch")
+        axes.grid(color="0.9")
+        axes.legend(fontsize="small")
+        if best is not None:
+            axes.axvline(epochs[best], color=VERMILION, linestyle=":")
+            if scale == "score":
+                axes.plot(epochs[best], scores[best], "o", color=VERMILION, fillstyle="none")
+                axes.set_ylim(max(0, scores[best] - SCORES_SHOWN), min(1, scores[best] + SCORES_SHOWN / 5))
+    batches = [f"{row.get('batch')} at {row.get('image_size')} px" for row in rows]
+    for epoch, before, batch in zip(epochs[1:], batches, batches[1:], strict=False):
+        if batch != before:  # marked in the last panel, that of memory
+            axes.axvline(epoch - 0.5, color="0.5", linestyle="--")
+            axes.annotate(batch, (epoch - 0.5, 0), (3, 4), textcoords="offset points", fontsize="small")
     return figure
 
 
-def _draw_panel(axes: "Axes", rows: list[Row], scale: str, curves: dict[str, tuple[str, str]]) -> None:
-    """A panel's curves, each with its last value in the legend; numbers that are missing or not finite are gaps."""
-    from matplotlib.ticker import LogLocator, MaxNLocator
-
-    epochs = [row["epoch"] for row in rows]
-    style = "-o" if len(rows) <= _DOTS_UNTIL else "-"
-    shown = []
-    for key, (label, color) in curves.items():
-        values = [number(row, key) for row in rows]
-        values = [value if math.isfinite(value) and (scale != "log" or value > 0) else math.nan for value in values]
-        axes.plot(epochs, values, style, color=color, markersize=4, label=f"{label} {number(rows[-1], key):.4g}")
-        shown += [value for value in values if math.isfinite(value)]
-    if scale == "score":
-        # By the logarithm of what is missing to 1: from 0.98 to 0.99 is as far as from 0 to 0.5.
-        axes.set_yscale("function", functions=(lambda y: -np.log10(1.0005 - y.clip(0, 1)), lambda y: 1.0005 - 10.0**-y))
-        below = max(tick for tick in _SCORE_TICKS if tick <= max(min(shown, default=0), 0))
-        above = min(tick for tick in _SCORE_TICKS if tick >= min(max(shown, default=1), 1))
-        axes.set_yticks([tick for tick in _SCORE_TICKS if below <= tick <= above])
-        axes.set_ylim(below, above if above > below else 1)
-        axes.yaxis.set_major_formatter("{x:g}")
-    elif scale == "log":
-        axes.set_yscale("log", subs=[])
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-    else:
-        axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
-    axes.set_xlabel("epoch")
-    axes.grid(color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize="small")
+def _numbers(rows: list[Row], key: str) -> np.ndarray:
+    """(rows,) float64, NaN where a number is missing or not finite."""
+    values = np.array([row.get(key) for row in rows], np.float64)
+    return np.where(np.isfinite(values), values, np.nan)
 
 
-def best_epoch(rows: list[Row]) -> Row | None:
-    """The row of the first epoch of the highest H-Mean; None where no row has one above 0."""
-    scored = [row for row in rows if number(row, "hmean") > 0]
-    return max(scored, key=lambda row: number(row, "hmean"), default=None)
-
-
-def number(row: Row, key: str) -> float:
-    """A number of a row; NaN where it is missing or none."""
-    value = row.get(key)
-    return float(value) if isinstance(value, int | float) else math.nan
-
-
-def batch_changes(rows: list[Row]) -> list[tuple[int, str]]:
-    """Epochs that began with another batch or image size than the one before, and that batch."""
-    in_force = [(row["epoch"], f"{row.get('batch')} at {row.get('image_size')} px") for row in rows]
-    return [(epoch, batch) for (_, before), (epoch, batch) in pairwise(in_force) if batch != before]
-
-
-def write_events(run: Path) -> None:
-    """Append the last row of `log.jsonl` to the run's file of TensorBoard events; nothing without TensorBoard.
+def write_events(run: Path, rows: list[Row]) -> None:
+    """Append the last row to the run's file of TensorBoard events; nothing without TensorBoard.
 
     Losses are under `loss/`, scores under `score/`, all other numbers under `run/`; the step is the epoch. Earlier
     events of this epoch and later ones become void. Raises OSError, with the file as it was, where there is no room:
     torch's SummaryWriter would write in a thread, whose errors nobody can catch.
     """
-    rows = read_log(run / "log.jsonl")
-    if not rows or not importlib.util.find_spec("tensorboard"):
+    if not importlib.util.find_spec("tensorboard"):
         return
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    numbers = {name: value for name, value in rows[-1].items() if name != "epoch" and isinstance(value, int | float)}
-    scalars = [Summary.Value(tag=_tag(name), simple_value=value) for name, value in numbers.items()]
-    records = io.BytesIO()
-    for content in (
-        {"file_version": "brain.Event:2"},
-        {"session_log": SessionLog(status=SessionLog.START)},
-        {"summary": Summary(value=scalars)},
-    ):
+    scalars = []
+    for name, value in rows[-1].items():
+        if name != "epoch" and isinstance(value, int | float):
+            group = "loss" if name.endswith("_loss") else "score" if name in PANELS[0][2] else "run"
+            scalars.append(Summary.Value(tag=f"{group}/{name.removesuffix('_loss')}", simple_value=value))
+    start, records = SessionLog(status=SessionLog.START), io.BytesIO()
+    for content in ({"file_version": "brain.Event:2"}, {"session_log": start}, {"summary": Summary(value=scalars)}):
         event = Event(wall_time=time.time(), step=rows[-1]["epoch"], **content)
         RecordWriter(records).write(event.SerializeToString())
     with (run / "events.out.tfevents.dbnet").open("ab", buffering=0) as file:
@@ -372,9 +315,3 @@ def write_events(run: Path) -> None:
         if file.write(records.getbuffer()) != len(records.getbuffer()):
             file.truncate(end)  # half a record would hide all that come after it
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
-
-
-def _tag(name: str) -> str:
-    if name.endswith("_loss"):
-        return f"loss/{name.removesuffix('_loss')}"
-    return f"score/{name}" if name in ("precision", "recall", "hmean") else f"run/{name}"

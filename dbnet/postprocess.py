@@ -98,9 +98,12 @@ def find_regions(prob_map: np.ndarray, config: Config) -> list[Region]:
     if prob_map.size == 0:
         return []
     outline = _simplified_contour if config.use_polygon else _min_area_box
-    contours, _ = cv2.findContours(_binarize(prob_map, config.thresh), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+    binary_map = _binarize(prob_map, config.thresh)
+    contours, tree = cv2.findContours(binary_map, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     regions = []
-    for contour in contours:
+    for contour, (*_, parent) in zip(contours, tree[0] if contours else (), strict=True):
+        if parent >= 0:  # a hole: grown outward, it would be a second polygon over the text around it
+            continue
         shrunk, breadth = outline(contour, config.min_size)
         if shrunk is not None:
             score = region_score(prob_map, shrunk)

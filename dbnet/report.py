@@ -9,7 +9,7 @@ pictures as base64, each in an element of its own, so that a browser decodes onl
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -46,22 +46,21 @@ _MAP_ALPHAS = np.linspace(-15, 215, MAP_LEVELS).clip(0).astype(np.uint8)
 
 @dataclass
 class Picture:
-    """One image on the page."""
+    """One image on the page, with sizes and points in pixels of the upright original."""
 
     width: int
-    """Width of the upright original in pixels; of its polygons, if it cannot be read"""
     height: int
     jpeg: bytes
-    """The reduced image; empty if it cannot be read"""
+    """the reduced image; empty if it cannot be read"""
     prob_map: bytes
-    """PNG of the probability map, see `encode_map`; empty if there is none"""
+    """PNG of the probability map; empty if there is none"""
     error: str | None
-    """One line, if the image cannot be read"""
+    """one line, if the image cannot be read: it is as large as its polygons then"""
     gt: list[list[Any]]
-    """A row for each ground truth: index of its outcome in `Outcome`, characters found, all that count, bin of its
-    size, [x, y, x, y, ...] in pixels of the original"""
+    """for each ground truth: index of its outcome in `Outcome`, characters found, all that count, bin of its size,
+    [x, y, x, y, ...]"""
     det: list[list[Any]]
-    """A row for each detection: index of its outcome, score or None, [x, y, x, y, ...]"""
+    """for each detection: index of its outcome, score or None, [x, y, x, y, ...]"""
 
 
 _OUTCOMES = list(Outcome)
@@ -89,22 +88,13 @@ def picture_of(
         width, height = np.concatenate(everything).max(axis=0).clip(1, _FAR).astype(int).tolist()
         jpeg, error = b"", str(unreadable)
     match = match_image(annotation.polygons, polygons, annotation.dont_care)
-    sizes = bin_of_size(text_heights(annotation.polygons), (width, height))
-    words = zip(match.gt_outcomes(), match.gt_chars().tolist(), sizes.tolist(), annotation.polygons, strict=True)
-    confidences: Sequence[float | None] = scores or [None] * len(polygons)
-    found = zip(match.det_outcomes(), confidences, polygons, strict=True)
-    return Picture(
-        width,
-        height,
-        jpeg,
-        b"" if prob_map is None else encode_map(prob_map),
-        error,
-        [[_OUTCOMES.index(outcome), *chars, size, _flat(polygon)] for outcome, chars, size, polygon in words],
-        [
-            [_OUTCOMES.index(outcome), None if score is None else round(float(score), 3), _flat(polygon)]
-            for outcome, score, polygon in found
-        ],
-    )
+    sizes = bin_of_size(text_heights(annotation.polygons), (width, height)).tolist()
+    words = zip(match.gt_outcomes(), match.gt_chars().tolist(), sizes, map(_flat, annotation.polygons), strict=True)
+    rounded = [round(float(score), 3) for score in scores] if scores else [None] * len(polygons)
+    found = zip(match.det_outcomes(), rounded, map(_flat, polygons), strict=True)
+    gt = [[_OUTCOMES.index(outcome), *chars, size, points] for outcome, chars, size, points in words]
+    det = [[_OUTCOMES.index(outcome), score, points] for outcome, score, points in found]
+    return Picture(width, height, jpeg, b"" if prob_map is None else encode_map(prob_map), error, gt, det)
 
 
 def write_report(
@@ -121,6 +111,16 @@ def write_report(
     earlier scores. `language` is en, ko or auto, the language of the browser.
     """
     pictures = evaluation.pictures
+    versus = None
+    if comparison:
+        versus = dict(zip(("before", "after"), comparison.means(), strict=True)) | {
+            "name": str(comparison.path),
+            "images": len(comparison.after),
+            "better": len(comparison.better()),
+            "worse": len(comparison.worse()),
+            "other_labels": len(comparison.other_labels),
+            "labels_known": any(comparison.labels.values()),
+        }
     data = {
         "title": title,
         "language": language,
@@ -129,7 +129,7 @@ def write_report(
         "totals": asdict(evaluation.compute()),
         "interval": evaluation.interval(),
         "sizes": _recall_by_size(list(pictures.values())),
-        "comparison": _describe(comparison) if comparison else None,
+        "comparison": versus,
         "images": [
             {
                 "name": name,
@@ -153,8 +153,7 @@ def write_report(
 
 
 def _recall_by_size(pictures: list[Picture]) -> list[dict[str, Any]]:
-    """For each size of text: its bounds, and the words, missed words, characters and found characters that count in
-    all images."""
+    """For each size of text its bounds, and what counts of it in all images."""
     scored = [word for picture in pictures for word in picture.gt if word[0] not in _NOT_COUNTED]
     bins = [[word for word in scored if word[3] == size] for size in range(len(SIZE_EDGES) - 1)]
     return [
@@ -172,48 +171,38 @@ def _recall_by_size(pictures: list[Picture]) -> list[dict[str, Any]]:
 
 def encode_picture(pixels: np.ndarray) -> bytes:
     """JPEG of (height, width, 3) uint8 RGB, at most PICTURE_SIDE pixels and PICTURE_BYTES."""
-    height, width = pixels.shape[:2]
-    side = min(PICTURE_SIDE, max(width, height))
-    while True:
-        reduced = np.ascontiguousarray(Letterbox(width, height, side).resize(pixels)[..., ::-1])
+    for size in _sizes(pixels, PICTURE_SIDE):
+        reduced = np.ascontiguousarray(size.resize(pixels)[..., ::-1])
         for quality in _QUALITIES:
             jpeg = cv2.imencode(".jpg", reduced, [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_OPTIMIZE, 1])[1]
             if len(jpeg) <= PICTURE_BYTES:
                 return jpeg.tobytes()
-        side = int(side * _SHRINK)
+    return b""
 
 
 def encode_map(prob_map: np.ndarray) -> bytes:
     """PNG of a (height, width) uint8 probability map x 255 in MAP_LEVELS, of at most MAP_SIDE pixels and MAP_BYTES."""
-    height, width = prob_map.shape
-    side = min(MAP_SIDE, max(width, height))
-    while True:
-        reduced = cv2.resize(prob_map, Letterbox(width, height, side).resized, interpolation=cv2.INTER_AREA)
-        image = Image.fromarray(np.round(reduced * ((MAP_LEVELS - 1) / 255)).astype(np.uint8))
+    for size in _sizes(prob_map, MAP_SIDE):
+        reduced = cv2.resize(prob_map, size.resized, interpolation=cv2.INTER_AREA)
+        image, file = Image.fromarray(np.round(reduced * ((MAP_LEVELS - 1) / 255)).astype(np.uint8)), BytesIO()
         image.putpalette(_MAP_COLORS.tobytes())
-        file = BytesIO()
         image.save(file, "PNG", bits=4, transparency=_MAP_ALPHAS.tobytes())
         if file.tell() <= MAP_BYTES:
             return file.getvalue()
+    return b""
+
+
+def _sizes(pixels: np.ndarray, most: int) -> Iterator[Letterbox]:
+    """Sizes to try, from the given or the image's own longer side down to a pixel."""
+    height, width = pixels.shape[:2]
+    side = min(most, max(width, height))
+    while side:
+        yield Letterbox(width, height, side)
         side = int(side * _SHRINK)
 
 
 def _flat(polygon: np.ndarray) -> list[int]:
     return np.rint(polygon).clip(-_FAR, _FAR).astype(int).ravel().tolist()
-
-
-def _describe(comparison: Comparison) -> dict[str, Any]:
-    before, after = comparison.means()
-    return {
-        "name": str(comparison.path),
-        "images": len(comparison.after),
-        "better": len(comparison.better()),
-        "worse": len(comparison.worse()),
-        "before": before,
-        "after": after,
-        "other_labels": len(comparison.other_labels),
-        "labels_known": any(comparison.labels.values()),
-    }
 
 
 def _embed(file: IO[str], element: str, content: bytes) -> None:

@@ -7,15 +7,15 @@ Names that two folders share get the folders' names in front. Hidden files, as m
 import glob
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from dbnet.annotations import Annotation, check_sizes, list_text_files, nfc, put_in_order
+from dbnet.annotations import Annotation, check_sizes, put_in_order
 from dbnet.errors import ImageError, UserError
-from dbnet.formats import TEXT_PARSERS, find_foreign_labels, read_labels_at
-from dbnet.images import EXTRA_SUFFIXES, PAGED_SUFFIXES, file_of, list_pages, readable_suffixes
+from dbnet.formats import TEXT_PARSERS, find_foreign_labels, list_text_files, nfc, read_labels_at
+from dbnet.images import EXTRA_SUFFIXES, PAGED_SUFFIXES, file_of, list_files, list_pages, readable_suffixes
 
 _LABEL_SUFFIXES = (".json", ".txt", ".xml", ".csv", ".zip")  # that may lie beside the images of a data set
 
@@ -43,11 +43,10 @@ def data_folders(data: str | Path) -> list[Path]:
 def read_split(data: str | Path, split: str, form: str = "auto", need_images: bool = True) -> Split:
     """Images and annotations of a split of one or several folders, in the order of each folder's json, or by name.
 
-    Of several folders, some may lack the split. Prints how many images have no annotations and are left out, and what
-    `read_labels` prints. Without `need_images`, images may be missing: their names and paths are then those that the
-    annotations give them.
-
-    Raises UserError where a folder, its annotations or, if needed, images that these name are missing.
+    Of several folders, some may lack the split. Prints how many images have no annotations and are left out, which
+    format these were taken for, and which others are there and not read. Without `need_images`, images may be missing:
+    their names and paths are then those that the annotations give them. Raises UserError where a folder, its
+    annotations or, if needed, their images are missing.
     """
     folders = _checked_folders(data)
     having = _having(folders, split, form)
@@ -66,26 +65,13 @@ def read_images(data: str | Path, split: str, form: str = "auto") -> dict[str, P
     return _join(folders, [_images_of(folder, split) for folder in folders])
 
 
-def read_labels(folder: Path, split: str, form: str = "auto") -> tuple[Path, dict[str, Annotation]]:
-    """Where the annotations of a split are, and these by the names of their images.
-
-    Prints which format they were taken for, where that is not the competition's, and which other annotations are there
-    and not read. Raises UserError where there are none, or they are broken.
-    """
-    [folder] = _checked_folders(folder)
-    images = folder / "images" / split
-    return _read_labels(folder, split, form, list_images(images, _LABEL_SUFFIXES) if images.is_dir() else {})
-
-
 def find_images_at(places: list[Path]) -> dict[str, Path]:
     """Images at the given places, by name, in the order of the places.
 
-    A place is a folder (the images in it and its sub-folders, by name), a file, a page as FILE.pdf#page=NUMBER, or a
-    pattern with *, ?, [] and ** (the images that match, by name, and other files where the pattern ends in their
-    suffix). Each page of a PDF or a TIFF is an image; such a file that cannot be opened stays as it is, to fail like
-    any other image when it is read. Prints which other files of folders are passed over.
-
-    Raises UserError for a place that does not exist or holds nothing to read, and for a PDF where pypdfium2 is missing.
+    A place is a folder (with its sub-folders), a file, a page as FILE.pdf#page=NUMBER, or a pattern with *, ?, [] and
+    ** (which may name other suffixes). Each page of a PDF or a TIFF is an image; such a file that cannot be opened
+    stays as it is, to fail when it is read. Prints which other files of folders are passed over. Raises UserError for a
+    place that does not exist or holds nothing to read, and for a PDF where pypdfium2 is missing.
     """
     found: list[tuple[str, Path]] = []
     for place in places:
@@ -103,30 +89,22 @@ def find_images_at(places: list[Path]) -> dict[str, Path]:
         if not images:
             raise UserError(f"{place}: holds no images ({', '.join(readable_suffixes())})")
         found.extend(images.items())
-    for _, path in found:
-        _check_encoding(path)
-    return _by_unique_name(found)
+    return _checked_names(_by_unique_name(found))
 
 
 def list_images(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, Path]:
     """The images of a folder and its sub-folders, pages of PDF and TIFF files among them, in the order of their paths.
 
-    Prints how many other files there are, by suffix, but for the suffixes `ignored`. Raises UserError where a folder
-    cannot be read, or a name is not text.
+    Prints how many other files there are, by suffix, but for the suffixes `ignored`. Raises UserError.
     """
-    images: dict[str, Path] = {}
-    passed_over: Counter[str] = Counter()
-    suffixes = readable_suffixes()
-    for path in sorted(_walk(folder, set())):
-        if path.suffix.lower() in suffixes:
-            _check_encoding(path)
-            for page in _pages_or_itself(path):
-                images[page.relative_to(folder).as_posix()] = page
-        elif path.suffix.lower() not in ignored:
-            passed_over[path.suffix.lower()] += 1
-    if passed_over:
-        print(f"{folder}: passed over {_describe(passed_over)}")
-    return images
+    paths, suffixes = list_files(folder), readable_suffixes()
+    others = Counter(path.suffix.lower() for path in paths if path.suffix.lower() not in (*suffixes, *ignored))
+    if others:
+        advice = {suffix: f" ({install} to read them)" for suffix, install in EXTRA_SUFFIXES.items()} | {"": ""}
+        kinds = [f"{n} {suffix or 'without a suffix'}{advice.get(suffix, '')}" for suffix, n in sorted(others.items())]
+        print(f"{folder}: passed over {', '.join(kinds)}")
+    pages = [page for path in paths if path.suffix.lower() in suffixes for page in _pages_or_itself(path)]
+    return _checked_names({page.relative_to(folder).as_posix(): page for page in pages})
 
 
 def _checked_folders(data: str | Path) -> list[Path]:
@@ -140,44 +118,16 @@ def _checked_folders(data: str | Path) -> list[Path]:
 
 def _having(folders: list[Path], split: str, form: str) -> list[Path]:
     """The folders with images or annotations of a split; all of them, for their error, where none has any."""
-    having = [
-        folder for folder in folders if (folder / "images" / split).is_dir() or _label_places(folder, split, form)
-    ]
+    having = [each for each in folders if (each / "images" / split).is_dir() or _label_places(each, split, form)]
     return having or folders
 
 
-def _walk(folder: Path, seen: set[str]) -> Iterable[Path]:
-    """All files in a folder and its sub-folders that are not hidden; each folder once, even with several links."""
-    real = os.path.realpath(folder)
-    if real in seen:
-        return
-    seen.add(real)
-    try:
-        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
-    for entry in entries:
-        if entry.is_dir():
-            yield from _walk(folder / entry.name, seen)
-        else:
-            yield folder / entry.name
-
-
-def _describe(passed_over: Counter[str]) -> str:
-    """Files that are no images, by suffix, with what has to be installed to read them."""
-    parts = []
-    for suffix, count in sorted(passed_over.items()):
-        install = f" ({EXTRA_SUFFIXES[suffix]} to read them)" if suffix in EXTRA_SUFFIXES else ""
-        parts.append(f"{count} {suffix or 'without a suffix'}{install}")
-    return ", ".join(parts)
-
-
-def _check_encoding(path: Path) -> None:
-    """Raise UserError for a file name that no CSV or JSON can hold, such as one unpacked in another encoding."""
-    try:
-        path.name.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{path}: the file name is not UTF-8; rename it (convmv does so for whole folders)") from None
+def _checked_names(images: dict[str, Path]) -> dict[str, Path]:
+    """The images. Raises UserError for a name that no CSV or JSON can hold, as after unpacking in another encoding."""
+    for name, path in images.items():
+        if name.encode(errors="ignore").decode() != name:
+            raise UserError(f"{path}: the file name is not UTF-8; rename it (convmv does so for whole folders)")
+    return images
 
 
 def _pages_or_itself(path: Path) -> list[Path]:
@@ -209,7 +159,7 @@ def _read_folder(
     """Images and annotations of a split of one folder, by name, in the order of the annotations."""
     in_place = folder / "images" / split
     present = _images_of(folder, split) if need_images or in_place.is_dir() else {}
-    place, labels = _read_labels(folder, split, form, present)
+    place, labels = _read_labels(folder, split, form, list(present))
     if not labels:
         raise UserError(f"{place}: names no images")
     name_of = match_names(labels, present)
@@ -232,20 +182,18 @@ def _read_folder(
     return images, annotations
 
 
-def _read_labels(folder: Path, split: str, form: str, images: dict[str, Path]) -> tuple[Path, dict[str, Annotation]]:
-    """What `read_labels` returns, for a folder with these images in the split."""
+def _read_labels(folder: Path, split: str, form: str, images: list[str]) -> tuple[Path, dict[str, Annotation]]:
+    """Where the annotations of a split are, and these by the names in them; prints what else there is to know."""
     places = _label_places(folder, split, form)
     if not places:
-        foreign = find_foreign_labels([folder / "labels" / split, folder / "images" / split])
-        if foreign:
-            raise UserError(foreign)
         kind = "annotations" if form == "auto" else f"annotations of --format {form}"
         raise UserError(
-            f"{folder / 'jsons' / split}.json: no such file; the {kind} of a split belong there, or into "
+            find_foreign_labels([folder / "labels" / split, folder / "images" / split])
+            or f"{folder / 'jsons' / split}.json: no such file; the {kind} of a split belong there, or into "
             f"{folder / 'labels' / split}/ as a file for each image"
         )
     place, *others = places
-    recognized, annotations = read_labels_at(place, list(images), form)
+    recognized, annotations = read_labels_at(place, images, form)
     if form == "auto" and recognized != "competition":
         print(f"{place}: annotations of the format {recognized} (--format insists on another)")
     for sentence in put_in_order(annotations):
@@ -281,54 +229,48 @@ def match_names(labels: Iterable[str], present: Iterable[str]) -> dict[str, str]
     """The image that each name in the annotations means: the one of that name, the same in another Unicode form (macOS
     decomposes Korean), the only one of that name in a sub-folder, or the first page of a file called so."""
     by_form = {nfc(name): name for name in present}
-    file_names = Counter(name.rsplit("/", 1)[-1] for name in by_form)
-    by_file_name = {form.rsplit("/", 1)[-1]: name for form, name in by_form.items()}
+    file_names = Counter(name.rpartition("/")[2] for name in by_form)
+    by_file_name = {form.rpartition("/")[2]: name for form, name in by_form.items()}
     matches = {}
     for label in labels:
         form = nfc(label)
-        if label in present:
-            matches[label] = label
-        elif form in by_form:
-            matches[label] = by_form[form]
+        page = by_form.get(f"{form}#page=1")
+        if label in present or form in by_form:
+            matches[label] = label if label in present else by_form[form]
         elif file_names[form] == 1:
             matches[label] = by_file_name[form]
-        elif f"{form}#page=1" in by_form:
-            matches[label] = by_form[f"{form}#page=1"]
-            print(f"{label}: has several pages; its annotations are taken for those of {matches[label]}")
+        elif page:
+            matches[label] = page
+            print(f"{label}: has several pages; its annotations are taken for those of {page}")
     return matches
 
 
-def _short_names(folders: list[Path]) -> list[str]:
-    """A short name for each folder: its path from where they part."""
+def _join(folders: list[Path], parts: list[dict[str, Value]]) -> dict[str, Value]:
+    """What each folder has by name, in one: names that several have get the folder's path in front, from where they
+    part."""
     absolute = [os.path.abspath(folder) for folder in folders]
     if len(set(absolute)) < len(absolute):
         raise UserError(f"--data {','.join(map(str, folders))}: names a folder twice; --data-weights repeats a folder")
     common = os.path.commonpath([os.path.dirname(path) for path in absolute])
-    return [Path(os.path.relpath(path, common)).as_posix() for path in absolute]
-
-
-def _join(folders: list[Path], parts: list[dict[str, Value]]) -> dict[str, Value]:
-    """What each folder has by name, in one: names that several have get the folder's short name in front."""
     counts = Counter(name for part in parts for name in part)
     return {
-        name if counts[name] == 1 else f"{prefix}/{name}": value
-        for prefix, part in zip(_short_names(folders), parts, strict=True)
+        name if counts[name] == 1 else f"{Path(os.path.relpath(path, common)).as_posix()}/{name}": value
+        for path, part in zip(absolute, parts, strict=True)
         for name, value in part.items()
     }
 
 
 def _by_unique_name(found: list[tuple[str, Path]]) -> dict[str, Path]:
     """Paths by name, each path once; those that share a name are called by their path from where they part."""
-    absolute: dict[str, tuple[str, Path]] = {}
+    unique: dict[str, tuple[str, Path]] = {}
     for name, path in found:
-        absolute.setdefault(os.path.abspath(path), (name, path))
-    sharing: dict[str, list[str]] = {}
-    for place, (name, _) in absolute.items():
-        sharing.setdefault(name, []).append(place)
+        unique.setdefault(os.path.abspath(path), (name, path))
+    sharing = defaultdict(list)
+    for place, (name, _) in unique.items():
+        sharing[name].append(os.path.dirname(place))
     images: dict[str, Path] = {}
-    for place, (name, path) in absolute.items():
+    for place, (name, path) in unique.items():
         if len(sharing[name]) > 1:
-            common = os.path.commonpath([os.path.dirname(other) for other in sharing[name]])
-            name = Path(os.path.relpath(place, common)).as_posix()
+            name = Path(os.path.relpath(place, os.path.commonpath(sharing[name]))).as_posix()
         images[place if name in images else name] = path
     return images

@@ -19,7 +19,6 @@ from dbnet.annotations import (
     Annotation,
     as_labels,
     choose_format,
-    read_submission,
     uncertainty,
     write_detections,
     write_labels,
@@ -29,13 +28,18 @@ from dbnet.checkpoint import save_checkpoint
 from dbnet.config import Config
 from dbnet.errors import UserError
 from dbnet.evaluation import evaluate_submission
-from dbnet.formats import read_annotations
+from dbnet.formats import read_labels_at, read_submission
 from dbnet.geometry import fit_outline, order_outlines, reading_order
 from dbnet.metric import score_image
 from dbnet.model import DBNet
 from dbnet.pictures import crop_words
 from dbnet.splits import read_split
 from dbnet.synth.scene import write_dataset
+
+
+def read_annotations(path):
+    return read_labels_at(path, [], "competition")[1]
+
 
 WIDE = np.array([[50, 40], [250, 42], [249, 80], [50, 78]], float)
 TALL = np.array([[400, 40], [420, 40], [420, 90], [400, 90]], float)
@@ -184,6 +188,16 @@ def test_labels_stand_in_reading_order_with_their_lines(tmp_path):
     words = json.loads((tmp_path / "b.json").read_text())["annotations"]
     assert [(word["score"], word["order"], word["line"]) for word in words] == [(0.9, 1, 1), (0.8, 2, 1), (0.7, 3, 2)]
     assert as_labels(found["a.jpg"]).lines == [1, 1, 2]
+
+
+def test_detections_that_cover_each_other_are_labels_for_a_person_to_decide(tmp_path, capsys):
+    around = np.array([[40, 30], [260, 30], [260, 90], [40, 90]])
+    found = {"a.jpg": Annotation.detected([WIDE.astype(int), around, TALL], [0.9, 0.8, 0.7])}
+    write_detections(tmp_path / "a.json", "competition", found)
+    assert "a.json: 2 outlines overlap others by much" in capsys.readouterr().out
+    assert sorted(read_annotations(tmp_path / "a.json")["a.jpg"].dont_care) == [False, True, True]
+    write_detections(tmp_path / "a.zip", "icdar", found)
+    assert read_labels_at(tmp_path / "a.zip", ["a.jpg"])[1]["a.jpg"].dont_care == [False] * 3
 
 
 # ---- the loop: predict, correct, train

@@ -18,9 +18,10 @@ from PIL import Image
 from support import command, refused
 
 import predict as predict_script
-from dbnet.annotations import read_submission, write_submission
+from dbnet.annotations import write_submission
 from dbnet.checkpoint import change_checkpoint, load_checkpoint
 from dbnet.errors import UserError, run_script
+from dbnet.formats import read_submission
 from dbnet.pictures import ImagePictures
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -24,7 +24,7 @@ from dbnet import augment
 from dbnet.annotations import Annotation
 from dbnet.dataset import Batches, Draw, TextDataset, describe_failure, gather_words, make_loader
 from dbnet.errors import UserError
-from dbnet.formats import read_annotations
+from dbnet.formats import read_labels_at
 from dbnet.geometry import Letterbox, areas, clip_polygons, split_polygons
 
 
@@ -401,7 +401,7 @@ def test_broken_annotations_are_named_in_one_line(tmp_path, content, words):
     path = tmp_path / "train.json"
     path.write_text(content)
     with pytest.raises(UserError, match=re.escape(words)) as caught:
-        read_annotations(path)
+        read_labels_at(path, [])
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -419,6 +419,6 @@ def test_any_json_is_read_or_refused(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("json") / "train.json"
     path.write_text(json.dumps(content))
     try:
-        read_annotations(path)
+        read_labels_at(path, [])
     except UserError as error:
         assert str(path) in str(error)

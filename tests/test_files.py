@@ -14,13 +14,13 @@ import evaluate
 import export
 import predict
 import train
-from dbnet.annotations import RESULT_MARK, Annotation, read_submission, write_detections
+from dbnet.annotations import RESULT_MARK, Annotation, write_detections
 from dbnet.checkpoint import load_checkpoint, save_checkpoint
 from dbnet.config import Config
 from dbnet.errors import UserError
 from dbnet.evaluation import SCORES_MARK, Comparison, Evaluation
 from dbnet.files import Journal, check_outputs, write_json, write_whole
-from dbnet.formats import read_labels_at
+from dbnet.formats import read_labels_at, read_submission
 from dbnet.images import read_image, read_size
 from dbnet.model import DBNet
 from dbnet.pictures import PICTURE_MARK, write_image

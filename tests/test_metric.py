@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from support import convex_quads, hostile, in_time, wild_polygons
 
 from dbnet import metric
-from dbnet.annotations import read_submission
-from dbnet.formats import read_annotations
+from dbnet.formats import read_labels_at, read_submission
 from dbnet.geometry import Polygons, common_areas, fault_of
 from dbnet.metric import MAX_DETECTIONS, CLEval, match_image, score_image, score_selections
 
@@ -396,7 +395,7 @@ def test_an_outline_that_crosses_itself_without_end_is_read_and_scored_in_time(t
     json_path.write_text(json.dumps({"images": {"a.png": {"words": {"7": {"points": scribble}}}}}))
     csv_path.write_text(f"filename,polygons\na.png,{' '.join(f'{x} {y}' for x, y in scribble)}\n")
     with in_time():
-        [word], [detection] = read_annotations(json_path)["a.png"].polygons, read_submission(csv_path)["a.png"]
+        [word], [detection] = read_labels_at(json_path, [])[1]["a.png"].polygons, read_submission(csv_path)["a.png"]
         assert np.array_equal(word, scribble) and np.array_equal(detection, scribble)
         score_image([word, WORD], [detection, WORD, word], [False, False])
         score_image([word, WORD], [detection, WORD, word], [True, False])

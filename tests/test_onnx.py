@@ -13,12 +13,12 @@ from conftest import SHARED
 from support import CPU
 
 import export
-from dbnet.annotations import read_submission
 from dbnet.checkpoint import load_model, save_checkpoint
 from dbnet.config import Config
 from dbnet.dataset import TextDataset
 from dbnet.ensemble import Ensemble
 from dbnet.errors import UserError
+from dbnet.formats import read_submission
 from dbnet.inference import OnnxNetwork, Pipeline, load_network, shipped_weights, write_onnx
 from dbnet.model import DBNet
 

@@ -14,8 +14,8 @@ import pytest
 from support import refused
 
 import dbnet
-from dbnet.annotations import read_submission
 from dbnet.errors import typed
+from dbnet.formats import read_submission
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("dbnet", "weights", "tests", "docs", "benchmarks", ".ci")

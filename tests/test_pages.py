@@ -195,7 +195,7 @@ def test_a_page_that_does_not_end_or_breaks_pdfium_ends_alone(tmp_path, pdf, mon
         with pytest.raises(ImageError, match=r"bomb\.pdf#page=1: takes more than 1 s or 3 GB to render, or breaks"):
             read_image(page(bomb, 1))
     assert read_image(page(pdf, 1))[1] == (WIDTH, HEIGHT)
-    images._renderer(os.getpid()).process.kill()  # as PDFium's own abort does
+    images._renderer(os.getpid())[0].kill()  # as PDFium's own abort does
     with pytest.raises(ImageError, match="breaks PDFium"):
         read_size(page(pdf, 1))
     assert read_size(page(pdf, 1)) == (WIDTH, HEIGHT)

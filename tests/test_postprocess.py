@@ -222,13 +222,14 @@ def test_quads_start_at_the_top_left_and_go_clockwise():
     assert left == leftmost < right == rightmost and top == upper < bottom == lower
 
 
-def test_a_hole_is_a_contour_of_its_own_and_scores_what_is_in_it():
+def test_a_hole_is_no_polygon_and_text_within_it_is_one():
     prob_map = np.zeros((80, 80), np.float32)
     prob_map[10:70, 10:70] = 0.9
     prob_map[25:55, 25:55] = 0.1
     polygons, _ = extract_polygons(prob_map, settings_of(box_thresh=0.0))
-    assert len(polygons) == 2
-    assert len(extract_polygons(prob_map, settings_of(box_thresh=0.4))[0]) == 1
+    assert len(polygons) == 1
+    prob_map[37:43, 32:48] = 0.8
+    assert len(extract_polygons(prob_map, settings_of(box_thresh=0.0))[0]) == 2
 
 
 def test_score_is_the_mean_inside_the_polygon_only():
