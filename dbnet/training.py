@@ -47,7 +47,7 @@ from dbnet.errors import UserError, is_out_of_memory, typed
 from dbnet.files import FileLock, check_writable, make_folder, read_log, remove_leftovers, write_json, write_whole
 from dbnet.loss import Losses
 from dbnet.memory import BatchPlan, free_memory
-from dbnet.model import DBNet
+from dbnet.model import BATCH_NORM_MOMENTUM, DBNet
 from dbnet.splits import data_folders
 
 RUNS = Path("runs")
@@ -474,9 +474,8 @@ class Training:
             self.running = RunningEpoch(self.plan.image_size or config.image_size).to(self.device)
         self.model.train()
         if config.freeze_batch_norm:
-            for layer in self.model.modules():
-                if isinstance(layer, nn.BatchNorm2d):
-                    layer.eval()
+            for layer in self._batch_norms():
+                layer.eval()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             # Shapes that hardly ever come again would each be measured anew.
@@ -597,14 +596,23 @@ class Training:
         with NothingTwice(), torch.no_grad():
             torch._foreach_copy_(self._buffers_before, list(self.model.buffers()))
             self._random_before = random_state(self.device)
+        self._set_momentum()
 
     def restore_start(self) -> None:
-        """Go back to where `note_start` was called, without the gradients since."""
+        """Go back to where `note_start` was called, without the gradients since, for the plan that is in force now."""
         self.optimizer.zero_grad(set_to_none=True)
         free_memory()
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.buffers()), self._buffers_before)
         restore_random_state(self._random_before, self.device)
+        self._set_momentum()
+
+    def _set_momentum(self) -> None:
+        """However many micro-batches a fallback makes of a step, they move the batch norm statistics as far."""
+        share = self.plan.micro_batch / self.plan.batch_size
+        momentum = BATCH_NORM_MOMENTUM if share == 1 else 1 - (1 - BATCH_NORM_MOMENTUM) ** share
+        for layer in self._batch_norms():
+            layer.momentum = momentum
 
     @torch.no_grad()
     def keep_statistics(self, finite: Tensor) -> None:
@@ -639,8 +647,11 @@ class Training:
         return [losses, *gradients, *self._statistics()]
 
     def _statistics(self) -> list[Tensor]:
-        norms = [layer for layer in self.model.modules() if isinstance(layer, nn.BatchNorm2d)]
+        norms = self._batch_norms()
         return [each for norm in norms for each in (norm.running_mean, norm.running_var) if each is not None]
+
+    def _batch_norms(self) -> list[nn.BatchNorm2d]:
+        return [layer for layer in self.model.modules() if isinstance(layer, nn.BatchNorm2d)]
 
     def note_random_states(self) -> None:
         """Keep the random states of all processes; all of them call it."""
