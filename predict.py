@@ -142,11 +142,9 @@ def detect(
     paths: list[Path], network: Network, pictures: ImagePictures, journal: Journal, keys: dict[Path, str]
 ) -> tuple[dict[Path, Annotation], dict[Path, str]]:
     """What is found in this process's share of the images, and a line for each image that could not be read."""
-    from tqdm import tqdm
-
     from dbnet.annotations import Annotation
     from dbnet.dataset import ImageDataset
-    from dbnet.device import is_first, world_size
+    from dbnet.device import progress, world_size
     from dbnet.errors import ImageError
     from dbnet.inference import Pipeline
 
@@ -154,7 +152,7 @@ def detect(
     unreadable: dict[Path, str] = {}
     detections = Pipeline(ImageDataset(paths, network.config), network.config, network.device).detect(network)
     share = -(-len(paths) // world_size())
-    for detection in tqdm(detections, total=share, unit="img", dynamic_ncols=True, smoothing=0, disable=not is_first()):
+    for detection in progress(detections, total=share):
         path = paths[detection.index]
         found[path] = Annotation.detected(detection.polygons, detection.scores, detection.size)
         if detection.error:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dbnet.config import PRESETS, ArgumentParser, Config, print_config, print_difference
-from dbnet.errors import is_out_of_memory, run_script
+from dbnet.errors import is_out_of_memory, one_line_errors, run_script
 
 
 def parse_arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -42,24 +42,24 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
 if Path(sys.argv[0]).stem in ("train", "dbnet-train") and {"-h", "--help"} & {*sys.argv}:
     parse_arguments()  # prints the help and ends, before the seconds that PyTorch takes to be imported
 
-import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+with one_line_errors():  # where PyTorch is not installed, or a library that OpenCV needs
+    import torch
+    from torch import Tensor, nn
 
-from dbnet.checkpoint import build_model, save_checkpoint
-from dbnet.dataset import Batches, TextDataset, count_workers, make_loader
-from dbnet.device import all_processes, all_reduce, from_first, is_first, print0, world_size
-from dbnet.device import destroy_process_group, init_process_group, peak_memory, pick_amp_dtype, pick_device, seed_all
-from dbnet.ensemble import Ensemble
-from dbnet.evaluation import Evaluation, advise_on_collapse, evaluate
-from dbnet.files import check_outputs
-from dbnet.inference import Pipeline
-from dbnet.loss import Losses, db_loss
-from dbnet.memory import micro_batches
-from dbnet.pictures import PICTURE_MARK, sample_sheet, show_progress, write_image
-from dbnet.profile import print_profile
-from dbnet.training import Interruption, LastSave, NothingTwice, Training, append_row, find_run, learning_rate
-from dbnet.training import lock_run, new_run, prepare_folder, step_batches
+    from dbnet.checkpoint import build_model, save_checkpoint
+    from dbnet.dataset import Batches, TextDataset, count_workers, make_loader
+    from dbnet.device import all_processes, all_reduce, from_first, is_first, print0, progress, seed_all, world_size
+    from dbnet.device import destroy_process_group, init_process_group, peak_memory, pick_amp_dtype, pick_device
+    from dbnet.ensemble import Ensemble
+    from dbnet.evaluation import Evaluation, advise_on_collapse, evaluate
+    from dbnet.files import check_outputs
+    from dbnet.inference import Pipeline
+    from dbnet.loss import Losses, db_loss
+    from dbnet.memory import micro_batches
+    from dbnet.pictures import PICTURE_MARK, sample_sheet, show_progress, write_image
+    from dbnet.profile import print_profile
+    from dbnet.training import Interruption, LastSave, NothingTwice, Training, find_run, learning_rate, lock_run
+    from dbnet.training import log_row, new_run, prepare_folder, step_batches
 
 READING_INTERVAL = 1.0  # seconds between two looks at the losses, each of which waits for the device
 
@@ -99,23 +99,21 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
     training = Training.begin(build_model(config, run, last, init), config, device)
     if last:
         training.load_state(last, config, run / "last.pt")
-    from_first(lambda: prepare_folder(run, config, training.epoch))
-    saver = LastSave(run, config)
-    data = f"{len(train_set)} training and {len(val_set)} validation images"
-    print0(f"{run}: {data} on {device}, {training.describe(config)}")
+    from_first(lambda: prepare_folder(run, config))
+    images = f"{len(train_set)} training and {len(val_set)} validation images"
+    print0(f"{run}: {images} on {device}, {training.describe(config)}")
     with Interruption() as interruption:
+        saver = LastSave(run, config, interruption)
         while training.epoch < config.epochs and not training.is_stuck(config):
             image_size = training.running.image_size if training.running else training.plan.image_size
             if train_set.config.image_size != image_size:  # memory has run out
                 train_set = TextDataset(config.changed(image_size=image_size), "train", train=True)
-            row = (training.running and training.running.row) or train_epoch(
-                training, train_set, config, saver, interruption
-            )
+            row = train_epoch(training, train_set, config, saver)
             in_force = config.changed(image_size=training.plan.image_size)  # memory may have run out since
             if validation.config != in_force:
                 validation = Pipeline(TextDataset(in_force, "val", train=False), in_force, device)
             training.note_random_states()
-            with saver.unless_validated(training), interruption.at_once():
+            with saver.unless_validated(training):
                 evaluation = evaluate(validation, Ensemble.of(training.scored_model, in_force, device), "validation")
             training.running = None
             training.epoch += 1
@@ -127,32 +125,30 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
 
 
 def train_epoch(
-    training: Training,
-    train_set: TextDataset,
-    config: Config,
-    saver: LastSave | None = None,
-    interruption: Interruption | None = None,
+    training: Training, train_set: TextDataset, config: Config, saver: LastSave | None = None
 ) -> dict[str, Any]:
     """One pass over the training images, or the rest of one that has begun (training.running).
 
-    Returns its row of the log, which training.running also keeps. Saves when `saver` is due, and ends with a save where
-    `interruption` has noted a signal, a data worker has died or the data folder has gone.
+    Returns its row of the log, which training.running also keeps. Saves when `saver` is due, and ends with a save at a
+    signal, or where a data worker has died or the data folder has gone.
     """
+    if training.running and training.running.row:
+        return training.running.row  # only the validation is missing
     device, plan, epoch = training.device, training.plan, training.begin_epoch(config)
     order = (config.batch_size, config.seed, plan.accumulate * world_size(), training.epoch, epoch.batches)
     loader = make_loader(Batches(train_set, *order), count_workers(config), device.type == "cuda")
     total = len(train_set.draws(training.epoch))
     started, read_at = time.monotonic() - epoch.seconds, time.monotonic()
-    title, seen, silent = f"epoch {training.epoch + 1}/{config.epochs}", epoch.images + epoch.failed, not is_first()
-    with tqdm(desc=title, total=total, initial=seen, unit="img", dynamic_ncols=True, disable=silent) as bar:
+    title, seen = f"epoch {training.epoch + 1}/{config.epochs}", epoch.images + epoch.failed
+    with progress(None, title, total, initial=seen, leave=True) as bar:
         for batches, death in step_batches(loader, plan.accumulate):
             epoch.seconds = time.monotonic() - started
-            counts = training.count_step(batches, config, death, saver, interruption)  # saves or stops if due
+            counts = training.count_step(batches, config, death, saver)  # saves or stops if due
             if not counts.batches:
                 break
             if counts.images:
-                progress = (epoch.batches * config.batch_size + 1) / total
-                training.set_learning_rate(learning_rate(config, training.epoch, min(progress, 1.0)))
+                done = (epoch.batches * config.batch_size + 1) / total
+                training.set_learning_rate(learning_rate(config, training.epoch, min(done, 1.0)))
                 losses, gradient_norm = optimizer_step(training, batches, config, counts.images)
                 epoch.note(losses, gradient_norm)
             epoch.count(counts)
@@ -208,8 +204,8 @@ def optimizer_step(
         fits = all_processes(fits)  # all fall back together
         if not fits:
             summed = None  # past the except block, which held its tensors too
-            plan.shrink()  # 8 x 2 -> 4 x 4 -> 2 x 8 -> 1 x 16, then 896 and 800 px
             training.restore_start()
+            plan.shrink()  # 8 x 2 -> 4 x 4 -> 2 x 8 -> 1 x 16, then 896 and 800 px
     if summed is not None:
         all_reduce(summed)  # losses, gradients and batch norm statistics in one collective call
     with NothingTwice():
@@ -227,26 +223,25 @@ def optimizer_step(
 
 def log_epoch(training: Training, config: Config, run: Path, row: dict[str, Any], evaluation: Evaluation) -> None:
     """Print and log the result of an epoch, and keep the best network."""
-    score = evaluation.compute()
-    plan = training.plan
+    score, plan = evaluation.compute(), training.plan
     row |= {name: getattr(score, name) for name in ("precision", "recall", "hmean", "detections")}
-    row |= {**plan.log_fields(), "ranks": world_size()}
+    row |= {"image_size": plan.image_size, "micro_batch": plan.micro_batch, "batch": plan.in_force}
+    row |= {"fallbacks": plan.fallbacks.copy(), "ranks": world_size()}
     better = score.hmean > training.best_hmean
     if better:
         training.best_hmean, training.best_epoch = score.hmean, training.epoch
     if not is_first():
         return
-    append_row(run / "log.jsonl", row)
+    log_row(run / "log.jsonl", row)
     if better:
         in_force = config.changed(image_size=plan.image_size)
         save_checkpoint(run / "best.pt", in_force, training.scored_model, hmean=score.hmean, epoch=training.epoch)
+    skipped = f", {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
     print(
         f"epoch {training.epoch}/{config.epochs}: loss {row['total_loss']:.3f}, precision {score.precision:.4f}, "
-        f"recall {score.recall:.4f}, H-Mean {score.hmean:.4f}{' (best)' if better and score.hmean else ''}"
-        + (f", {row['skipped_steps']} steps skipped" if row["skipped_steps"] else "")
+        f"recall {score.recall:.4f}, H-Mean {score.hmean:.4f}{' (best)' if better and score.hmean else ''}{skipped}"
     )
-    advice = advise_on_collapse(score, evaluation.highest, config)
-    if advice:
+    if advice := advise_on_collapse(score, evaluation.highest, config):
         print(advice)
     show_progress(run)
 

@@ -35,7 +35,6 @@ import train
 from dbnet.config import Config
 from dbnet.dataset import Batches, TextDataset, count_workers, make_loader
 from dbnet.device import pick_amp_dtype, pick_device
-from dbnet.memory import BatchPlan
 from dbnet.model import DBNet
 from dbnet.training import Training
 
@@ -320,7 +319,7 @@ def fall_back(config: Config, share: float, device: torch.device) -> dict[str, A
     del limited
     torch.cuda.empty_cache()
     small = begin(config, device)
-    small.plan = BatchPlan.from_dict(plan.to_dict())
+    small.plan = plan
     for group in samples:
         train.optimizer_step(small, group, config)
     moved = max(

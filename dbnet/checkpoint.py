@@ -20,19 +20,14 @@ from dbnet.model import DBNet, fold
 FORMAT = 3
 """Format that `save_checkpoint` writes; checkpoints of a higher one are rejected. Old checkpoints when
 
-- a field is added to the configuration: they get its default, which must therefore mean what the program did before
-  the field was there; presets may differ. Nothing else to do.
-- a field is removed or renamed, or its values change their meaning: raise FORMAT, and translate in `_translate`: rename
-  the key; drop one whose value no longer matters; reject, with a line that says what to do, a value that can no longer
-  be honoured. An unknown field is never skipped: the weights may depend on it.
+- a field is added to the configuration: they get its default, which must mean what the program did before.
+- a field is removed or renamed, or its values change their meaning: raise FORMAT, and translate in `_translate`; drop a
+  value that no longer matters, reject one that can no longer be honoured. An unknown field is never skipped.
 - a layer is renamed: raise FORMAT, and rename the keys of `model` likewise.
 
 Format 2 has a batch norm more in the fusion asf; networks of format 1 with it are rejected. Format 3 lacks the fields
 sync_batch_norm and clahe_clip. tests/data/format-1.pt and weights/lite.pt (format 2) have to stay readable.
 """
-
-_REMOVED = {"sync_batch_norm", "clahe_clip"}
-"""Fields of formats 1 and 2 that only training read: dropped."""
 
 
 def save_checkpoint(path: Path, config: Config, model: nn.Module, keep: Path | None = None, **state: Any) -> None:
@@ -71,11 +66,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if content["format"] > FORMAT:
         raise UserError(f"{path}: written by a newer dbnet (format {content['format']}); update dbnet to read it")
     try:
-        content["config"] = Config.from_dict(_translate(content["config"], content["format"]))
+        content["config"] = Config().changed(**_translate(content["config"], content["format"]))
     except (UserError, TypeError, ValueError, AttributeError) as error:  # the last three where it is no dict of fields
-        raise UserError(
-            f"{path}: its configuration is unknown here ({one_line(error)}); update dbnet if it is of a newer one"
-        ) from None
+        reason = f"its configuration is unknown here ({one_line(error)})"
+        raise UserError(f"{path}: {reason}; update dbnet if it is of a newer one") from None
     if content["format"] == 1 and content["config"].fusion == "asf":
         raise UserError(f"{path}: has the fusion asf of an older dbnet, which often failed to learn; train it anew")
     return content
@@ -85,7 +79,7 @@ def _translate(values: dict[str, Any], written_by: int) -> dict[str, Any]:
     """The configuration of a checkpoint of format `written_by`, as FORMAT has it."""
     if written_by >= 3:
         return values
-    kept = {name: value for name, value in values.items() if name not in _REMOVED}
+    kept = {name: value for name, value in values.items() if name not in ("sync_batch_norm", "clahe_clip")}
     return kept | {"format": "auto"} if kept.get("format") == "totaltext" else kept
 
 
@@ -93,7 +87,7 @@ def _check_archive(path: Path) -> None:
     """Raise unless a file is a zip archive as torch.save writes it, with all its checksums right.
 
     torch itself does not look at them: a flipped bit would be a silently changed weight. What is packed or overlaps
-    could unfold to more than memory holds. Files of torch before 1.6, which are no archives, are not read at all.
+    could unfold to more than memory holds.
     """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
@@ -118,11 +112,13 @@ def load_weights(model: nn.Module, content: dict[str, Any], path: Path, config: 
             f"{each.backbone}, {each.pyramid_channels} pyramid channels, fusion {each.fusion}"
             for each in (content["config"], config)
         )
-        raise UserError(
-            f"{path}: holds another architecture ({theirs}) than asked for ({ours}); "
-            f"set --backbone, --pyramid-channels and --fusion alike"
-        ) from None
-    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        what = f"holds another architecture ({theirs}) than asked for ({ours})"
+        raise UserError(f"{path}: {what}; set --backbone, --pyramid-channels and --fusion alike") from None
+    _check_finite(path, model.state_dict())
+
+
+def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise UserError(f"{path}: its weights are not finite, so its training had failed; take another checkpoint")
 
 
@@ -141,8 +137,8 @@ def build_model(config: Config, run: Path, last: dict[str, Any] | None, init: Pa
 def start_from(model: nn.Module, content: dict[str, Any], path: Path) -> None:
     """Copy what fits of a loaded checkpoint of any architecture into `model`, and say in one line what does not.
 
-    A layer is taken where all of its tensors agree in name and shape; the backbone as a whole or not at all, because
-    some layers of another one are worth less than the weights that ours came with. Raises UserError where nothing fits.
+    A layer is taken where all of its tensors agree in name and shape; the backbone as a whole or not at all. Raises
+    UserError where nothing fits.
     """
     ours, theirs = model.state_dict(), content["model"]
     if not isinstance(theirs, dict) or not all(isinstance(name, str) for name in theirs):
@@ -155,8 +151,7 @@ def start_from(model: nn.Module, content: dict[str, Any], path: Path) -> None:
     taken = {name: theirs[name] for name in ours if _layer(name) not in misfits}
     if not taken:
         raise UserError(f"{path}: none of its weights fits this network; leave out --init")
-    if not all(tensor.isfinite().all() for tensor in taken.values()):
-        raise UserError(f"{path}: its weights are not finite, so its training had failed; take another checkpoint")
+    _check_finite(path, taken)
     model.load_state_dict(taken, strict=False)
     print(
         f"{path}: {len(taken)} of {len(ours)} tensors taken"
@@ -192,8 +187,7 @@ def load_model(path: Path, changes: dict[str, Any]) -> tuple[DBNet, Config, dict
 def change_checkpoint(path: Path, changes: dict[str, Any], **state: Any) -> None:
     """Change fields of the configuration in a checkpoint and add `state` (tensors and plain values), atomically.
 
-    All else in the file, be it a `best.pt` or a `last.pt`, stays as it was. Raises UserError as `load_checkpoint` does,
-    and where the file cannot be written.
+    Raises UserError as `load_checkpoint` does, and where the file cannot be written.
     """
     content = load_checkpoint(path)
     content["config"] = content["config"].changed(**changes).to_dict()
@@ -202,8 +196,7 @@ def change_checkpoint(path: Path, changes: dict[str, Any], **state: Any) -> None
 
 def write_half(source: Path, path: Path, changes: dict[str, Any]) -> None:
     """Write the network and the configuration of a checkpoint, with `changes`, at half the size: kernels as 16-bit
-    floats, which loading widens again. What scales and shifts channels keeps its 32 bits, and what only training needs
-    is left out.
+    floats, which loading widens again; what only training needs is left out.
 
     Raises UserError as `load_checkpoint` does, where a weight has no place in 16 bits, and where `path` cannot be
     written.

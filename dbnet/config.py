@@ -49,15 +49,13 @@ class Config:
     # network
     backbone: str = "resnet18"
     """network of torchvision by its name there (ResNet, ResNeXt, EfficientNet, ConvNeXt, MobileNetV3, RegNet, Swin:
-    resnet50, efficientnet_v2_s, convnext_tiny, ...), or timm:NAME where timm is installed (timm:hrnet_w44)"""
+    resnet50, convnext_tiny, ...), or timm:NAME where timm is installed (timm:hrnet_w44)"""
     weights: str = "imagenet"
-    """initial weights of the backbone: imagenet (of torchvision or timm, downloaded once), none, or a FILE with a
-    state_dict of that network"""
+    """initial weights of the backbone: imagenet (downloaded once), none, or a FILE with a state_dict of that network"""
     pyramid_channels: Annotated[int, Range(32, 4096)] = 256
     """channels inside the feature pyramid, a multiple of 4; each of its four levels passes on a quarter of them"""
     fusion: Literal["concat", "asf"] = "concat"
-    """join of the pyramid's levels: concat, or asf (adaptive scale fusion of DBNet++: a weight for each level and
-    pixel)"""
+    """join of the pyramid's levels: concat, or asf (adaptive scale fusion of DBNet++: weights by level and pixel)"""
     binarization_k: Annotated[float, Range(1)] = 50.0
     """steepness k of the differentiable binarization 1 / (1 + exp(-k (P - T)))"""
 
@@ -66,8 +64,8 @@ class Config:
     """folder with images/{train,val,test}/ and jsons/{train,val,test}.json; several folders, separated by commas, are
     one data set, each in a format of its own"""
     data_weights: tuple[float, ...] = ()
-    """passes over each folder of --data in an epoch of training (3,1,0.5: three over the first folder, and half of the
-    third, another half in each epoch); without any, one"""
+    """passes over each folder of --data in an epoch (3,1,0.5: three over the first, and half of the third, another half
+    in each epoch); without any, one"""
     format: Literal["auto", "competition", "coco", "ppocrlabel", "icdar", "polygons", "ctw1500", "labelme"] = "auto"
     """format of the annotations: auto (detected); competition or coco (jsons/SPLIT.json); ppocrlabel (Label.txt); or a
     file for each image in labels/SPLIT/: icdar (x1,y1,...,x4,y4,transcription, also MLT and RCTW-17), polygons (any
@@ -77,14 +75,11 @@ class Config:
     enlarge: Annotated[float, Range(1)] = 2.0
     """largest factor by which a small image is enlarged for detection"""
     train_sizes: tuple[int, ...] = ()
-    """image sizes for training, one drawn for each optimizer step (640,800,1024), none larger than image_size; without
-    any, image_size"""
+    """image sizes for training, one drawn for each optimizer step (640,800,1024), up to image_size; none: only that"""
     pad: Literal["square", "tight"] = "square"
-    """shape of training images: square (image_size x image_size), or tight (the next multiples of 32, batches of
-    similar shapes; evaluation and prediction always do that)"""
+    """shape of training images: square, or tight (the next multiples of 32, as always in evaluation and prediction)"""
     cache_gb: Weight = 16.0
-    """disk space in GB for decoded training images, in the temporary folder and at most half of its free space; 0
-    decodes them anew in each epoch"""
+    """disk space in GB for decoded training images, in the temporary folder, at most half of what is free; 0: none"""
     workers: Annotated[int, Range(-1, 1024)] = -1
     """processes that load images; 0 loads in the main process, -1 starts one for each core, at most 8"""
     strict: bool = False
@@ -178,15 +173,14 @@ class Config:
     device: str = "auto"
     """device of the network: auto (the GPU where there is one), cpu, cuda or cuda:N"""
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
-    """automatic mixed precision: auto is bf16 on GPUs that have it, fp16 on other GPUs, and on a CPU that has it bf16
-    for detection"""
+    """mixed precision: auto is bf16 on GPUs that have it, else fp16; on a CPU that has it bf16 for detection"""
     compile: bool = False
     """compilation by torch.compile: minutes at the start for faster steps; needs a C++ compiler"""
 
     # detection
     tta: bool = False
-    """test-time augmentation in evaluation and prediction: the mean map of the image at several sizes, and mirrored
-    for networks trained with flips; a little more accurate, three to six times the time"""
+    """test-time augmentation: the mean map of the image at several sizes, and mirrored for networks trained with
+    flips; a little more accurate, three to six times the time"""
     use_polygon: bool = False
     """polygons that follow the contour; false gives minimum-area rectangles"""
     thresh: Fraction = 0.3
@@ -227,13 +221,11 @@ class Config:
             raise UserError(f"--preset {name}: no such preset; there are {', '.join(PRESETS)}")
         return PRESETS[name].changed(**changes)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The configuration that `to_dict` made; missing fields get their defaults, unknown ones are rejected."""
-        return cls().changed(**values)
-
     def changed(self, **changes: Any) -> Self:
-        """A copy with some fields changed; lists, as in JSON, become tuples. Raises UserError for an unknown field."""
+        """A copy with some fields changed; lists, as in JSON, become tuples. Raises UserError for an unknown field.
+
+        `Config().changed(**values)` is the configuration that `to_dict` made.
+        """
         unknown = sorted(changes.keys() - _hints().keys())
         if unknown:
             raise UserError(f"unknown configuration field {unknown[0]!r}; --help lists all of them")
@@ -314,42 +306,19 @@ def _check(name: str, hint: Any, value: Any) -> None:
 
 
 BASELINE = Config()
-V0 = BASELINE.changed(
-    backbone="resnet34",
-    use_polygon=True,
-    box_thresh=0.3,
-    max_candidates=500,
-    optimizer="adamw",
-    schedule="cosine",
-    epochs=20,
-    rotate90_p=0.2,
-    brightness_contrast_p=0.5,
-    clahe_p=0.3,
-)
+V0 = BASELINE.changed(backbone="resnet34", use_polygon=True, box_thresh=0.3, max_candidates=500)
+V0 = V0.changed(optimizer="adamw", schedule="cosine", epochs=20)
+V0 = V0.changed(rotate90_p=0.2, brightness_contrast_p=0.5, clahe_p=0.3)
 V1 = V0.changed(image_size=1024, batch_size=8, accumulate=2, box_thresh=0.25, prob_loss_weight=7.0)
-V2 = V1.changed(
-    backbone="efficientnet_b3", train_sizes=(640, 800, 1024), batch_size=4, accumulate=4, epochs=30, tta=True
-)
+V2 = V1.changed(backbone="efficientnet_b3", train_sizes=(640, 800, 1024), batch_size=4, accumulate=4, epochs=30)
+V2 = V2.changed(tta=True)
 V3 = V1.changed(backbone="resnet50", batch_size=4, accumulate=4, thresh=0.22, box_thresh=0.35)
-SLIM = V1.changed(
-    backbone="mobilenet_v3_large", pyramid_channels=96, pad="tight", batch_size=4, accumulate=1, rotate90_p=0.0
-)
+SLIM = V1.changed(backbone="mobilenet_v3_large", pyramid_channels=96, pad="tight", batch_size=4, accumulate=1)
+SLIM = SLIM.changed(rotate90_p=0.0)
 LITE = SLIM.changed(image_size=800, flip_p=0.0, scale=2.0, rotate=2.0, perspective=0.03, ema=0.998)
 DEMO = SLIM.changed(data="demo/data", weights="none", image_size=640, epochs=2, lr=5e-4, flip_p=0.0, box_thresh=0.4)
-BEST = V3.changed(
-    backbone="timm:hrnet_w44",
-    fusion="asf",
-    lr=1.3e-3,
-    epochs=30,
-    ema=0.999,
-    scale=2.0,
-    rotate=2.0,
-    perspective=0.03,
-    brightness_contrast_p=0.4,
-    brightness=0.33,
-    contrast=0.28,
-    tta=True,
-)
+BEST = V3.changed(backbone="timm:hrnet_w44", fusion="asf", lr=1.3e-3, epochs=30, ema=0.999, tta=True)
+BEST = BEST.changed(scale=2.0, rotate=2.0, perspective=0.03, brightness_contrast_p=0.4, brightness=0.33, contrast=0.28)
 
 PRESETS = {"baseline": BASELINE, "v0": V0, "v1": V1, "v2": V2, "v3": V3, "best": BEST, "lite": LITE, "demo": DEMO}
 
@@ -366,7 +335,6 @@ class ArgumentParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Raise UserError in place of argparse's usage text and exit."""
         raise UserError(f"{message} (see --help)")
 
     def add_config_flags(self, of_checkpoint: bool = False) -> None:
@@ -400,7 +368,7 @@ class ArgumentParser(argparse.ArgumentParser):
             )
 
     def parse(self, arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
-        """Split the command line into the script's own arguments and the configuration fields that it changes.
+        """The script's own arguments, and the configuration fields that the command changes.
 
         A boolean field may stand alone (`--strict`) or with a value (`--use-polygon false`).
         """

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -503,15 +506,29 @@ def _prepare_process(_: int = 0) -> None:
     torch.multiprocessing.set_sharing_strategy("file_system")
 
 
-def describe_failure(error: BaseException) -> str:
-    """One line on an error that comes from the workers of a loader, with what to do about it."""
-    text = str(error)
-    if any(words in text for words in ("Bus error", "shared memory", "torch_shm", "/torch_")):
-        container = "in Docker give the container more (--shm-size 8g)"
-        return f"the data workers have no shared memory left; {container}, or use --workers 0"
-    if is_out_of_memory(error):
-        return "the data workers have no memory left; lower --workers, or use --workers 0"
-    return f"{text.strip().splitlines()[-1]}; if memory is short, lower --workers, or use --workers 0"
+_WORKER_LOST = re.compile(r"DataLoader worker \(pid|shared memory|torch_shm|/torch_|Too many open files")
+
+
+def load_batches(loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The batches of a loader. Raises UserError where its workers have died or memory is short, with what to do."""
+    try:
+        batches = iter(loader)
+        if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+            # PyTorch raises an error in the main thread when a worker dies, whatever that thread is at. It also
+            # notices the death here, where it waits for the next batch.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield from batches
+    except (RuntimeError, OSError, MemoryError) as error:
+        text = str(error)
+        if re.search("Bus error|shared memory|torch_shm|/torch_", text):
+            reason = "the data workers have no shared memory left; in Docker give the container more (--shm-size 8g)"
+        elif is_out_of_memory(error):
+            reason = "not enough memory to read images; close other programs, lower --workers"
+        elif re.search(r"DataLoader worker \(pid|Too many open files", text):
+            reason = f"{text.strip().splitlines()[-1]}; if memory is short, lower --workers"
+        else:
+            raise
+        raise UserError(f"{reason}, or use --workers 0") from None
 
 
 def count_workers(config: Config) -> int:

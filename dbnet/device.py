@@ -1,31 +1,24 @@
 """Device, precision, random numbers and processes of a run. PyTorch is imported where it is used: a process that runs
 an exported network works without it.
 
-Several processes work together as torchrun starts them, on one machine or several; alone, all of it is free.
-
-    init_process_group()               # nothing in a process that runs by itself
-    device = pick_device("auto")       # each process has a GPU of its own
-    [images] = sum_counts(len(batch))  # over all processes
-    rows = all_gather(rows)            # the rows of each process, in every process
-
-Training does not use DistributedDataParallel: between its collective calls a process may run out of memory, and all
-must fall back together. So each accumulates its gradients alone, one boolean says whether all got there
-(`all_processes`), and one call sums gradients, losses and batch norm statistics (`all_reduce`). What the host decides
-(counts, saves, stops) goes through gloo and never waits for a GPU.
+Several processes work together as torchrun starts them, on one machine or several; alone, all of it is free. Training
+does not use DistributedDataParallel: between its collective calls a process may run out of memory, and all must fall
+back together. So each accumulates its gradients alone, one boolean says whether all got there (`all_processes`), and
+one call sums gradients, losses and batch norm statistics (`all_reduce`). What the host decides (counts, saves, stops)
+goes through gloo and never waits for a GPU.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import random
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
+from tqdm import tqdm
 
 from dbnet.config import Config
 from dbnet.errors import UserError, is_out_of_memory
@@ -37,32 +30,25 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-# Where users set up the allocator of GPU memory. By default images of many shapes leave it in pieces of no use.
-_ALLOCATOR_SETTINGS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 _rank, _world_size = 0, 1
 _gpu_group: Any = None  # of collective calls on tensors of a GPU
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of `--device`: auto, cpu, cuda or cuda:N; under torchrun, each process of a machine has its own GPU.
-
-    Raises UserError where it does not exist, or where there is none for this process.
-    """
+    """The device of `--device`; under torchrun, a GPU of its own for each process. Raises UserError without one."""
     global _gpu_group
     import torch
     import torch.distributed as dist
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and sys.platform == "linux" and not _ALLOCATOR_SETTINGS & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read when the GPU is first used
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {name}: not available here; use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: takes auto, cpu, cuda or cuda:N")
     if world_size() == 1 or device.type == "cpu":
         return device
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -106,11 +92,9 @@ def compile_model(model: torch.nn.Module) -> None:
 
 
 def seed_all(config: Config) -> None:
-    """Seed every source of random numbers, and with config.deterministic let no algorithm depend on chance."""
+    """Seed the random numbers of PyTorch (samples have seeds of their own), and obey config.deterministic."""
     import torch
 
-    random.seed(config.seed)
-    np.random.seed(config.seed)
     torch.manual_seed(config.seed)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
@@ -119,28 +103,17 @@ def seed_all(config: Config) -> None:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Where every source of random numbers of this process is, as tensors and plain values."""
+    """State of PyTorch's random numbers, on the CPU and on the device."""
     import torch
 
-    version, numbers, gauss = random.getstate()
-    numpy_state: Any = np.random.get_state()  # a tuple, which its type leaves open
-    name, keys, *position = numpy_state
-    return {
-        "python": [version, list(numbers), gauss],
-        "numpy": [name, keys.tolist(), *position],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"torch": torch.get_rng_state(), "cuda": on_device}
 
 
 def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Go back to what `random_state` gave."""
     import torch
 
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, *position = state["numpy"]
-    np.random.set_state((name, np.array(keys, np.uint32), *position))
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
@@ -163,8 +136,8 @@ def peak_memory(device: torch.device) -> float:
 def keep_freed_memory() -> None:
     """Let glibc reuse the memory of freed arrays, in this process and in those forked from it.
 
-    By default glibc maps each large array anew, and the system fills it with zeros page by page: on a CPU that is half
-    of the time of a training step (benchmarks/RESULTS.md). Other C libraries are left as they are.
+    By default it maps each large array anew, and the system fills it with zeros: on a CPU, half of the time of a
+    training step (benchmarks/RESULTS.md).
     """
     try:
         set_option = ctypes.CDLL(None).mallopt
@@ -175,7 +148,7 @@ def keep_freed_memory() -> None:
 
 
 def init_process_group() -> None:
-    """Initialise the process group where torchrun has started several processes."""
+    """Initialise the process group of the processes that torchrun has started, if it has."""
     global _rank, _world_size
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _world_size > 1:
         return
@@ -189,7 +162,6 @@ def init_process_group() -> None:
 
 
 def destroy_process_group() -> None:
-    """Destroy the process group, at the end of the work."""
     global _rank, _world_size, _gpu_group
     if _world_size > 1:
         import torch.distributed as dist
@@ -219,22 +191,15 @@ def print0(*words: Any, **how: Any) -> None:
         print(*words, **how)
 
 
-def sum_counts(*values: int) -> list[int]:
-    """The sum of each value over the processes. All of them call it; none waits for its device."""
-    if world_size() == 1:
-        return [int(value) for value in values]
-    import torch
-    import torch.distributed as dist
-
-    sums = torch.tensor([int(value) for value in values])
-    with _one_line_for_lost_processes():
-        dist.all_reduce(sums)
-    return sums.tolist()
+def progress(items: Iterable[Value] | None, title: str = "", total: int | None = None, **how: Any) -> tqdm[Value]:
+    """A progress bar over images, in the first process only."""
+    settings = {"unit": "img", "leave": False, "dynamic_ncols": True, "smoothing": 0, "disable": not is_first()}
+    return tqdm(items, title, total, **settings | how)
 
 
 def all_processes(flag: bool) -> bool:
-    """Whether `flag` is true in all processes. All of them call it."""
-    return sum_counts(not flag) == [0]
+    """Whether `flag` is true in all processes. All of them call it; none waits for its device."""
+    return all(all_gather(flag))
 
 
 def all_reduce(numbers: Tensor) -> None:
@@ -262,23 +227,19 @@ def all_gather(value: Value) -> list[Value]:
 def from_first(compute: Callable[[], Value]) -> Value:
     """Result of `compute` in the first process, in every process: files need to be on its machine only.
 
-    A UserError is raised in the first process; the others end without a message.
+    An error is raised in the first process; the others end without a message.
     """
     if world_size() == 1:
         return compute()
     import torch.distributed as dist
 
     answer: list[Any] = [None]
-    error = None
-    if is_first():
-        try:
+    try:
+        if is_first():
             answer = [(compute(),)]
-        except UserError as mistake:
-            error = mistake
-    with _one_line_for_lost_processes():
-        dist.broadcast_object_list(answer)
-    if error:
-        raise error
+    finally:
+        with _one_line_for_lost_processes():
+            dist.broadcast_object_list(answer)
     if answer[0] is None:
         sys.exit(2)
     return answer[0][0]
@@ -291,7 +252,5 @@ def _one_line_for_lost_processes() -> Iterator[None]:
         yield
     except RuntimeError as error:  # DistError, or gloo's own
         if is_out_of_memory(error):
-            line = "out of memory in a collective call; lower --batch-size and go on with --resume"
-        else:
-            line = "another process of the run has ended or cannot be reached; its own message says why"
-        raise UserError(line) from None
+            raise UserError("out of memory in a collective call; lower --batch-size, go on with --resume") from None
+        raise UserError("another process of the run has ended or cannot be reached; its own message says why") from None

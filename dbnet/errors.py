@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _OUT_OF_MEMORY = re.compile(
-    "out of memory|can(no|')t allocate memory|(insufficient|not enough) memory|alloc_failed|allocation_failed"
+    "out ?of ?memory|can(no|')t allocate memory|(insufficient|not enough) memory|alloc_failed|allocation_failed"
     "|failed to allocate|bad_alloc"
     "|(cudnn|cublas)_status_not_initialized"  # their handles could not be made
     "|unable to find an engine|unable to find a valid cudnn algorithm"  # what cuDNN tried had no room to work in
@@ -42,19 +42,16 @@ def one_line(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: those of Python and PyTorch, or a library's, by its words."""
-    torch = sys.modules.get("torch")  # without PyTorch in the process, none of its errors can be here
-    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
-        return True
-    return bool(_OUT_OF_MEMORY.search(str(error).lower()))
+    """Whether an exception says that memory ran out: Python's by its class, a library's by its words."""
+    words = f"{type(error).__name__}: {error}".lower()
+    return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(words))
 
 
 @contextmanager
 def library_errors(message: str, fix: str = "", kind: type[UserError] = UserError) -> Iterator[None]:
     """Turn what a library raises on bad input into `kind`: the message, the reason in brackets, and the fix.
 
-    It belongs around the library's call alone, so that a fault of this program keeps its traceback. UserError passes;
-    a shortage of memory becomes MemoryError, because it says nothing about the input.
+    UserError passes; a shortage of memory becomes MemoryError, because it says nothing about the input.
     """
     try:
         yield
@@ -67,13 +64,11 @@ def library_errors(message: str, fix: str = "", kind: type[UserError] = UserErro
 
 
 class _Screen:
-    """A standard stream that after its first error drops what is printed, so that the work goes on.
-
-    Characters that its encoding lacks are escaped and, with `escape`, control characters too.
-    """
+    """A standard stream that drops what is printed after its first error, so that the work goes on. Characters that
+    its encoding lacks are escaped and, with `escape`, control characters too."""
 
     def __init__(self, stream: TextIO | None, escape: bool) -> None:
-        self.stream: Any = stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")  # None: closed from the start
+        self.stream: Any = stream or open(os.devnull, "w")  # noqa: SIM115 (None: closed from the start)
         self.escape = escape
         self.failure: OSError | None = None
         if hasattr(self.stream, "reconfigure"):
@@ -98,27 +93,16 @@ class _Screen:
 
 
 def run_script(main: Callable[[], Any]) -> None:
-    """Run a script's `main`; exit with 2 and one line on stderr for a `UserError` or a lack of memory, 130 on Ctrl-C.
-
-    Other exceptions are faults of the program and keep their traceback (exit status 1). A screen that cannot be written
-    does not stop the work; at the end the exit status is 2, unless the reader of a pipe has closed it.
-    """
+    """Run a script's `main` within `one_line_errors`. A screen that cannot be written does not stop the work; at the
+    end the exit status is 2, unless the reader of a pipe has closed it."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = screen, _ = _Screen(sys.stdout, escape=True), _Screen(sys.stderr, escape=False)
     status: Any = 0
     try:
-        main()
+        with one_line_errors():
+            main()
     except SystemExit as end:
         status = end.code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
-    except Exception as error:
-        explanation = _explain(error)
-        if not explanation:
-            raise
-        print(f"error: {explanation}", file=sys.stderr)
-        status = 2
     finally:
         screen.flush()
         sys.stderr.flush()
@@ -130,33 +114,43 @@ def run_script(main: Callable[[], Any]) -> None:
         sys.exit(status)
 
 
-def _explain(error: Exception) -> str:
-    """The line for an error that a user can fix; empty for a fault of the program."""
-    reason = printable(one_line(error))
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "torchvision"):
-        return "PyTorch is not installed: pip install torch torchvision"
-    if is_out_of_memory(error):
-        return f"not enough memory ({reason}); close other programs, or lower --batch-size, --image-size or --workers"
-    if isinstance(error, ImportError) and ".so" in str(error):  # OpenCV's wheel on a machine without a screen
-        hint = "pip install opencv-python-headless in place of opencv-python, or apt install libgl1 libglib2.0-0"
-        return f"a library is missing ({reason}); for OpenCV: {hint}"
-    return ""
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Exit with 2 and one line on stderr for a `UserError`, a missing library or a lack of memory, 130 on Ctrl-C.
+
+    Other exceptions are faults of the program and keep their traceback (exit status 1).
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        explanation, reason = "", printable(one_line(error))
+        if isinstance(error, UserError):
+            explanation = str(error)
+        elif isinstance(error, ModuleNotFoundError) and error.name in ("torch", "torchvision"):
+            explanation = "PyTorch is not installed: pip install torch torchvision"
+        elif is_out_of_memory(error):
+            fix = "close other programs, or lower --batch-size, --image-size or --workers"
+            explanation = f"not enough memory ({reason}); {fix}"
+        elif isinstance(error, ImportError) and ".so" in reason:  # OpenCV's wheel on a machine without a screen
+            fix = "pip install opencv-python-headless in place of opencv-python, or apt install libgl1 libglib2.0-0"
+            explanation = f"a library is missing ({reason}); for OpenCV: {fix}"
+        if not explanation:
+            raise
+        print(f"error: {explanation}", file=sys.stderr)
+        sys.exit(2)
 
 
 def typed(script: str, processes: int = 1) -> str:
-    """The words that start `script` ("train", "predict", ...), in the form in which the running script was started.
-
-    That is `python predict.py`, `dbnet-predict` or `python -m dbnet.scripts.predict`; with several processes, torchrun.
-    """
-    program = Path(sys.argv[0])
-    module = getattr(sys.modules["__main__"], "__spec__", None)
+    """The words that start `script` ("train", "predict", ...), in the form in which the running script was started:
+    `python predict.py`, `dbnet-predict` or `python -m dbnet.scripts.predict`; with several processes, by torchrun."""
+    program, main = Path(sys.argv[0]), getattr(sys.modules["__main__"], "__spec__", None)
     command = program.name.startswith("dbnet-")
-    if command or (module and module.name.startswith("dbnet.scripts.")):
+    option, name = "", shlex.quote(str(program.with_name(f"{script}.py")))
+    if command or (main and main.name.startswith("dbnet.scripts.")):
         option, name = "-m ", f"dbnet.scripts.{script}"
-    else:
-        option, name = "", shlex.quote(str(program.with_name(f"{script}.py")))
     if processes > 1:
         return f"torchrun --nproc-per-node {processes} {option}-- {name}"
     return f"dbnet-{script}" if command else f"python {option}{name}"

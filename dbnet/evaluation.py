@@ -11,12 +11,11 @@ from typing import Any, NamedTuple, Self
 import cv2
 import numpy as np
 from numpy.typing import ArrayLike
-from tqdm import tqdm
 
 from dbnet.annotations import Annotation
 from dbnet.config import Config
 from dbnet.dataset import TextDataset
-from dbnet.device import all_gather, is_first
+from dbnet.device import all_gather, progress
 from dbnet.errors import ImageError, UserError, printable
 from dbnet.files import check_regular
 from dbnet.formats import read_detections
@@ -411,8 +410,7 @@ def evaluate(
     dataset = pipeline.dataset
     assert isinstance(dataset, TextDataset)
     evaluation = Evaluation()
-    bar = {"unit": "img", "leave": False, "dynamic_ncols": True, "smoothing": 0, "disable": not is_first()}
-    for detection in tqdm(pipeline.detect(network), title, len(dataset), **bar):
+    for detection in progress(pipeline.detect(network), title, len(dataset)):
         name, annotation = dataset.names[detection.index], dataset.annotations[detection.index]
         size = dataset.size(detection.index)
         evaluation.update(name, annotation, detection.polygons, detection.error, size)

@@ -19,82 +19,76 @@ _MARKED_BYTES = 1 << 16
 def write_whole(path: Path, mode: str = "wb", keep: Path | None = None) -> Iterator[IO]:
     """Open a temporary file beside `path` that replaces it when the block succeeds and is removed when it fails.
 
-    It is synced to the disk first: a process that is killed or a machine that loses power leaves the old file or the
-    new one. `keep` names a place beside it for the old one. What a symbolic link points to is replaced, not the link;
-    a character device or a pipe under /dev is written directly. Text is UTF-8 with the newlines as written.
+    It is synced to the disk first: a process that is killed or a machine that loses power leaves the old file, here or
+    at `keep`, a place beside it, or the new one. What a symbolic link points to is replaced, not the link; a character
+    device or a pipe under /dev is written directly. Text is UTF-8 with the newlines as written.
     Raises UserError, with the old file kept, where it cannot be written.
     """
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
-    temporary = None
-    try:
+    with _one_line(path, "name another place or make room"):
         if _is_written_through(path):
             with path.open(mode, encoding=encoding, newline=newline) as file:
                 yield file
             return
         path = Path(os.path.realpath(path))
         temporary = _beside(path)
-        with temporary.open(mode, encoding=encoding, newline=newline) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if keep and path.exists():
-            _replace_by_link(path, keep)
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); name another place or make room") from None
-    finally:
-        with suppress(OSError):  # a file system that has become read-only keeps it
-            if temporary:
+        try:
+            with temporary.open(mode, encoding=encoding, newline=newline) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if keep and path.exists():
+                path.replace(keep)
+            temporary.replace(path)
+        finally:
+            with suppress(OSError):  # a file system that has become read-only keeps it
                 temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # brings the names to the disk; not all systems open folders
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
 
 
-class FileLock:
-    """A lock on a file until its process ends. Raises UserError, beginning with `message`, where it is held."""
+@contextmanager
+def _one_line(path: Path, fix: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {fix}") from None
 
-    def __init__(self, path: Path, message: str) -> None:
-        self.path = path
-        self._file = path.open("a+")
+
+@contextmanager
+def locked(path: Path, message: str) -> Iterator[None]:
+    """Hold a lock on the file `path`. At the end of the block it goes, and its folder too where nothing else is in it.
+
+    The lock of a process that has died does not count. Raises UserError, beginning with `message`, where another
+    process holds it. On a system or a file system without locks the block runs without one.
+    """
+    with path.open("a+") as file:
         try:
-            _lock(self._file)
-        except BlockingIOError:
-            self._file.seek(0)
-            process = self._file.read().strip() or "of another machine"
-            raise UserError(f"{message} by process {process}; wait for its end, or stop it") from None
-        except (OSError, ImportError):  # a file system or a system without locks
-            return
-        self._file.truncate(0)
-        self._file.write(str(os.getpid()))
-        self._file.flush()
+            import fcntl
 
-    def release(self) -> None:
-        """Give the lock back, and remove its file."""
-        with suppress(OSError):
-            self.path.unlink(missing_ok=True)
-        self._file.close()
-
-
-def _lock(file: IO) -> None:
-    """Lock a file that is open for writing. Raises BlockingIOError where another process holds the lock."""
-    if os.name == "nt":
-        import msvcrt
-
-        file.seek(1 << 20)  # a byte beyond the text, which stays readable
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except OSError as error:
-            raise BlockingIOError(*error.args) from None
-    else:
-        import fcntl
-
-        try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forked workers have no part in it
-        except PermissionError as error:  # how some systems say it
-            raise BlockingIOError(*error.args) from None
+        except (BlockingIOError, PermissionError):  # systems differ
+            file.seek(0)
+            process = file.read().strip() or "of another machine"
+            raise UserError(f"{message} by process {process}; wait for its end, or stop it") from None
+        except (OSError, ImportError):
+            pass
+        else:
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
+                path.parent.rmdir()
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what `write_whole` has left where it was killed, from a folder that nobody else writes to."""
+    """Remove what a killed `write_whole` has left in a folder that nobody else writes to."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
@@ -104,10 +98,7 @@ Row = dict[str, Any]
 
 
 def read_log(path: Path) -> list[Row]:
-    """The rows of a log.jsonl in the order of epochs; none where there is no such file.
-
-    The later row of an epoch counts, as a resumed run logs its last epoch again. Broken lines are left out.
-    """
+    """The rows of a log.jsonl in the order of epochs, the last one of each; broken lines are left out."""
     rows: dict[int, Row] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         with suppress(ValueError, KeyError, TypeError, OverflowError):
@@ -121,28 +112,6 @@ def write_json(path: Path, content: Any) -> None:
     with write_whole(path, "w") as file:
         json.dump(content, file, indent=2, ensure_ascii=False)
         file.write("\n")
-
-
-def _replace_by_link(path: Path, link: Path) -> None:
-    """Make `link` a second name of the file at `path`, which thus is there at any time."""
-    temporary = _beside(link)
-    try:
-        os.link(path, temporary)
-        temporary.replace(link)
-    except OSError:  # a file system without hard links: for an instant only `link` is there
-        path.replace(link)
-    finally:  # where `link` is this file already, since a kill before the last step, renaming leaves both names
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system lets a folder be opened."""
-    with suppress(OSError):
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
 
 
 def check_outputs(*outputs: tuple[Path | None, str], inputs: Iterable[Path] = ()) -> None:
@@ -166,9 +135,7 @@ def check_outputs(*outputs: tuple[Path | None, str], inputs: Iterable[Path] = ()
         if place in printed:
             raise UserError(f"{path}: what the command prints would be mixed into it; name a file")
         if there and stat.S_ISREG(there.st_mode) and there.st_size and not _has_mark(path, mark):
-            raise UserError(
-                f"{path}: exists, and is not an earlier result of this kind; name another file or remove it"
-            )
+            raise UserError(f"{path}: exists, and is not an earlier result of this kind; name another or remove it")
         if _is_written_through(path):
             continue
         if os.path.realpath(path) in seen:
@@ -184,20 +151,16 @@ def check_regular(path: Path, error: type[UserError] = UserError) -> None:
 
     Passes a path that does not exist or cannot be looked at: opening it gives the system's own reason.
     """
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError):
-        return
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        kind = "pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
+    there = _stat(path)
+    if there and not (stat.S_ISREG(there.st_mode) or stat.S_ISDIR(there.st_mode)):
+        kind = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(there.st_mode), "device")
         raise error(f"{path}: is a {kind}, not a file; save its content to a file and name that")
 
 
 def _stat(path: Path | int) -> os.stat_result | None:
-    try:
+    with suppress(OSError, ValueError):  # no path at all
         return os.stat(path)
-    except OSError:
-        return None
+    return None
 
 
 def _is_written_through(path: Path) -> bool:
@@ -208,21 +171,19 @@ def _is_written_through(path: Path) -> bool:
     there = _stat(path)
     if not there or stat.S_ISREG(there.st_mode) or stat.S_ISDIR(there.st_mode):
         return False
-    is_pipe_of_shell = stat.S_ISFIFO(there.st_mode) and path.parts[:2] in (("/", "dev"), ("/", "proc"))
-    if stat.S_ISCHR(there.st_mode) or is_pipe_of_shell:
+    of_shell = path.parts[:2] in (("/", "dev"), ("/", "proc"))
+    if stat.S_ISCHR(there.st_mode) or (of_shell and stat.S_ISFIFO(there.st_mode)):
         return True
     raise UserError(f"{path}: is a pipe, a socket or a disk; name a file")
 
 
 def _has_mark(path: Path, mark: str) -> bool:
     """Whether the first or the last 64 KiB of a file have these words."""
-    try:
-        with path.open("rb") as file:
-            first = file.read(_MARKED_BYTES)
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _MARKED_BYTES))
-            return mark.encode() in first or mark.encode() in file.read()
-    except OSError:
-        return False
+    with suppress(OSError), path.open("rb") as file:
+        first = file.read(_MARKED_BYTES)
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _MARKED_BYTES))
+        return mark.encode() in first + file.read()
+    return False
 
 
 def check_writable(path: Path) -> None:
@@ -230,11 +191,9 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file")
     probe = _beside(Path(os.path.realpath(path)))
-    try:
+    with _one_line(path, "name another place"):
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); name another place") from None
 
 
 def _beside(path: Path) -> Path:
@@ -249,39 +208,34 @@ def cut_name(path: Path) -> str:
 
 def make_folder(folder: Path) -> None:
     """Create a folder where there is none. Raises UserError where files cannot be written in it."""
-    try:
+    with _one_line(folder, "name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be created ({error.strerror}); name another folder") from None
     check_writable(folder / "probe")
 
 
 def stamp(path: Path) -> tuple[int, int] | None:
-    """Size in bytes and time of the last change in ns: what changes with a file's content. None without a file."""
-    with suppress(OSError):
-        status = path.stat()
-        return status.st_size, status.st_mtime_ns
-    return None
+    """Size in bytes and time of the last change in ns, which change with a file's content; None without a file."""
+    there = _stat(path)
+    return (there.st_size, there.st_mtime_ns) if there else None
 
 
 class Journal:
     """Results so far of a long job, a line of JSON an item, in OUT.rankN.partial beside its output.
 
     `done` holds those of an earlier job by their key, which changes with the item, its file and all that the result
-    depends on. Lines that were cut short do not count. Beside a device or a pipe nothing is kept.
+    depends on. Beside a device or a pipe nothing is kept.
     """
 
     def __init__(self, out: Path, rank: int, made_by: Any, resume: bool) -> None:
         """`made_by`: plain values that results depend on; `resume`: whether earlier ones are read or dropped."""
-        out = Path(os.path.abspath(out))  # a folder of label files may be called .
-        self._out, self._made_by = out, made_by
-        self._path = out.with_name(f"{cut_name(out)}.rank{rank}.partial")
-        self._is_kept = out.is_dir() or not _is_written_through(out)
+        self._out = Path(os.path.abspath(out))  # a folder of label files may be called .
+        self._made_by = made_by
+        self._path = self._out.with_name(f"{cut_name(self._out)}.rank{rank}.partial")
+        self._is_kept = self._out.is_dir() or not _is_written_through(self._out)
         self.done: dict[str, Any] = {}
         if not resume:
             self._path.unlink(missing_ok=True)
-            return
-        for path in self._files():
+        for path in self._files() if resume else []:
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with suppress(ValueError, TypeError):
                     key, result = json.loads(line)
@@ -293,13 +247,9 @@ class Journal:
 
     def add(self, key: str, result: Any) -> None:
         """Keep a result of plain values; from here on it outlives the process."""
-        if not self._is_kept:
-            return
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
+        if self._is_kept:
+            with _one_line(self._path, "make room, then --resume"), self._path.open("a", encoding="utf-8") as file:
                 file.write(f"\n{json.dumps([key, result])}")  # the newline ends a line that was cut short
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot be written ({error.strerror}); make room, then --resume") from None
 
     def remove(self) -> None:
         """Remove the results of all processes, when the output is whole."""
@@ -307,6 +257,4 @@ class Journal:
             path.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
-        if not self._is_kept:
-            return []
         return sorted(self._out.parent.glob(f"{glob.escape(cut_name(self._out))}.rank*.partial"))

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dbnet.config import NETWORK_FIELDS, Config
-from dbnet.dataset import ArrayLoader, Batches, ImageDataset, count_cores, count_workers, make_loader
+from dbnet.dataset import ArrayLoader, Batches, ImageDataset, count_cores, count_workers, load_batches, make_loader
 from dbnet.errors import ImageError, UserError, library_errors
 from dbnet.files import check_regular, write_whole
 from dbnet.geometry import Letterbox, in_windows, inference_side, windows
@@ -58,7 +58,7 @@ class OnnxNetwork:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             metadata = self.session.get_modelmeta().custom_metadata_map
         try:
-            trained = Config.from_dict(json.loads(metadata[CONFIG_KEY]))
+            trained = Config().changed(**json.loads(metadata[CONFIG_KEY]))
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError, UserError):
             raise UserError(f"{path}: holds no configuration of this dbnet; export it with export.py") from None
         arrays = [*self.session.get_inputs(), *self.session.get_outputs()]
@@ -320,12 +320,12 @@ class Pipeline:
         torchrun has started, each has its share.
 
         When memory runs out the batch is halved for the rest of the images. Raises ImageError for an image that cannot
-        be read where config.strict is set; else its Detection has an `error`.
+        be read where config.strict is set (else its Detection has an `error`), and UserError as `load_batches` does.
         """
         plan = BatchPlan(self.batch_size)
         waiting: deque[Pending] = deque()
         launched: tuple[dict[str, Any], Callable[[], np.ndarray]] | None = None
-        batches = iter(self._load(network.sides[1:]))
+        batches = load_batches(self._load(network.sides[1:]))
         batch = next(batches, None)
         while batch or launched:
             last = launched

@@ -10,14 +10,11 @@ only, because another image size would give another result.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cache
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dbnet.device import print0
 from dbnet.errors import UserError, is_out_of_memory
@@ -38,16 +35,12 @@ class BatchPlan:
 
     batch_size: int
     """micro-batch asked for"""
-
     accumulate: int = 1
     """micro-batches of an optimizer step asked for, in each process"""
-
     image_size: int | None = None
     """image size in force, in pixels; None where it must not change (inference)"""
-
     halvings: int = 0
-    """number of times that the micro-batch has been halved"""
-
+    """how often the micro-batch has been halved"""
     fallbacks: list[str] = field(default_factory=list)
     """a line for each fallback, oldest first"""
 
@@ -62,10 +55,7 @@ class BatchPlan:
         return f"{self.micro_batch} x {-(-self.batch_size * self.accumulate // self.micro_batch)}"
 
     def shrink(self) -> None:
-        """Go to the next smaller plan and say so in one line on stderr.
-
-        Raises UserError, which says what was tried, when there is none.
-        """
+        """Go to the next smaller plan and say so. Raises UserError, with what was tried, where there is none."""
         before = self._describe()
         smaller = [size for size in SMALLER_SIZES if self.image_size is not None and size < self.image_size]
         if self.micro_batch > 1:
@@ -79,24 +69,6 @@ class BatchPlan:
             )
         self.fallbacks.append(f"{before} -> {self._describe()}")
         print0(f"\nout of memory: {self.fallbacks[-1]}", file=sys.stderr)
-
-    def log_fields(self) -> dict[str, Any]:
-        """What the row of an epoch says of the plan."""
-        return {
-            "image_size": self.image_size,
-            "micro_batch": self.micro_batch,
-            "batch": self.in_force,
-            "fallbacks": list(self.fallbacks),
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for checkpoints and logs."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The plan that `to_dict` made."""
-        return cls(**values)
 
     def _describe(self) -> str:
         if self.image_size is None:
@@ -129,50 +101,16 @@ def free_memory() -> None:
 
 
 def micro_batches(batches: list[dict[str, Any]], plan: BatchPlan, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """The tensors of `batches` on the device, in micro-batches and at the image size of the plan in force.
-
-    A GPU copies each of them while it works on the one before.
-    """
-    import torch
-
-    stream = _copy_stream(device)
-    copies = _copies(batches, plan.micro_batch, device, stream)
-    following = next(copies, None)
-    while following:
-        micro, loaded_at = following
-        if stream:
-            computing = torch.cuda.current_stream(device)
-            computing.wait_stream(stream)  # for this copy: the following one has not been asked for
-            for tensor in micro.values():
-                tensor.record_stream(computing)  # nothing else gets its memory before that is done
-        following = next(copies, None)
-        side = plan.image_size or loaded_at
-        yield micro if loaded_at <= side else resize_sample(micro, side / loaded_at)
-
-
-def _copies(
-    batches: list[dict[str, Any]], micro_batch: int, device: torch.device, stream: torch.cuda.Stream | None
-) -> Iterator[tuple[dict[str, Tensor], int]]:
-    """Micro-batches on the device, copied on `stream`, and the image size that each was loaded at."""
-    import torch
-
+    """The tensors of `batches` on the device, in micro-batches and at the image size of the plan in force."""
     for batch in batches:
-        loaded_at = int(batch["side"].numpy()[0])  # on the host, so nothing waits for the device
-        for start in range(0, len(batch["image"]), micro_batch):
-            with torch.cuda.stream(stream) if stream else nullcontext():
-                micro = {
-                    name: batch[name][start : start + micro_batch].to(device, non_blocking=True)
-                    for name in ("image", "prob_map", "thresh_levels", "mask")
-                }
-            yield micro, loaded_at
-
-
-@cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """The stream of all copies to a GPU: one, because each keeps the memory that was freed on it."""
-    import torch
-
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
+        for start in range(0, len(batch["image"]), plan.micro_batch):
+            micro = {
+                name: batch[name][start : start + plan.micro_batch].to(device, non_blocking=True)
+                for name in ("image", "prob_map", "thresh_levels", "mask")
+            }
+            loaded_at = int(batch["side"].numpy()[0])  # on the host, so nothing waits for the device
+            side = plan.image_size or loaded_at
+            yield micro if loaded_at <= side else resize_sample(micro, side / loaded_at)
 
 
 def resize_sample(micro: dict[str, Tensor], scale: float) -> dict[str, Tensor]:

@@ -7,27 +7,24 @@ import copy
 import json
 import math
 import os
-import re
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader
 
 from dbnet.checkpoint import load_checkpoint, save_checkpoint
 from dbnet.config import Config
-from dbnet.dataset import describe_failure
+from dbnet.dataset import load_batches
 from dbnet.device import (
     all_gather,
     all_reduce,
@@ -40,14 +37,13 @@ from dbnet.device import (
     random_state,
     rank,
     restore_random_state,
-    sum_counts,
     world_size,
 )
-from dbnet.errors import UserError, is_out_of_memory, typed
-from dbnet.files import FileLock, check_writable, make_folder, read_log, remove_leftovers, write_json, write_whole
+from dbnet.errors import UserError, is_out_of_memory, library_errors, typed
+from dbnet.files import check_writable, locked, make_folder, read_log, remove_leftovers, write_json, write_whole
 from dbnet.loss import Losses
 from dbnet.memory import BatchPlan, free_memory
-from dbnet.model import BATCH_NORM_MOMENTUM, DBNet
+from dbnet.model import DBNet
 from dbnet.splits import data_folders
 
 RUNS = Path("runs")
@@ -68,13 +64,13 @@ def find_run(name: str | None) -> tuple[Path, dict[str, Any] | None]:
 
     A named run that has no save yet starts anew, with None: so the same command serves for each start of a job.
     """
-    if name:
-        run = RUNS / name
-        return run, load_last(run) if (run / "last.pt").exists() or save_before(run / "last.pt").exists() else None
-    saves = sorted(RUNS.glob("*/last*.pt"), key=lambda path: path.stat().st_mtime)
-    if not saves:
+    saves = sorted(
+        (RUNS / name).glob("last*.pt") if name else RUNS.glob("*/last*.pt"), key=lambda path: path.stat().st_mtime
+    )
+    if not (name or saves):
         raise UserError("runs/: holds no last.pt to resume; leave out --resume to start a run")
-    return saves[-1].parent, load_last(saves[-1].parent)
+    run = RUNS / name if name else saves[-1].parent
+    return run, load_last(run) if saves else None
 
 
 @contextmanager
@@ -83,58 +79,41 @@ def lock_run(run: Path) -> Iterator[None]:
 
     Raises UserError where another process trains there.
     """
-    held: list[FileLock] = []
+    with ExitStack() as held:
 
-    def hold() -> None:
-        make_folder(run)
-        held.append(FileLock(run / ".lock", f"{run}: is being trained"))
+        def hold() -> None:
+            make_folder(run)
+            held.enter_context(locked(run / ".lock", f"{run}: is being trained"))
 
-    from_first(hold)
-    try:
-        yield
-    except (UserError, Interrupted, KeyboardInterrupt):
-        if (run / "last.pt").exists():
-            resume = f"{typed('train', world_size())} --run {run.name} --resume"
-            print0(f"\ngo on from the last save with: {resume}", flush=True)
-        raise
-    finally:
-        for lock in held:
-            lock.release()
-            with suppress(OSError):
-                run.rmdir()  # only where nothing was written into it
+        from_first(hold)
+        try:
+            yield
+        except (UserError, Interrupted, KeyboardInterrupt):
+            if (run / "last.pt").exists():
+                resume = f"{typed('train', world_size())} --run {run.name} --resume"
+                print0(f"\ngo on from the last save with: {resume}", flush=True)
+            raise
 
 
-def prepare_folder(run: Path, config: Config, epochs: int) -> None:
-    """Create the folder of a run whose first `epochs` epochs are saved, or bring it back to that state."""
-    make_folder(run)
+def prepare_folder(run: Path, config: Config) -> None:
+    """Make the folder of a run ready for its epochs."""
+    run.mkdir(parents=True, exist_ok=True)
     remove_leftovers(run)
-    keep_rows(run / "log.jsonl", epochs)
     write_json(run / "config.json", config.to_dict())
 
 
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add the row of an epoch. Raises UserError where it cannot be written."""
-    try:
-        with path.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            os.fsync(log.fileno())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room, or fix the folder") from None
-
-
-def keep_rows(path: Path, epochs: int) -> None:
-    """Keep the rows of the first `epochs` epochs in a log; the resumed run writes later ones again."""
-    rows = [row for row in read_log(path) if row["epoch"] <= epochs]
+def log_row(path: Path, row: dict[str, Any]) -> None:
+    """Add the row of an epoch to a log; rows of this and later epochs, from before the run was resumed, go."""
+    rows = [each for each in read_log(path) if each["epoch"] < row["epoch"]]
     with write_whole(path, "w") as log:
-        log.writelines(json.dumps(row) + "\n" for row in rows)
+        log.writelines(json.dumps(each) + "\n" for each in [*rows, row])
 
 
 _ECHO_SECONDS = 1.0  # torchrun passes on the Ctrl-C that its processes get from the terminal as well
 
 
 class Interrupted(SystemExit):
-    """The end that a signal asked for, with its customary exit status: 128 and the signal's number."""
+    """The end that a signal asked for; its exit status is 128 and the signal's number."""
 
 
 class Interruption:
@@ -146,11 +125,9 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signal = 0
-        self._at_once = False
-        self._noted = 0.0
+        self._at_once, self._noted, self._process = False, 0.0, os.getpid()
 
     def __enter__(self) -> Self:
-        self._process = os.getpid()
         handled = [signal.SIGINT, signal.SIGTERM]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
             handled.append(signal.SIGHUP)
@@ -162,12 +139,11 @@ class Interruption:
             signal.signal(number, handler)
 
     def stop(self) -> None:
-        """End the process as the signal asked for."""
         raise Interrupted(128 + self.signal)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Let a signal end the work of this block without waiting: nothing in it can be left half done."""
+        """Let a signal end this block without waiting: nothing in it can be left half done."""
         self._at_once = True
         try:
             if self.signal:
@@ -187,34 +163,18 @@ class Interruption:
             self.stop()
 
 
-_WORKER_LOST = re.compile(r"DataLoader worker \(pid|shared memory|torch_shm|/torch_|Too many open files")
-
-
-def step_batches(loader: DataLoader, accumulate: int) -> Iterator[tuple[list[dict[str, Any]], str]]:
+def step_batches(loader: Iterable[dict[str, Any]], accumulate: int) -> Iterator[tuple[list[dict[str, Any]], str]]:
     """The batches of each optimizer step, `accumulate` at a time (the last step may have fewer), and an empty text.
 
     After the end come empty lists, without end: a process whose batches have ended goes on while others have samples.
-    Where a data worker has died, the text says so.
+    Where the data workers have failed, the text says so.
     """
-    group: list[dict[str, Any]] = []
-    try:
-        loaded = iter(loader)
-        if hasattr(signal, "SIGCHLD"):
-            # The loader raises an error in the main thread when a worker dies, also within a step.
-            # It also notices the death here, where it waits for the next batch.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for batch in loaded:
-            group.append(batch)
-            if len(group) == accumulate:
-                yield group, ""
-                group = []
-    except (RuntimeError, OSError, MemoryError) as error:
-        if not (_WORKER_LOST.search(str(error)) or is_out_of_memory(error)):
-            raise
-        yield [], describe_failure(error)
-    yield group, ""
+    batches = load_batches(loader)
     while True:
-        yield [], ""
+        try:
+            yield list(islice(batches, accumulate)), ""
+        except UserError as error:
+            yield [], str(error)
 
 
 class StepCounts(NamedTuple):
@@ -222,12 +182,10 @@ class StepCounts(NamedTuple):
 
     batches: int
     images: int
-    dropped: int
-    """degenerate polygons left out"""
     failed: int
     """images that could not be read"""
-    data_gone: int
-    worker_died: int
+    stops: int
+    """processes that have lost their data workers or the data"""
     signals: int
     saves_due: int
 
@@ -246,28 +204,19 @@ def accumulation(config: Config) -> int:
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Fused, because a fused step allocates nothing once its state exists: it cannot run out of memory half-way."""
-    optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    return optimizer(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-
-
-@torch.no_grad()
-def allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Create the optimizer's state, all zero, by a step that changes no weight: the first real step would create it
-    when memory is at its fullest."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parameter in parameters:
+    """Fused, its state made before memory is full: so a step allocates nothing and cannot end half-way."""
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    optimizer = kind(model.parameters(), lr=0.0, weight_decay=config.weight_decay, fused=True)
+    for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
     for state in optimizer.state.values():
         for tensor in state.values():
             tensor.zero_()
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr
+    return optimizer
 
 
 def make_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
@@ -280,10 +229,7 @@ def make_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
 
 
 def learning_rate(config: Config, epoch: int, progress: float = 1.0) -> float:
-    """The learning rate of an epoch, counted from 0, when `progress` (0..1) of it is done.
-
-    The schedule goes by whole epochs; within the first config.warmup_epochs the rate rises to it in proportion.
-    """
+    """The learning rate of an epoch, counted from 0, when `progress` (0..1) of it is done; only warm-up goes by it."""
     if config.schedule == "step":
         rate = config.lr * config.step_gamma ** (epoch // config.step_epochs)
     else:
@@ -306,20 +252,18 @@ class WeightAverage:
     def update(self, model: nn.Module) -> None:
         """Take the weights after an optimizer step into the average."""
         decay = min(self.decay, (2 + self.steps) / (11 + self.steps))
-        pairs = zip(_tensors(self.model), _tensors(model), strict=True)
-        averages, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
-        get_ema_multi_avg_fn(decay)(averages, current, None)
         self.steps += 1
-        for average, counter in zip(_tensors(self.model), _tensors(model), strict=True):
+        pairs = list(zip(_tensors(self.model), _tensors(model), strict=True))
+        averages, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+        torch._foreach_lerp_(averages, current, 1 - decay)
+        for average, counter in pairs:
             if not average.is_floating_point():
                 average.copy_(counter)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values, for checkpoints."""
         return {"steps": self.steps, "model": self.model.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
         self.steps = state["steps"]
         self.model.load_state_dict(state["model"])
 
@@ -335,20 +279,14 @@ class NothingTwice(TorchDispatchMode):
     """
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        try:
-            return operation(*args, **(kwargs or {}))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        free_memory()
-        try:
-            return operation(*args, **(kwargs or {}))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(
-                "out of memory while the weights were updated; lower --batch-size and go on with --resume"
-            ) from None
+        for _ in range(2):
+            try:
+                return operation(*args, **(kwargs or {}))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            free_memory()
+        raise UserError("out of memory while the weights were updated; lower --batch-size and go on with --resume")
 
 
 @dataclass
@@ -357,51 +295,32 @@ class RunningEpoch:
 
     image_size: int
     """size that its samples are loaded at; after a fallback they run smaller"""
-
     batches: int = 0
-    """number of batches of the epoch's order that are done"""
-
     images: int = 0
     failed: int = 0
     """images that could not be read"""
-
-    dropped: int = 0
-    """degenerate polygons left out"""
-
     seconds: float = 0.0
     lr: float = 0.0
     """learning rate of the last step"""
-
     losses: Tensor = field(default_factory=lambda: torch.zeros(len(Losses._fields)))
     """sums over the steps whose loss was finite"""
-
     steps: Tensor = field(default_factory=lambda: torch.zeros(()))
     """number of those steps"""
-
     skipped: Tensor = field(default_factory=lambda: torch.zeros(()))
     """number of steps whose gradient was not finite"""
-
     non_finite_streak: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """number of steps in a row, the last ones, whose loss or gradient was not finite"""
-
+    """number of the last steps in a row whose loss or gradient was not finite"""
     row: dict[str, Any] | None = None
     """row of the log with what is known before the validation, once all batches are done"""
 
     def to(self, device: torch.device) -> Self:
-        """Move the tensors to the device."""
         for name in ("losses", "steps", "skipped", "non_finite_streak"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
-    def to_dict(self) -> dict[str, Any]:
-        """Tensors and plain values, for checkpoints."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}
-
     def count(self, counts: StepCounts) -> None:
-        """Add the counts of a step that is done."""
         self.batches += counts.batches
         self.images += counts.images
-        self.dropped += counts.dropped
         self.failed += counts.failed
 
     def note(self, losses: Tensor, gradient_norm: Tensor) -> None:
@@ -437,21 +356,21 @@ class Training:
 
     @classmethod
     def begin(cls, model: DBNet, config: Config, device: torch.device, plan: BatchPlan | None = None) -> Self:
-        """Move a network to its device and make all that its first optimizer step needs."""
         model.to(device).to(memory_format=torch.channels_last).train()
         if config.compile:
             compile_model(model)
-        optimizer = make_optimizer(model, config)
-        allocate_state(optimizer)
         average = WeightAverage(model, config.ema) if config.ema else None
         plan = plan or BatchPlan(config.batch_size, accumulation(config), config.image_size)
-        training = cls(model, optimizer, make_scaler(config, device), plan, average)
+        training = cls(model, make_optimizer(model, config), make_scaler(config, device), plan, average)
         # NCCL allocates at its first sum; after the processes have agreed on a step, it must not.
         all_reduce(torch.zeros(sum(each.numel() for each in _tensors(model)), device=device))
         return training
 
     def __post_init__(self) -> None:
         self._buffers_before = [torch.empty_like(buffer) for buffer in self.model.buffers()]
+        norms = (layer for layer in self.model.modules() if isinstance(layer, nn.BatchNorm2d))
+        statistics = ((norm.running_mean, norm.running_var) for norm in norms)
+        self._statistics = [each for pair in statistics for each in pair if each is not None]
         self._random_before: dict[str, Any] = {}
 
     @property
@@ -461,11 +380,9 @@ class Training:
 
     @property
     def device(self) -> torch.device:
-        """Device of the network."""
         return next(self.model.parameters()).device
 
     def is_stuck(self, config: Config) -> bool:
-        """Whether config.patience asks to stop early."""
         return 0 < config.patience <= self.epoch - self.best_epoch
 
     def begin_epoch(self, config: Config) -> RunningEpoch:
@@ -474,8 +391,9 @@ class Training:
             self.running = RunningEpoch(self.plan.image_size or config.image_size).to(self.device)
         self.model.train()
         if config.freeze_batch_norm:
-            for layer in self._batch_norms():
-                layer.eval()
+            for layer in self.model.modules():
+                if isinstance(layer, nn.BatchNorm2d):
+                    layer.eval()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             # Shapes that hardly ever come again would each be measured anew.
@@ -483,43 +401,35 @@ class Training:
         return self.running
 
     def count_step(
-        self,
-        batches: list[dict[str, Any]],
-        config: Config,
-        death: str = "",
-        saver: LastSave | None = None,
-        interruption: Interruption | None = None,
+        self, batches: list[dict[str, Any]], config: Config, death: str = "", saver: LastSave | None = None
     ) -> StepCounts:
         """The counts of an optimizer step on `batches`; all processes call it. Notes what could not be read.
 
-        Saves where that is due or the run has to end: none of the step's samples has been used. Raises UserError where
-        a data worker has died or the data folder has gone, and with config.strict for an image that cannot be read.
+        Saves where that is due or the run has to end: none of the step's samples has been used. Raises UserError for
+        the `death` of a data worker, a data folder that is gone, and with config.strict an image that cannot be read.
         """
         errors = [error for batch in batches for _, error in batch["failed"]]
-        if errors and config.strict:
-            raise UserError(errors[0])
         self.unreadable.update(errors)
-        readable = [batch for batch in batches if "image" in batch]
+        stop = death
+        if errors and config.strict:
+            stop = errors[0]
+        elif errors and not all(folder.is_dir() for folder in data_folders(config.data)):
+            stop = f"{config.data}: the folder is missing; restore it"
         ours = StepCounts(
             batches=len(batches),
-            images=sum(len(batch["image"]) for batch in readable),
-            dropped=sum(int(batch["dropped"].sum()) for batch in readable),
+            images=sum(len(batch["image"]) for batch in batches if "image" in batch),
             failed=len(errors),
-            data_gone=bool(errors) and not all(folder.is_dir() for folder in data_folders(config.data)),
-            worker_died=bool(death),
-            signals=bool(interruption and interruption.signal),
+            stops=bool(stop),
+            signals=bool(saver and saver.interruption.signal),
             saves_due=bool(saver and saver.is_due()),
         )
-        counts = StepCounts(*sum_counts(*ours))
-        ends = counts.data_gone or counts.worker_died or counts.signals
-        if saver and (ends or counts.saves_due):
+        counts = StepCounts(*map(sum, zip(*all_gather(ours), strict=True)))
+        if saver and (counts.stops or counts.signals or counts.saves_due):
             saver.save(self)
-        if counts.worker_died:
-            raise UserError((death or "a data worker of another process has died") + "; then go on with --resume")
-        if counts.data_gone:
-            raise UserError(f"{config.data}: the folder is missing; restore it and go on with --resume")
-        if counts.signals and interruption:
-            interruption.stop()
+        if counts.stops:
+            raise UserError(f"{stop or 'another process has stopped, and says why'}; then go on with --resume")
+        if counts.signals and saver:
+            saver.interruption.stop()
         return counts
 
     def stop_unless_finite(self) -> None:
@@ -527,10 +437,8 @@ class Training:
         assert self.running
         streak = int(self.running.non_finite_streak)
         if streak >= NON_FINITE_LIMIT + (FP16_HALVINGS if self.scaler.get_growth_interval() == 2000 else 0):
-            raise UserError(
-                f"the loss or its gradients were not finite for {streak} steps in a row in epoch {self.epoch + 1}; "
-                f"lower --lr, or try --amp off"
-            )
+            steps = f"{streak} steps in a row in epoch {self.epoch + 1}"
+            raise UserError(f"loss or gradients were not finite for {steps}; lower --lr, or try --amp off")
 
     def finish_epoch(self, config: Config) -> dict[str, Any]:
         """The row of the log for the running epoch, whose batches are done, without the validation.
@@ -552,71 +460,49 @@ class Training:
             "peak_memory_gb": peak_memory(self.device),
             "skipped_steps": int(running.skipped),
             "unreadable_images": len(self.unreadable),
-            "dropped_polygons": running.dropped,
         }
         return running.row
 
     def describe(self, config: Config) -> str:
-        """Words on how the run goes on: network, image size, batch and epochs."""
-        processes = world_size()
+        processes = f" x {world_size()} processes" if world_size() > 1 else ""
         done = f", {self.running.images} images of it done" if self.running else ""
-        return (
-            f"{config.backbone}, {self.plan.image_size} px, batch {self.plan.in_force}"
-            + (f" x {processes} processes" if processes > 1 else "")
-            + (
-                f", epochs {self.epoch + 1}{done} to {config.epochs}"
-                if self.epoch < config.epochs
-                else f", all {config.epochs} epochs done; train longer with --epochs"
-            )
-        )
+        epochs = f"epochs {self.epoch + 1}{done} to {config.epochs}"
+        if self.epoch >= config.epochs:
+            epochs = f"all {config.epochs} epochs done; train longer with --epochs"
+        return f"{config.backbone}, {self.plan.image_size} px, batch {self.plan.in_force}{processes}, {epochs}"
 
     def print_end(self, config: Config, run: Path) -> None:
-        """Print what a finished run has left out, and its result."""
         for line in sorted(self.unreadable):
             print0(f"left out: {line}")
         if self.is_stuck(config):
             print0(f"no better H-Mean in {config.patience} epochs: stopped early")
         if self.best_hmean > 0:
-            print0(
-                f"best H-Mean {self.best_hmean:.4f} in epoch {self.best_epoch}. Next: "
-                f"{typed('predict')} {run / 'best.pt'} --out submission.csv"
-            )
+            following = f"{typed('predict')} {run / 'best.pt'} --out submission.csv"
+            print0(f"best H-Mean {self.best_hmean:.4f} in epoch {self.best_epoch}. Next: {following}")
         else:
             print0("no epoch has found any text; look at --show-samples, train longer, or lower --lr")
 
     def set_learning_rate(self, lr: float) -> None:
-        """Set the learning rate of the next step."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.running:
             self.running.lr = lr
 
     def note_start(self) -> None:
-        """Keep the batch norm statistics and random numbers that an optimizer step starts from."""
         with NothingTwice(), torch.no_grad():
             torch._foreach_copy_(self._buffers_before, list(self.model.buffers()))
             self._random_before = random_state(self.device)
-        self._set_momentum()
 
     def restore_start(self) -> None:
-        """Go back to where `note_start` was called, without the gradients since, for the plan that is in force now."""
         self.optimizer.zero_grad(set_to_none=True)
         free_memory()
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.buffers()), self._buffers_before)
         restore_random_state(self._random_before, self.device)
-        self._set_momentum()
-
-    def _set_momentum(self) -> None:
-        """However many micro-batches a fallback makes of a step, they move the batch norm statistics as far."""
-        share = self.plan.micro_batch / self.plan.batch_size
-        momentum = BATCH_NORM_MOMENTUM if share == 1 else 1 - (1 - BATCH_NORM_MOMENTUM) ** share
-        for layer in self._batch_norms():
-            layer.momentum = momentum
 
     @torch.no_grad()
     def keep_statistics(self, finite: Tensor) -> None:
-        """Go back to the batch norm statistics of the step's start where `finite`, a bool on the device, is false."""
+        """Go back to the batch norm statistics of `note_start` where `finite`, a bool on the device, is false."""
         for buffer, before in zip(self.model.buffers(), self._buffers_before, strict=True):
             torch.where(finite, buffer, before, out=buffer)
 
@@ -626,48 +512,37 @@ class Training:
 
         The statistics are weighted by `share`, this process's part of the samples: their sum is the mean.
         """
-        parts = self._summed(losses)
-        norms = len(self._statistics())
-        if norms:
-            torch._foreach_mul_(parts[-norms:], share)
-        return torch.cat([part.reshape(-1) for part in parts])
+        for parameter in self.model.parameters():
+            if parameter.grad is None:  # a process without samples
+                parameter.grad = torch.zeros_like(parameter)
+        for each in self._statistics:
+            each.mul_(share)
+        return torch.cat([part.reshape(-1) for part in self._summed(losses)])
 
     @torch.no_grad()
     def unflatten(self, flat: Tensor, losses: Tensor) -> None:
-        """Copy what `flatten` gave, summed, back to where it was."""
         parts = self._summed(losses)
         for part, numbers in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
             part.copy_(numbers.view(part.shape))
 
     def _summed(self, losses: Tensor) -> list[Tensor]:
-        for parameter in self.model.parameters():
-            if parameter.grad is None:  # a process without samples
-                parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        return [losses, *gradients, *self._statistics()]
-
-    def _statistics(self) -> list[Tensor]:
-        norms = self._batch_norms()
-        return [each for norm in norms for each in (norm.running_mean, norm.running_var) if each is not None]
-
-    def _batch_norms(self) -> list[nn.BatchNorm2d]:
-        return [layer for layer in self.model.modules() if isinstance(layer, nn.BatchNorm2d)]
+        return [losses, *gradients, *self._statistics]
 
     def note_random_states(self) -> None:
         """Keep the random states of all processes; all of them call it."""
         self.random_states = all_gather(random_state(self.device))
 
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values, for checkpoints."""
         return {
             "average": self.average.state_dict() if self.average else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "plan": self.plan.to_dict(),
+            "plan": asdict(self.plan),
             "epoch": self.epoch,
             "best_hmean": self.best_hmean,
             "best_epoch": self.best_epoch,
-            "running": self.running.to_dict() if self.running else None,
+            "running": dict(vars(self.running)) if self.running else None,
             "random": self.random_states,
         }
 
@@ -676,52 +551,42 @@ class Training:
 
         A running epoch begins again where its batches have changed. Raises UserError where it is no state of a run.
         """
-        try:
-            self._load_state(state, config)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-            raise UserError(
-                f"{path}: holds no state of a run (a copy of best.pt?); start a new run from its weights with --init"
-            ) from None
-
-    def _load_state(self, state: dict[str, Any], config: Config) -> None:
-        device, before = self.device, state["config"]
-        # The optimizer's own settings (weight decay, say) are those of the configuration, not of the save.
-        settings = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": settings})
-        # Only fp16 has a scale; in older saves, other types have one that must not come back.
-        if pick_amp_dtype(config, device) == torch.float16 and state["scaler"].get("growth_interval") == 2000:
-            self.scaler.load_state_dict(state["scaler"])
-        if self.average and state.get("average"):
-            self.average.load_state_dict(state["average"])
-        if (before.batch_size, before.image_size) == (config.batch_size, config.image_size):
-            self.plan = BatchPlan.from_dict(state["plan"] | {"accumulate": self.plan.accumulate})
-        self.epoch, self.best_hmean, self.best_epoch = state["epoch"], state["best_hmean"], state["best_epoch"]
-        if len(state.get("random", [])) == world_size():
-            restore_random_state(state["random"][rank()], device)
-        if state.get("running"):
-            changed = [name for name in _ORDER if getattr(before, name) != getattr(config, name)]
-            if changed:
-                flag = f"--{changed[0].replace('_', '-')}"
-                print0(f"epoch {self.epoch + 1} begins again: {flag} has changed its batches")
-            else:
-                self.running = RunningEpoch(**state["running"]).to(device)
+        before = state["config"]
+        with library_errors(
+            f"{path}: holds no state of a run (a copy of best.pt?)", "start a new run from its weights with --init"
+        ):
+            # The optimizer's own settings (weight decay, say) are those of the configuration, not of the save.
+            settings = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": settings})
+            # Only fp16 has a scale; in older saves, other types have one that must not come back.
+            if pick_amp_dtype(config, self.device) == torch.float16 and state["scaler"].get("growth_interval") == 2000:
+                self.scaler.load_state_dict(state["scaler"])
+            if self.average and state.get("average"):
+                self.average.load_state_dict(state["average"])
+            if (before.batch_size, before.image_size) == (config.batch_size, config.image_size):
+                self.plan = BatchPlan(**state["plan"] | {"accumulate": self.plan.accumulate})
+            self.epoch, self.best_hmean, self.best_epoch = state["epoch"], state["best_hmean"], state["best_epoch"]
+            if len(state.get("random", [])) == world_size():
+                restore_random_state(state["random"][rank()], self.device)
+            if state.get("running"):
+                changed = [name for name in _ORDER if getattr(before, name) != getattr(config, name)]
+                if changed:
+                    flag = f"--{changed[0].replace('_', '-')}"
+                    print0(f"epoch {self.epoch + 1} begins again: {flag} has changed its batches")
+                else:
+                    state["running"].pop("dropped", None)  # older saves have it
+                    self.running = RunningEpoch(**state["running"]).to(self.device)
 
 
-_ORDER = (
-    "data",
-    "data_weights",
-    "batch_size",
-    "image_size",
-    "pad",
-    "seed",
-)  # fields that decide the batches of an epoch
+# Fields that decide the batches of an epoch.
+_ORDER = ("data", "data_weights", "batch_size", "image_size", "pad", "seed")
 
 
 class LastSave:
-    """last.pt of a run and, until it is whole, the save before it."""
+    """last.pt of a run and, until it is whole, the save before it; when to write it, and when to end with it."""
 
-    def __init__(self, run: Path, config: Config) -> None:
-        self.path, self.config = run / "last.pt", config
+    def __init__(self, run: Path, config: Config, interruption: Interruption | None = None) -> None:
+        self.path, self.config, self.interruption = run / "last.pt", config, interruption or Interruption()
         self._saved = time.monotonic()  # unaffected by clock changes
 
     def is_due(self) -> bool:
@@ -743,7 +608,8 @@ class LastSave:
     def unless_validated(self, training: Training) -> Iterator[None]:
         """Save the trained epoch where its validation, the work of this block, does not come to its end."""
         try:
-            yield
+            with self.interruption.at_once():
+                yield
         except (Interrupted, UserError, RuntimeError, MemoryError) as error:
             self.write(training)
             if is_out_of_memory(error):

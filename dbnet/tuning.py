@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
-from tqdm import tqdm
 
 from dbnet.annotations import Annotation
 from dbnet.config import Config
 from dbnet.dataset import TextDataset, count_workers, map_in_processes
-from dbnet.device import all_gather, is_first
+from dbnet.device import all_gather, is_first, progress
 from dbnet.errors import UserError
 from dbnet.evaluation import SCORES_MARK
 from dbnet.files import write_json
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
 
 BEST = 10  # combinations in the table of the best
 MIN_IMAGES = 10  # on fewer, values are not saved
-
-_progress = partial(tqdm, unit="img", leave=False, dynamic_ncols=True, smoothing=0)
 
 
 class ScoredMap(NamedTuple):
@@ -206,7 +203,7 @@ def tune(maps: Sequence[ScoredMap], config: Config, grid: Grid | None = None, wo
     grid = (grid or Grid()).including(own)
     score = partial(score_map, config=config, grid=grid)
     maps = sorted(maps, key=lambda each: each.name)
-    scores = list(_progress(map_in_processes(score, maps, workers), "tuning", len(maps)))
+    scores = list(progress(map_in_processes(score, maps, workers), "tuning", len(maps)))
     combinations = grid.combinations()
     order = sorted(range(len(combinations)), key=lambda index: grid.steps(combinations[index], own))
     return Tuning(grid, [combinations[index] for index in order], np.stack(scores, axis=1)[order])
@@ -263,7 +260,7 @@ def tune_checkpoint(
     dataset, config = pipeline.dataset, pipeline.config
     assert isinstance(dataset, TextDataset)
     maps, unreadable = [], []
-    for found in _progress(pipeline.detect(network), total=len(dataset)):
+    for found in progress(pipeline.detect(network), total=len(dataset)):
         name, annotation = dataset.paths[found.index].name, dataset.annotations[found.index]
         maps.append(ScoredMap(name, found.prob_map, dataset.size(found.index), annotation))
         if found.error:

@@ -188,7 +188,7 @@ def test_fusion_is_chosen_by_the_configuration():
         assert model.eval()(images).shape == model.train()(images).prob_logits.shape == (2, 64, 96)
         parameters[fusion] = sum(parameter.numel() for parameter in model.parameters())
     assert parameters["asf"] - parameters["concat"] == 96 * 9 * 24 + 2 * 24 + 9 + 1 + 24 * 4
-    assert Config.from_dict({}).fusion == "concat"  # as in checkpoints from before there was a choice
+    assert Config().fusion == "concat"  # as in checkpoints from before there was a choice
 
 
 @pytest.mark.parametrize(

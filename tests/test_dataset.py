@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from multiprocessing import get_context
@@ -22,10 +23,13 @@ from support import ROOT, make_training
 import train
 from dbnet import augment
 from dbnet.annotations import Annotation
-from dbnet.dataset import Batches, Draw, TextDataset, describe_failure, gather_words, make_loader
+from dbnet.dataset import Batches, Draw, ImageDataset, TextDataset, gather_words, load_batches, make_loader
+from dbnet.ensemble import Ensemble
 from dbnet.errors import UserError
 from dbnet.formats import read_labels_at
 from dbnet.geometry import Letterbox, areas, clip_polygons, split_polygons
+from dbnet.inference import Pipeline
+from dbnet.model import DBNet
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([32, 640, 1024]), st.integers(0, 2**32))
@@ -302,13 +306,43 @@ def test_batches_that_wait_hold_no_descriptors(rendered):
     [
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible"), "--shm-size"),
         (RuntimeError("Caught RuntimeError\nunable to write to file </torch_1_2_3>: No space left"), "--workers 0"),
-        (MemoryError("Caught MemoryError in DataLoader worker process 0.\nOriginal Traceback"), "no memory left"),
+        (
+            MemoryError("Caught MemoryError in DataLoader worker process 0.\nOriginal Traceback"),
+            "not enough memory",
+        ),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "by signal: Killed.; if memory"),
     ],
 )
 def test_what_ends_the_workers_is_one_line_with_the_way_out(error, message):
-    line = describe_failure(error)
-    assert message in line and "\n" not in line
+    class Failing:
+        def __iter__(self):
+            yield {}
+            raise error
+
+    batches = load_batches(Failing())
+    assert next(batches) == {}
+    with pytest.raises(UserError) as told:
+        next(batches)
+    assert message in str(told.value) and "\\n" not in str(told.value)
+
+
+class DeadlyDataset(ImageDataset):
+    """Its second image ends the process that reads it, as the system does when memory is short."""
+
+    def read(self, place, side):
+        if place == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(place, side)
+
+
+def test_a_worker_that_dies_ends_a_detection_in_one_line(small, rendered):
+    paths = sorted((rendered / "images" / "train").iterdir())
+    dataset = DeadlyDataset(paths, small)
+    pipeline = Pipeline(dataset, small, "cpu")
+    pipeline.loader = make_loader(Batches(dataset, 1), 1, False)  # as on a GPU
+    model = DBNet(small)
+    with pytest.raises(UserError, match=r"DataLoader worker \(pid.*--workers 0"):
+        list(pipeline.detect(Ensemble.of(model, small, torch.device("cpu"))))
 
 
 def test_tight_batches_are_padded_to_32_and_hold_each_image_once(small):

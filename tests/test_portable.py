@@ -64,13 +64,16 @@ LOAD = """
 from pathlib import Path
 from dbnet.config import PRESETS
 from dbnet.dataset import Batches, TextDataset, make_loader
-from dbnet.files import FileLock
+from dbnet.files import locked
 
-lock = FileLock(Path("lock"), "is in use")
+Path("a").mkdir()
+lock = locked(Path("a/lock"), "is in use")
+lock.__enter__()
 dataset = TextDataset(PRESETS["v0"].changed(data=%r, image_size=64), "train", train=True)
 batches = make_loader(Batches(dataset, 2, seed=0), workers=1, pin_memory=False)
 print([len(batch["image"]) for batch in batches])
-lock.release()
+lock.__exit__(None, None, None)
+assert not Path("a").exists()
 """
 
 
@@ -89,15 +92,23 @@ def test_the_scripts_run_with_spawned_workers_without_what_linux_has(elsewhere, 
     assert not list(Path(tmp_path).glob("**/dbnet-cache-*"))
 
 
-def test_a_missing_library_of_opencv_is_one_line_with_the_way_out(tmp_path):
-    """As on a server without a screen, where the wheel opencv-python finds no libGL."""
-    (tmp_path / "cv2.py").write_text(
-        'raise ImportError("libGL.so.1: cannot open shared object file: No such file or directory")'
-    )
+@pytest.mark.parametrize(
+    ("module", "error", "words"),
+    [
+        # As on a server without a screen, where the wheel opencv-python finds no libGL.
+        ("cv2", "ImportError('libGL.so.1: cannot open shared object file')", ("libGL.so.1", "opencv-python-headless")),
+        ("torch", "ModuleNotFoundError('No module named torch', name='torch')", ("pip install torch",)),
+    ],
+)
+def test_a_missing_library_is_one_line_with_the_way_out(tmp_path, module, error, words):
+    (tmp_path / f"{module}.py").write_text(f"raise {error}")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    for script in ("predict.py", "evaluate.py"):
-        words = [sys.executable, ROOT / script, "a.pt"]
-        result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    for script in ("train.py", "predict.py a.pt", "evaluate.py a.pt", "export.py a.pt --onnx a.onnx"):
+        name, *arguments = script.split()
+        command = [sys.executable, ROOT / name, *arguments]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         lines = result.stderr.strip().splitlines()
         assert result.returncode == 2 and len(lines) == 1, result.stderr
-        assert "libGL.so.1" in lines[0] and "opencv-python-headless" in lines[0] and "libgl1" in lines[0]
+        assert all(word in lines[0] for word in words)
+    help_ = [sys.executable, ROOT / "train.py", "--help"]
+    assert subprocess.run(help_, cwd=tmp_path, env=environment, capture_output=True).returncode == 0

@@ -9,7 +9,7 @@ from dbnet import profile
 from dbnet.config import Config
 from dbnet.dataset import Batches, TextDataset, make_loader
 from dbnet.model import DBNet
-from dbnet.profile import Case, Measured, fallback_cases, measure_case, measure_cases, synthetic_batch
+from dbnet.profile import Measured, fallback_cases, measure_case, measure_cases, synthetic_batch
 from dbnet.training import Training
 
 
@@ -30,13 +30,9 @@ def test_the_command_measures_each_batch_of_the_fallback(rendered, tmp_path):
 
 def test_cases_are_the_fallback_in_its_order():
     cases = fallback_cases(Config.from_preset("v1"), CPU)
-    assert cases[:4] == [
-        Case("off", 1024, 8, 2),
-        Case("off", 1024, 4, 4),
-        Case("off", 1024, 2, 8),
-        ("off", 1024, 1, 16),
-    ]
-    assert [case.image_size for case in cases[::4]] == [1024, 896, 800]
+    assert {case.amp for case in cases} == {"off"}
+    plans = [(case.image_size, case.batch_size, case.accumulate) for case in cases]
+    assert plans == [(size, *plan) for size in (1024, 896, 800) for plan in ((8, 2), (4, 4), (2, 8), (1, 16))]
     assert len(fallback_cases(Config.from_preset("v0", batch_size=1), CPU)) == 1
     assert {case.amp for case in fallback_cases(Config.from_preset("v0", amp="bf16"), CPU)} == {"bf16"}
 
@@ -84,23 +80,24 @@ def test_steps_that_take_long_are_few_and_the_first_counts_only_where_it_is_alon
 
 @pytest.mark.parametrize(("step", "words"), [(exhaust, "out of memory"), (die, "the system ended the process")])
 def test_out_of_memory_is_a_row(small, step, words):
-    result = measure_case(small, Case("off", 64, 1, 2), CPU, step)
+    result = measure_case(small.changed(image_size=64, batch_size=1, accumulate=2), CPU, step)
     assert isinstance(result, str) and words in result
 
 
 def test_the_memory_of_a_case_is_the_growth_of_its_own_process(small):
-    two, one = [measure_case(small, Case("off", 64, batch, 2), CPU, grow).memory_gb for batch in (2, 1)]
+    cases = [small.changed(image_size=64, batch_size=batch, accumulate=2) for batch in (2, 1)]
+    two, one = [measure_case(case, CPU, grow).memory_gb for case in cases]
     assert two - one == pytest.approx(2 * 2**26 / 1e9, abs=0.04)
 
 
 def test_small_cases_come_first_and_what_has_no_time_says_so(small, monkeypatch):
     measured, order = Measured(1.0, 2.0), []
-    monkeypatch.setattr(profile, "measure_case", lambda _config, case, *_: order.append(case.micro_batch) or measured)
-    config = small.changed(image_size=64, batch_size=2)
-    assert list(measure_cases(config, CPU, train.optimizer_step).values()) == [measured, measured]
+    monkeypatch.setattr(profile, "measure_case", lambda case, *_: order.append(case.batch_size) or measured)
+    cases = fallback_cases(small.changed(image_size=64, batch_size=2), CPU)
+    assert measure_cases(cases, CPU, train.optimizer_step) == [measured, measured]
     assert order == [1, 2]
     monkeypatch.setitem(profile._LIMIT_SECONDS, "cpu", 0.0)
-    assert list(measure_cases(config, CPU, train.optimizer_step).values()) == ["not measured: 0 s are the limit"] * 2
+    assert measure_cases(cases, CPU, train.optimizer_step) == ["not measured: 0 s are the limit"] * 2
 
 
 def test_a_micro_batch_that_does_not_fit_is_not_halved_while_it_is_measured(small):
