@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -26,19 +26,12 @@ from dbnet.model import DBNet
 from dbnet.splits import data_folders, read_split
 from dbnet.training import Training
 
-Step = Callable[[Training, list[dict[str, Any]], Config], object]
-"""`train.optimizer_step`: one optimizer step on these batches"""
+Step = Callable[[Training, list[dict[str, Any]], Config], object]  # train.optimizer_step
+Result = tuple[float, float] | str  # peak memory in GB and images/s, or the reason why they are not known
 
 COMPETITION_IMAGES = 3272  # of its training split, for the hours where there is no data set yet
 _LIMIT_SECONDS = {"cpu": 120.0, "cuda": 600.0}  # no case begins later
 _CASE_SECONDS = 10.0  # no further step of a case begins later
-
-
-class Measured(NamedTuple):
-    """Peak memory (on a CPU, growth of a process that does only this), and speed of steps whose batches are ready."""
-
-    memory_gb: float
-    images_per_second: float
 
 
 class _OnlyPlan(BatchPlan):
@@ -58,13 +51,19 @@ def print_profile(preset: str | None, config: Config, step: Step) -> None:
     print(row("", "image", "batch", "amp", "peak GB", "images/s", f"{config.epochs} epochs"))
     cases, initial = fallback_cases(config, device), config.changed(amp=_amp_in_force(config, device))
     for case, result in zip(cases, measure_cases(cases, device, step), strict=True):
-        memory, speed, taken = "-", "-", str(result)
-        if isinstance(result, Measured):
-            memory, speed = f"{result.memory_gb:.2f}", f"{result.images_per_second:.3g}"
-            minutes = config.epochs * images / result.images_per_second / 60
-            taken = f"{minutes / 60:.1f} h" if minutes >= 60 else f"{minutes:.1f} min"
-        plan = f"{case.image_size} px", f"{case.batch_size} x {case.accumulate}", case.amp
-        print(row("*" if case == initial else "", *plan, memory, speed, taken))
+        plan = (
+            "*" if case == initial else "",
+            f"{case.image_size} px",
+            f"{case.batch_size} x {case.accumulate}",
+            case.amp,
+        )
+        if isinstance(result, str):
+            print(row(*plan, "-", "-", result))
+            continue
+        memory, speed = result
+        minutes = config.epochs * images / speed / 60
+        taken = f"{minutes / 60:.1f} h" if minutes >= 60 else f"{minutes:.1f} min"
+        print(row(*plan, f"{memory:.2f}", f"{speed:.3g}", taken))
     print("* what training starts with; the other rows are what it falls back to when memory runs out")
     print("peak: " + ("of tensors on the GPU" if device.type == "cuda" else "growth of a process that does only this"))
     print(f"epochs: {images:,} images each ({source}), square and of full size, training steps alone")
@@ -86,17 +85,17 @@ def fallback_cases(config: Config, device: torch.device) -> list[Config]:
     ]
 
 
-def measure_cases(cases: list[Config], device: torch.device, step: Step) -> list[Measured | str]:
+def measure_cases(cases: list[Config], device: torch.device, step: Step) -> list[Result]:
     """The result of each case, or the reason why there is none; small ones are measured first."""
     begun, limit = time.monotonic(), _LIMIT_SECONDS[device.type]
-    results: list[Measured | str] = [f"not measured: {limit:.0f} s are the limit"] * len(cases)
+    results: list[Result] = [f"not measured: {limit:.0f} s are the limit"] * len(cases)
     for place, case in sorted(enumerate(cases), key=lambda item: item[1].batch_size * item[1].image_size ** 2):
         if time.monotonic() - begun < limit:
             results[place] = measure_case(case, device, step)
     return results
 
 
-def measure_case(case: Config, device: torch.device, step: Step) -> Measured | str:
+def measure_case(case: Config, device: torch.device, step: Step) -> Result:
     """The result of one case, or `out of memory`. On a CPU it runs in a process of its own."""
     case = case.changed(effective_batch=0, weights="none")
     try:
@@ -117,8 +116,8 @@ def measure_case(case: Config, device: torch.device, step: Step) -> Measured | s
         free_memory()
 
 
-def run_steps(config: Config, device: torch.device, step: Step) -> Measured:
-    """Measure optimizer steps of config.batch_size x config.accumulate. Raises out-of-memory errors."""
+def run_steps(config: Config, device: torch.device, step: Step) -> tuple[float, float]:
+    """Peak memory in GB (on a CPU, growth of the process) and images/s of optimizer steps whose batches are ready."""
     keep_freed_memory()  # as training has it
     before = 0.0
     if device.type == "cuda":
@@ -140,7 +139,7 @@ def run_steps(config: Config, device: torch.device, step: Step) -> Measured:
         seconds.append(time.perf_counter() - begun)
     timed = seconds[1:] or seconds  # the first step finds the fastest kernels
     speed = config.batch_size * config.accumulate * len(timed) / sum(timed)
-    return Measured(peak_memory(device) - before, speed)
+    return peak_memory(device) - before, speed
 
 
 def synthetic_batch(config: Config) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dbnet import profile
 from dbnet.config import Config
 from dbnet.dataset import Batches, TextDataset, make_loader
 from dbnet.model import DBNet
-from dbnet.profile import Measured, fallback_cases, measure_case, measure_cases, synthetic_batch
+from dbnet.profile import fallback_cases, measure_case, measure_cases, synthetic_batch
 from dbnet.training import Training
 
 
@@ -74,7 +74,7 @@ def test_steps_that_take_long_are_few_and_the_first_counts_only_where_it_is_alon
     profile.run_steps(config, CPU, note)
     assert steps == [2] * 6
     monkeypatch.setattr(profile, "_CASE_SECONDS", 1e-9)
-    assert profile.run_steps(config, CPU, note).images_per_second > 0
+    assert profile.run_steps(config, CPU, note)[1] > 0
     assert steps == [2] * 7
 
 
@@ -86,12 +86,12 @@ def test_out_of_memory_is_a_row(small, step, words):
 
 def test_the_memory_of_a_case_is_the_growth_of_its_own_process(small):
     cases = [small.changed(image_size=64, batch_size=batch, accumulate=2) for batch in (2, 1)]
-    two, one = [measure_case(case, CPU, grow).memory_gb for case in cases]
+    two, one = [measure_case(case, CPU, grow)[0] for case in cases]
     assert two - one == pytest.approx(2 * 2**26 / 1e9, abs=0.04)
 
 
 def test_small_cases_come_first_and_what_has_no_time_says_so(small, monkeypatch):
-    measured, order = Measured(1.0, 2.0), []
+    measured, order = (1.0, 2.0), []
     monkeypatch.setattr(profile, "measure_case", lambda case, *_: order.append(case.batch_size) or measured)
     cases = fallback_cases(small.changed(image_size=64, batch_size=2), CPU)
     assert measure_cases(cases, CPU, train.optimizer_step) == [measured, measured]
