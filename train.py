@@ -204,8 +204,8 @@ def optimizer_step(
         fits = all_processes(fits)  # all fall back together
         if not fits:
             summed = None  # past the except block, which held its tensors too
-            training.restore_start()
             plan.shrink()  # 8 x 2 -> 4 x 4 -> 2 x 8 -> 1 x 16, then 896 and 800 px
+            training.restore_start()
     if summed is not None:
         all_reduce(summed)  # losses, gradients and batch norm statistics in one collective call
     with NothingTwice():

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+# Where users set up the allocator of GPU memory. By default images of many shapes leave it in pieces of no use.
+_ALLOCATOR_SETTINGS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 _rank, _world_size = 0, 1
 _gpu_group: Any = None  # of collective calls on tensors of a GPU
 
@@ -42,6 +44,8 @@ def pick_device(name: str) -> torch.device:
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and sys.platform == "linux" and not _ALLOCATOR_SETTINGS & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read when the GPU is first used
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -13,7 +13,9 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dbnet.device import print0
@@ -101,16 +103,50 @@ def free_memory() -> None:
 
 
 def micro_batches(batches: list[dict[str, Any]], plan: BatchPlan, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """The tensors of `batches` on the device, in micro-batches and at the image size of the plan in force."""
+    """The tensors of `batches` on the device, in micro-batches and at the image size of the plan in force.
+
+    A GPU copies each of them while it works on the one before.
+    """
+    import torch
+
+    stream = _copy_stream(device)
+    copies = _copies(batches, plan.micro_batch, device, stream)
+    following = next(copies, None)
+    while following:
+        micro, loaded_at = following
+        if stream:
+            computing = torch.cuda.current_stream(device)
+            computing.wait_stream(stream)  # for this copy: the following one has not been asked for
+            for tensor in micro.values():
+                tensor.record_stream(computing)  # nothing else gets its memory before that is done
+        following = next(copies, None)
+        side = plan.image_size or loaded_at
+        yield micro if loaded_at <= side else resize_sample(micro, side / loaded_at)
+
+
+def _copies(
+    batches: list[dict[str, Any]], micro_batch: int, device: torch.device, stream: torch.cuda.Stream | None
+) -> Iterator[tuple[dict[str, Tensor], int]]:
+    """Micro-batches on the device, copied on `stream`, and the image size that each was loaded at."""
+    import torch
+
     for batch in batches:
-        for start in range(0, len(batch["image"]), plan.micro_batch):
-            micro = {
-                name: batch[name][start : start + plan.micro_batch].to(device, non_blocking=True)
-                for name in ("image", "prob_map", "thresh_levels", "mask")
-            }
-            loaded_at = int(batch["side"].numpy()[0])  # on the host, so nothing waits for the device
-            side = plan.image_size or loaded_at
-            yield micro if loaded_at <= side else resize_sample(micro, side / loaded_at)
+        loaded_at = int(batch["side"].numpy()[0])  # on the host, so nothing waits for the device
+        for start in range(0, len(batch["image"]), micro_batch):
+            with torch.cuda.stream(stream) if stream else nullcontext():
+                micro = {
+                    name: batch[name][start : start + micro_batch].to(device, non_blocking=True)
+                    for name in ("image", "prob_map", "thresh_levels", "mask")
+                }
+            yield micro, loaded_at
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """The stream of all copies to a GPU: one, because each keeps the memory that was freed on it."""
+    import torch
+
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def resize_sample(micro: dict[str, Tensor], scale: float) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ from dbnet.errors import UserError, is_out_of_memory, library_errors, typed
 from dbnet.files import check_writable, locked, make_folder, read_log, remove_leftovers, write_json, write_whole
 from dbnet.loss import Losses
 from dbnet.memory import BatchPlan, free_memory
-from dbnet.model import DBNet
+from dbnet.model import BATCH_NORM_MOMENTUM, DBNet
 from dbnet.splits import data_folders
 
 RUNS = Path("runs")
@@ -368,8 +368,8 @@ class Training:
 
     def __post_init__(self) -> None:
         self._buffers_before = [torch.empty_like(buffer) for buffer in self.model.buffers()]
-        norms = (layer for layer in self.model.modules() if isinstance(layer, nn.BatchNorm2d))
-        statistics = ((norm.running_mean, norm.running_var) for norm in norms)
+        self._norms = [layer for layer in self.model.modules() if isinstance(layer, nn.BatchNorm2d)]
+        statistics = ((norm.running_mean, norm.running_var) for norm in self._norms)
         self._statistics = [each for pair in statistics for each in pair if each is not None]
         self._random_before: dict[str, Any] = {}
 
@@ -391,9 +391,8 @@ class Training:
             self.running = RunningEpoch(self.plan.image_size or config.image_size).to(self.device)
         self.model.train()
         if config.freeze_batch_norm:
-            for layer in self.model.modules():
-                if isinstance(layer, nn.BatchNorm2d):
-                    layer.eval()
+            for layer in self._norms:
+                layer.eval()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             # Shapes that hardly ever come again would each be measured anew.
@@ -492,13 +491,23 @@ class Training:
         with NothingTwice(), torch.no_grad():
             torch._foreach_copy_(self._buffers_before, list(self.model.buffers()))
             self._random_before = random_state(self.device)
+        self._set_momentum()
 
     def restore_start(self) -> None:
+        """Go back to where `note_start` was called, without the gradients since, for the plan that is in force now."""
         self.optimizer.zero_grad(set_to_none=True)
         free_memory()
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.buffers()), self._buffers_before)
         restore_random_state(self._random_before, self.device)
+        self._set_momentum()
+
+    def _set_momentum(self) -> None:
+        """However many micro-batches a fallback makes of a step, they move the batch norm statistics as far."""
+        share = self.plan.micro_batch / self.plan.batch_size
+        momentum = BATCH_NORM_MOMENTUM if share == 1 else 1 - (1 - BATCH_NORM_MOMENTUM) ** share
+        for layer in self._norms:
+            layer.momentum = momentum
 
     @torch.no_grad()
     def keep_statistics(self, finite: Tensor) -> None:

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from dbnet.config import Config
+from dbnet.device import pick_device
 from dbnet.synth.scene import write_dataset
 
 settings.register_profile("long", max_examples=1500)  # make test-long; the default is a hundred
@@ -28,6 +30,20 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rendered") / "data"
     write_dataset(folder, train=6, val=2, test=2, size=192, seed=3, workers=1)
     return folder
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Each device in turn, for what a GPU must do as well (`pytest -k cuda`); its results are made exact."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    if request.param == "cuda":
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+        torch.use_deterministic_algorithms(True)
+        request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    return pick_device(request.param)
 
 
 @pytest.fixture

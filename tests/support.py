@@ -128,10 +128,10 @@ def copies(data, folder, train, val):
 CPU = torch.device("cpu")
 
 
-def make_training(config, model=None):
+def make_training(config, model=None, device=CPU):
     torch.manual_seed(0)
     model = model or DBNet(config)
-    return Training.begin(model, config, CPU)
+    return Training.begin(model, config, device)
 
 
 def fail_above(model, limit, record=None):

@@ -1,6 +1,8 @@
 """Out of memory: what shrinks, in which order, and that nothing of the optimizer step is lost."""
 
 import copy
+import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,10 +10,13 @@ from support import CPU, fail_above, make_training, step_batches
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
+from dbnet import memory
 from dbnet.dataset import TextDataset
 from dbnet.errors import UserError
 from dbnet.memory import BatchPlan, is_out_of_memory, run_until_it_fits
 from dbnet.training import RunningEpoch
+
+TENSORS = ("image", "prob_map", "thresh_levels", "mask")
 
 
 def test_a_tight_batch_keeps_its_shape_when_the_image_shrinks(small):
@@ -76,12 +81,11 @@ def test_an_error_that_is_not_out_of_memory_is_raised():
         run_until_it_fits(lambda: (_ for _ in ()).throw(RuntimeError("shapes")), BatchPlan(4))
 
 
-@pytest.mark.parametrize("limit", [2, 1])
-def test_a_step_run_again_has_the_gradients_and_weights_of_one_that_started_small(small, limit):
+def test_a_step_run_again_has_the_gradients_and_weights_of_one_that_started_small(small, device):
     config = small.changed(accumulate=2, batch_size=3)  # 6 samples a step: 3 x 2 -> 1 x 6
     batches = step_batches(config)
-    retried = make_training(config)
-    started_small = make_training(config, copy.deepcopy(retried.model))
+    retried = make_training(config, device=device)
+    started_small = make_training(config, copy.deepcopy(retried.model), device)
     started_small.plan.halvings = 1
     fail_above(retried.model, 1)
     for training in (retried, started_small):
@@ -92,6 +96,76 @@ def test_a_step_run_again_has_the_gradients_and_weights_of_one_that_started_smal
         assert torch.equal(ours, theirs)
     for ours, theirs in zip(retried.model.buffers(), started_small.model.buffers(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_fallback_moves_the_batch_norm_statistics_as_far_as_the_whole_batch(small):
+    [batch] = step_batches(small)
+    batch |= {name: batch[name][:1].repeat_interleave(4, dim=0) for name in TENSORS}  # so that all parts are alike
+    statistics = []
+    for limit in (4, 1):
+        training = make_training(small)
+        fail_above(training.model, limit)
+        train.optimizer_step(training, [batch], small)
+        norm = training.model.prob_branch[1]
+        statistics.append((training.plan.in_force, norm.running_mean.clone(), norm.running_var.clone()))
+    (whole, *ours), (parts, *theirs) = statistics
+    assert whole == "4 x 1" and parts == "1 x 4" and ours[0].abs().max() > 0.01
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-4)
+    training.plan.halvings = 0
+    training.note_start()
+    assert training.model.prob_branch[1].momentum == 0.1
+
+
+def test_the_copy_made_ahead_is_freed_when_memory_runs_out(small, monkeypatch):
+    config = small.changed(batch_size=2, accumulate=2)
+    batches, training, copies, alive = step_batches(config), make_training(config), [], []
+    original = memory._copies
+
+    def note(*args):
+        for micro, loaded_at in original(*args):
+            copies.extend(weakref.ref(tensor) for tensor in micro.values())
+            yield micro, loaded_at
+
+    def shrink(self):
+        alive.append([copy for copy in copies if copy() is not None])
+        self.halvings += 1
+
+    monkeypatch.setattr(memory, "_copies", note)
+    monkeypatch.setattr(BatchPlan, "shrink", shrink)
+    fail_above(training.model, 1)
+    train.optimizer_step(training, batches, config)
+    assert len(copies) == 4 * (2 + 4) and alive == [[]]  # one micro-batch and the one ahead of it, then four
+
+
+class FakeStream:
+    """A CUDA stream that notes what is asked of it."""
+
+    def __init__(self, name, calls):
+        self.name, self.calls = name, calls
+
+    def __enter__(self):
+        self.calls.append(f"on the {self.name} stream")
+
+    def __exit__(self, *_):
+        self.calls.append("copied")
+
+    def wait_stream(self, other):
+        self.calls.append(f"{self.name} waits for {other.name}")
+
+
+def test_each_micro_batch_is_copied_beside_the_one_before_and_used_when_it_is_there(small, monkeypatch):
+    """With streams that only note what happens, in place of those of a GPU."""
+    config, calls = small.changed(batch_size=1, accumulate=3), []
+    side, computing = FakeStream("side", calls), FakeStream("computing", calls)
+    monkeypatch.setattr(memory, "_copy_stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: calls.append(f"kept for {stream.name}"))
+    for _ in memory.micro_batches(step_batches(config), BatchPlan(1, 3, config.image_size), CPU):
+        calls.append("used")
+    copy, ready = ["on the side stream", "copied"], ["computing waits for side"] + 4 * ["kept for computing"]
+    assert calls == [*copy, *ready, *copy, "used", *ready, *copy, "used", *ready, "used"]
 
 
 class FailAt(TorchDispatchMode):
@@ -161,14 +235,26 @@ class NoSync(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-def test_a_step_and_its_bookkeeping_never_wait_for_the_device(small):
-    config = small.changed(batch_size=2, accumulate=2, ema=0.9)
-    training, batches = make_training(config), step_batches(config)
-    training.running = RunningEpoch(config.image_size)
-    for _ in range(2):
-        with NoSync():
-            losses, norm = train.optimizer_step(training, batches, config)
-            training.running.note(losses, norm)
+def test_a_step_and_its_bookkeeping_never_wait_for_the_device(small, device):
+    config = small.changed(batch_size=2, accumulate=2, ema=0.9, amp="bf16")
+    training, batches = make_training(config, device=device), step_batches(config)
+    training.running = RunningEpoch(config.image_size).to(device)
+    if device.type == "cuda":
+        batches = [{name: pinned(value) for name, value in batch.items()} for batch in batches]
+        train.optimizer_step(training, batches, config)  # the first one builds what the others use
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            with NoSync() if device.type == "cpu" else nullcontext():
+                losses, norm = train.optimizer_step(training, batches, config)
+                training.running.note(losses, norm)
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def pinned(value):
+    return value.pin_memory() if isinstance(value, torch.Tensor) else value
 
 
 @pytest.mark.parametrize(

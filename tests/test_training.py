@@ -146,13 +146,13 @@ def test_training_stops_when_gradients_stay_not_finite_though_the_loss_is(small)
         run_epoch(training, config)
 
 
-def test_accumulation_gives_the_gradient_of_the_whole_batch(small):
+def test_accumulation_gives_the_gradient_of_the_whole_batch(small, device):
     """Four times the same sample, batch norm in eval mode: then every split has the same loss, and so the same mean."""
     [batch] = step_batches(small)
     maps = ("image", "prob_map", "thresh_levels", "mask", "side")
     batch = {name: batch[name][:1].repeat_interleave(4, dim=0) for name in maps}
     config = small.changed(clip_grad_norm=0.0)
-    together, apart = make_training(config), make_training(config)
+    together, apart = make_training(config, device=device), make_training(config, device=device)
     apart.plan.halvings = 2
     for training in (together, apart):
         for layer in training.model.modules():
