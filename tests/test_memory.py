@@ -2,11 +2,15 @@
 
 import copy
 import weakref
-from contextlib import nullcontext
+from contextlib import ExitStack
+from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from support import CPU, fail_above, make_training, step_batches
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
@@ -235,22 +239,44 @@ class NoSync(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
+class StaysThere(TorchFunctionMode):
+    """Fails on what brings a tensor to the host, which on a CPU is no operation."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        assert name not in ("cpu", "numpy", "tolist", "item", "__bool__", "__float__", "__int__", "__index__"), name
+        return function(*args, **(kwargs or {}))
+
+
 def test_a_step_and_its_bookkeeping_never_wait_for_the_device(small, device):
     config = small.changed(batch_size=2, accumulate=2, ema=0.9, amp="bf16")
     training, batches = make_training(config, device=device), step_batches(config)
     training.running = RunningEpoch(config.image_size).to(device)
+    for batch in batches:
+        sides = batch["side"].numpy()
+        batch["side"] = SimpleNamespace(numpy=partial(np.copy, sides))  # these are on the host
     if device.type == "cuda":
         batches = [{name: pinned(value) for name, value in batch.items()} for batch in batches]
         train.optimizer_step(training, batches, config)  # the first one builds what the others use
         torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(2):
-            with NoSync() if device.type == "cpu" else nullcontext():
+            with ExitStack() as modes:
+                if device.type == "cpu":
+                    modes.enter_context(NoSync())
+                    modes.enter_context(StaysThere())
                 losses, norm = train.optimizer_step(training, batches, config)
                 training.running.note(losses, norm)
     finally:
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["item", "nonzero", "cpu", "numpy", "tolist", "__bool__", "__float__"])
+def test_what_waits_for_the_device_is_seen(name):
+    total = torch.zeros(3).sum()
+    with NoSync(), StaysThere(), pytest.raises(AssertionError):
+        getattr(total, name)()
 
 
 def pinned(value):
