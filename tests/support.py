@@ -170,7 +170,7 @@ def command(*words, cwd):
     )
 
 
-def refused(result, *words):
+def rejected(result, *words):
     """Assert exit status 2 and one line on stderr that holds `words`."""
     assert result.returncode == 2, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.strip() and "img" not in line]

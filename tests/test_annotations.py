@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
-from support import ROOT, answered, command, damages, hostile, refused
+from support import ROOT, answered, command, damages, hostile, rejected
 
 from dbnet.annotations import (
     Annotation,
@@ -231,7 +231,7 @@ def test_labels_that_nobody_has_corrected_score_what_the_weights_find(receipts, 
     assert len(rows) == sum(len(each.polygons) for each in read_split(data, "train").annotations.values()) > 50
     assert all((tmp_path / "crops" / row["crop"]).is_file() for row in rows)
     if form == "labelme":
-        refused(command(*words, "--out", data / out, "--out-format", form, cwd=tmp_path), "is there already")
+        rejected(command(*words, "--out", data / out, "--out-format", form, cwd=tmp_path), "is there already")
 
 
 # ---- hostile files

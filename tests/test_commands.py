@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from support import command, refused
+from support import command, rejected
 
 import predict as predict_script
 from dbnet.annotations import write_submission
@@ -197,16 +197,16 @@ def test_evaluate_writes_a_report_and_compares(place, tmp_path):
 
 def test_a_report_or_a_comparison_that_cannot_be_is_refused_before_the_work(place, tmp_path, typed):
     score = ["evaluate.py", "runs/first/best.pt"]
-    refused(
+    rejected(
         typed(*score, "--report", tmp_path / "no" / "report.html", cwd=place), "no/report.html", "cannot be written"
     )
-    refused(typed(*score, "--compare", tmp_path / "no.json", cwd=place), "no.json", "cannot be read")
+    rejected(typed(*score, "--compare", tmp_path / "no.json", cwd=place), "no.json", "cannot be read")
     other = tmp_path / "other.json"
     other.write_text('{"per_image": {"elsewhere.jpg": {"precision": 1, "recall": 1, "hmean": 1}}}')
-    refused(typed(*score, "--compare", other, cwd=place), "other.json", "no image of this split")
+    rejected(typed(*score, "--compare", other, cwd=place), "other.json", "no image of this split")
     (tmp_path / "empty.csv").write_text("filename,polygons\n")
     submission = ["evaluate.py", "--submission", tmp_path / "empty.csv"]
-    refused(typed(*submission, "--compare", other, cwd=place), "other.json", "no image of this split")
+    rejected(typed(*submission, "--compare", other, cwd=place), "other.json", "no image of this split")
 
 
 def test_predict_takes_the_newest_run_and_writes_a_row_an_image(place, tmp_path):
@@ -246,7 +246,7 @@ def test_without_a_run_the_weights_that_ship_are_taken(place, tmp_path):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
     arguments = [sys.executable, "predict.py", "--images", place / "data/datasets/images/test"]
     without = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
-    refused(without, "weights/lite.pt")
+    rejected(without, "weights/lite.pt")
     (tmp_path / "weights").mkdir()
     shutil.copy(place / "runs/first/best.pt", tmp_path / "weights/lite.pt")
     result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
@@ -319,7 +319,7 @@ def test_training_goes_on_without_a_truncated_image_and_says_so(data, tmp_path):
     assert result.returncode == 0, result.stderr
     assert any(line.startswith("left out:") and name in line for line in result.stdout.splitlines())
     assert json.loads((tmp_path / "runs/a/log.jsonl").read_text())["unreadable_images"] == 1
-    refused(command(*arguments, "--run", "b", "--strict", cwd=tmp_path), name, "truncated")
+    rejected(command(*arguments, "--run", "b", "--strict", cwd=tmp_path), name, "truncated")
 
 
 def test_prediction_goes_on_with_an_empty_row_for_a_broken_image(place, data, tmp_path):
@@ -332,7 +332,7 @@ def test_prediction_goes_on_with_an_empty_row_for_a_broken_image(place, data, tm
     assert "1 images could not be read" in result.stdout and name in result.stdout
     assert read_submission(out)[name] == []
     out.unlink()
-    refused(command(*arguments, "--strict", cwd=tmp_path), name)
+    rejected(command(*arguments, "--strict", cwd=tmp_path), name)
     assert not out.exists()
 
 
@@ -436,27 +436,27 @@ def test_a_prediction_goes_on_but_for_what_has_changed_since(place, data, tmp_pa
 
 
 def test_a_mistake_ends_the_process_with_status_2_and_one_line(tmp_path):
-    refused(command("predict.py", "absent.pt", cwd=tmp_path), "absent.pt: no such checkpoint")
-    refused(command("train.py", "--preset", "v9", cwd=tmp_path), "v9", "v1")
+    rejected(command("predict.py", "absent.pt", cwd=tmp_path), "absent.pt: no such checkpoint")
+    rejected(command("train.py", "--preset", "v9", cwd=tmp_path), "v9", "v1")
 
 
 def test_mistakes_of_train(place, data, tmp_path, typed):
     def train(*words):
         return typed("train.py", "--preset", "lite", *TINY, *words, cwd=place)
 
-    refused(train("--data", tmp_path / "absent"), "absent", "--data")
-    refused(train("--run", "first"), "runs/first: exists", "--resume")
-    refused(train("--init", tmp_path / "absent.pt"), "absent.pt: no such checkpoint")
-    refused(train("--batch-size", "0"), "--batch-size 0")
-    refused(train("--batch-size", "many"), "--batch-size")
-    refused(train("--no-such-flag"), "--no-such-flag")
-    refused(train("--device", "cuda:99"), "--device cuda:99")
-    refused(typed("train.py", "--preset", "v9", cwd=place), "v9", "v1")
-    refused(train("--weights", "absent.pth"), "absent.pth", "--weights none")
+    rejected(train("--data", tmp_path / "absent"), "absent", "--data")
+    rejected(train("--run", "first"), "runs/first: exists", "--resume")
+    rejected(train("--init", tmp_path / "absent.pt"), "absent.pt: no such checkpoint")
+    rejected(train("--batch-size", "0"), "--batch-size 0")
+    rejected(train("--batch-size", "many"), "--batch-size")
+    rejected(train("--no-such-flag"), "--no-such-flag")
+    rejected(train("--device", "cuda:99"), "--device cuda:99")
+    rejected(typed("train.py", "--preset", "v9", cwd=place), "v9", "v1")
+    rejected(train("--weights", "absent.pth"), "absent.pth", "--weights none")
     (data / "jsons" / "train.json").unlink()
-    refused(train("--data", data), "train.json: no such file")
+    rejected(train("--data", data), "train.json: no such file")
     shutil.rmtree(data / "images" / "train")
-    refused(train("--data", data), "no such f")
+    rejected(train("--data", data), "no such f")
     assert [path.name for path in (place / "runs").iterdir()] == ["first"]
 
 
@@ -464,25 +464,25 @@ def test_mistakes_of_evaluate_and_predict(place, tmp_path, typed):
     checkpoint = place / "runs/first/best.pt"
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
-    refused(typed("evaluate.py", cwd=place), "--submission")
-    refused(typed("evaluate.py", checkpoint, "--split", "absent", cwd=place), "absent")
-    refused(typed("evaluate.py", checkpoint, "--json", tmp_path / "file" / "a.json", cwd=place), "a.json")
-    refused(typed("evaluate.py", checkpoint, "--save", cwd=place), "--save: belongs to --tune")
-    refused(typed("evaluate.py", checkpoint, "--tune-picture", "a.png", cwd=place), "--tune-picture: belongs to")
-    refused(typed("evaluate.py", "--submission", "a.csv", "--tune", cwd=place), "--tune: ", "leave --submission out")
-    refused(typed("evaluate.py", checkpoint, "--tune", "--save", "--thresh", "0.2", cwd=place), "another --thresh")
-    refused(typed("evaluate.py", checkpoint, "--tune", "--tune-picture", "absent/a.png", cwd=place), "absent/a.png")
-    refused(typed("evaluate.py", checkpoint, "--tune", "--tune-picture", "a.gif", cwd=place), "a.gif", ".png")
-    refused(typed("evaluate.py", checkpoint, "--backbone", "resnet18", cwd=place), "another architecture")
-    refused(typed("evaluate.py", checkpoint, "--submission", "a.csv", cwd=place), "--submission")
-    refused(typed("predict.py", checkpoint, "--images", tmp_path / "empty", cwd=place), "holds no images")
-    refused(typed("predict.py", checkpoint, "--images", tmp_path / "absent", cwd=place), "no such file or folder")
-    refused(typed("predict.py", checkpoint, "--out", tmp_path / "a.txt", cwd=place), "a.txt", "--out-format")
-    refused(typed("evaluate.py", checkpoint, "--format", "voc", cwd=place), "--format", "labelme")
-    refused(typed("evaluate.py", checkpoint, "--format", "icdar", cwd=place), "--format icdar", "labels/val")
-    refused(typed("predict.py", checkpoint, "--out", tmp_path / "absent" / "a.csv", cwd=place), "a.csv")
-    refused(typed("predict.py", checkpoint, "--overlays", tmp_path / "file", cwd=place), "file", "another folder")
-    refused(typed("predict.py", tmp_path / "file", cwd=place), "file: not a checkpoint")
+    rejected(typed("evaluate.py", cwd=place), "--submission")
+    rejected(typed("evaluate.py", checkpoint, "--split", "absent", cwd=place), "absent")
+    rejected(typed("evaluate.py", checkpoint, "--json", tmp_path / "file" / "a.json", cwd=place), "a.json")
+    rejected(typed("evaluate.py", checkpoint, "--save", cwd=place), "--save: belongs to --tune")
+    rejected(typed("evaluate.py", checkpoint, "--tune-picture", "a.png", cwd=place), "--tune-picture: belongs to")
+    rejected(typed("evaluate.py", "--submission", "a.csv", "--tune", cwd=place), "--tune: ", "leave --submission out")
+    rejected(typed("evaluate.py", checkpoint, "--tune", "--save", "--thresh", "0.2", cwd=place), "another --thresh")
+    rejected(typed("evaluate.py", checkpoint, "--tune", "--tune-picture", "absent/a.png", cwd=place), "absent/a.png")
+    rejected(typed("evaluate.py", checkpoint, "--tune", "--tune-picture", "a.gif", cwd=place), "a.gif", ".png")
+    rejected(typed("evaluate.py", checkpoint, "--backbone", "resnet18", cwd=place), "another architecture")
+    rejected(typed("evaluate.py", checkpoint, "--submission", "a.csv", cwd=place), "--submission")
+    rejected(typed("predict.py", checkpoint, "--images", tmp_path / "empty", cwd=place), "holds no images")
+    rejected(typed("predict.py", checkpoint, "--images", tmp_path / "absent", cwd=place), "no such file or folder")
+    rejected(typed("predict.py", checkpoint, "--out", tmp_path / "a.txt", cwd=place), "a.txt", "--out-format")
+    rejected(typed("evaluate.py", checkpoint, "--format", "voc", cwd=place), "--format", "labelme")
+    rejected(typed("evaluate.py", checkpoint, "--format", "icdar", cwd=place), "--format icdar", "labels/val")
+    rejected(typed("predict.py", checkpoint, "--out", tmp_path / "absent" / "a.csv", cwd=place), "a.csv")
+    rejected(typed("predict.py", checkpoint, "--overlays", tmp_path / "file", cwd=place), "file", "another folder")
+    rejected(typed("predict.py", tmp_path / "file", cwd=place), "file: not a checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -498,10 +498,12 @@ def test_mistakes_of_evaluate_and_predict(place, tmp_path, typed):
         ("filename,polygons\nunknown.jpg,\n", "unknown.jpg is not in"),
     ],
 )
-def test_broken_submissions_are_refused(place, tmp_path, typed, text, words):
+def test_broken_submissions_are_rejected(place, tmp_path, typed, text, words):
     path = tmp_path / "a.csv"
     path.write_text(text)
-    refused(typed("evaluate.py", "--submission", path, "--data", place / "data/datasets", cwd=tmp_path), "a.csv", words)
+    rejected(
+        typed("evaluate.py", "--submission", path, "--data", place / "data/datasets", cwd=tmp_path), "a.csv", words
+    )
 
 
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0/\r"), min_size=1, max_size=40)

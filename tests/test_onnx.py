@@ -124,8 +124,8 @@ def test_what_a_file_cannot_do_is_said(exported, tmp_path):
         with pytest.raises(UserError, match=words) as caught:
             load_network(paths, changes)
         assert "\n" not in str(caught.value)
-    refused = run("export.py", "best.pt", "--onnx", "best.bin", cwd=exported)
-    assert refused.returncode == 2 and "ends in .onnx" in refused.stderr
+    result = run("export.py", "best.pt", "--onnx", "best.bin", cwd=exported)
+    assert result.returncode == 2 and "ends in .onnx" in result.stderr
 
 
 def model_of(path, nodes=(), shape=("n", "h", "w", 3), metadata="", **more):

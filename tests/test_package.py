@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support import refused
+from support import rejected
 
 import dbnet
 from dbnet.errors import typed
@@ -100,7 +100,7 @@ def test_commands_and_api_run_beside_modules_named_as_our_scripts(installed, ren
     api = "import sys, dbnet; print(len(dbnet.Detector.load(device='cpu').detect(sys.argv[1])), dbnet.__version__)"
     image = next(test_images.iterdir())
     assert succeeds(installed.python, "-c", api, image, cwd=installed.work).split()[1] == dbnet.__version__
-    refused(run(installed.bin / "dbnet-predict", "absent.pt", cwd=installed.work), "absent.pt: no such checkpoint")
+    rejected(run(installed.bin / "dbnet-predict", "absent.pt", cwd=installed.work), "absent.pt: no such checkpoint")
 
 
 def test_the_help_of_a_command_names_commands(installed):
