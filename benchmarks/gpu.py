@@ -392,8 +392,12 @@ def rate(args: argparse.Namespace, preset: str, words: list[str]) -> dict[str, A
             if not link.is_symlink():
                 link.symlink_to(receipts[number % len(receipts)])
         (args.out / "found.csv").unlink(missing_ok=True)
-        seconds.append(run(args, f"{script}-{preset}", [*command, str(images)], args.out).get("seconds", float("nan")))
-    return {"images/s": round((args.images - 1) / max(seconds[1] - seconds[0], 1e-9), 1), "start s": seconds[0]}
+        row = run(args, f"{script}-{preset}", [*command, str(images)], args.out)
+        if row.get("unfinished") or row["status"]:
+            return row
+        seconds.append(row["seconds"])
+    more = seconds[1] - seconds[0]
+    return {"images/s": round((args.images - 1) / more, 1) if more > 0 else "too few images", "start s": seconds[0]}
 
 
 def trace_steps(args: argparse.Namespace, config: Config, device: torch.device) -> dict[str, Any]:
