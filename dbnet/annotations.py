@@ -85,7 +85,7 @@ def check_sizes(source: Path, annotations: dict[str, Annotation], images: dict[s
 def put_in_order(annotations: dict[str, Annotation]) -> list[str]:
     """Bring outlines into the order in which the metric reads them, top edge first, where that is certain.
 
-    Changes the annotations. Returns sentences that count the outlines that were changed, left or are not scored.
+    Returns sentences that count the outlines that were changed, left or are not scored.
     """
     changed = doubtful = few = total = 0
     for annotation in annotations.values():
@@ -118,8 +118,8 @@ def result_mark(form: str) -> str:
 def choose_format(path: Path, form: str, names: list[str]) -> str:
     """The format of detections to be written to `path`: `form`, or what the name says for auto.
 
-    Raises UserError where the name says nothing, the format cannot hold images of these names, or a label file of
-    LabelMe that may have been corrected would be overwritten.
+    Raises UserError where neither says one, it cannot hold images of these names, or a file that may have been
+    corrected would be overwritten.
     """
     if form == "auto":
         form = "ppocrlabel" if path.name == "Label.txt" else _FORMAT_OF_SUFFIX.get(path.suffix.lower(), "")
@@ -216,19 +216,17 @@ def write_labels(path: Path, form: str, found: dict[str, Annotation], images: di
         for name, annotation in found.items():
             label = labelme_file(path, name)
             make_folder(label.parent)
-            _write_json(label, _labelme_content(label.parent, files[name], annotation))
+            with write_whole(label, "w") as file:
+                json.dump(_labelme_content(label.parent, files[name], annotation), file, ensure_ascii=False)
     elif form == "ppocrlabel":
         with write_whole(path, "w") as file:
             file.writelines(_ppocrlabel_line(files[name], annotation) for name, annotation in found.items())
     elif form == "icdar":
         _write_icdar_zip(path, found)
     else:
-        _write_json(path, _coco_content(found) if form == "coco" else _competition_content(found))
-
-
-def _write_json(path: Path, content: Any) -> None:
-    with write_whole(path, "w") as file:
-        json.dump(content, file, ensure_ascii=False)
+        with write_whole(path, "w") as file:
+            content = _coco_content(found) if form == "coco" else _competition_content(found)
+            json.dump(content, file, ensure_ascii=False)
 
 
 def _sized(annotation: Annotation, width: str, height: str) -> dict[str, int]:
@@ -261,9 +259,8 @@ def _coco_content(found: dict[str, Annotation]) -> dict[str, Any]:
             word["bbox"] = [left, top, right - left, bottom - top]
             word["area"] = float(areas(polygon.astype(np.float64), np.array([len(polygon)]))[0])
             annotations.append(word | extras)
-    categories = [{"id": 1, "name": "text"}]
-    info = {"description": RESULT_MARK}
-    return {"info": info, "images": images, "annotations": annotations, "categories": categories}
+    kinds = {"info": {"description": RESULT_MARK}, "categories": [{"id": 1, "name": "text"}]}
+    return {**kinds, "images": images, "annotations": annotations}
 
 
 def labelme_file(folder: Path, name: str) -> Path:

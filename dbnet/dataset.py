@@ -457,11 +457,8 @@ class ArrayLoader:
     batches: Batches
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(self.load, self.batches)
-
-    def load(self, draws: list[Draw]) -> dict[str, Any]:
-        """The batch of these samples."""
-        return _collate(self.batches.dataset.__getitems__(draws), _stack)
+        for draws in self.batches:
+            yield _collate(self.batches.dataset.__getitems__(draws), _stack)
 
 
 def make_loader(batches: Batches, workers: int, pin_memory: bool) -> DataLoader:
@@ -509,6 +506,9 @@ def _prepare_process(_: int = 0) -> None:
     torch.multiprocessing.set_sharing_strategy("file_system")
 
 
+_WORKER_LOST = re.compile(r"DataLoader worker \(pid|shared memory|torch_shm|/torch_|Too many open files")
+
+
 def load_batches(loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The batches of a loader. Raises UserError where its workers have died or memory is short, with what to do."""
     try:
@@ -520,9 +520,7 @@ def load_batches(loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield from batches
     except (RuntimeError, OSError, MemoryError) as error:
         text = str(error)
-        if "Shared memory manager connection has timed out" in text:
-            reason = "a data worker waited too long for shared memory, on a machine with too much to do; go on later"
-        elif re.search("Bus error|shared memory|torch_shm|/torch_", text):
+        if re.search("Bus error|shared memory|torch_shm|/torch_", text):
             reason = "the data workers have no shared memory left; in Docker give the container more (--shm-size 8g)"
         elif is_out_of_memory(error):
             reason = "not enough memory to read images; close other programs, lower --workers"

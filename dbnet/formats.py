@@ -202,8 +202,10 @@ def is_hidden_text(text: object) -> bool:
 
 
 def is_dont_care_class(name: object) -> bool:
-    """Whether a class or label is `###`, or means don't care in words."""
-    return isinstance(name, str) and (is_hidden_text(name) or _letters(name) in _DONT_CARE)
+    """Whether a class or label is `###`, or means don't care in words, as "Don't care" or "ignored_text"."""
+    if not isinstance(name, str):
+        return False
+    return is_hidden_text(name) or not _DONT_CARE.isdisjoint([_letters(name), *re.findall("[a-z]+", name.lower())])
 
 
 def is_dont_care(where: str, word: dict[str, Any]) -> bool:
@@ -318,9 +320,8 @@ def _numbers(line: str) -> np.ndarray:
 def recognize_text_files(files: list[TextFile]) -> str:
     """The format of text files, one for each image, of LINE_FORMATS.
 
-    Names in `res_` are results, which have points and no transcriptions: polygons. Else lines decide. One line in ten
-    with the numbers of six points or more makes the set polygons, unless the first four points are a parallelogram:
-    then the other numbers are a transcription. Lines of 32 numbers are ctw1500 if most are a box and offsets in it.
+    Names in `res_` are results, which have no transcriptions: polygons. Else one line in ten with six points or more
+    makes the set polygons, unless the first four are a parallelogram: then the others are numbers in a transcription.
     """
     if files and all(file.name.startswith("res_") for file in files):
         return "polygons"
@@ -339,7 +340,7 @@ def recognize_text_files(files: list[TextFile]) -> str:
 
 
 def _are_offsets(numbers: np.ndarray) -> bool:
-    """Whether 32 numbers are the upper left and lower right corner of a box and 14 offsets within it."""
+    """Whether numbers are those of CTW1500: two corners of a box, and offsets within it."""
     box, offsets = numbers[2:4] - numbers[:2], numbers[4:].reshape(-1, 2)
     return bool((box > 0).all() and (offsets >= -2).all() and (offsets <= box + 2).all())
 
@@ -421,7 +422,7 @@ def parse_competition(where: str, text: str, names: list[str]) -> dict[str, Anno
     content = parse_json(where, text)
     images = content.get("images") if isinstance(content, dict) else None
     if not isinstance(images, dict):
-        raise _foreign_json(where, content, 'lacks "images", an object of file names; see the README for the form')
+        raise _foreign_json(where, content, f'lacks "images", an object of file names; {_CONVERT}')
     found = {}
     for name, entry in images.items():
         words = entry.get("words", {}) if isinstance(entry, dict) else None
@@ -540,7 +541,6 @@ _FOREIGN_LINES = (
 _EXPORT = "export COCO there"
 _CONVERT = 'convert it to COCO, or to {"images": {NAME: {"words": {ID: {"points": [[x, y], ...]}}}}}'
 _FOREIGN_JSON = (
-    ({"img_hash", "polygons"}, "a labels.json of docTR", _CONVERT),
     ({"img_dimensions", "polygons"}, "a labels.json of docTR", _CONVERT),
     ({"data_list"}, "the form of MMOCR 1.x", _CONVERT),
     ({"imgs", "anns"}, "the form of TextOCR and COCO-Text", _CONVERT),
@@ -556,13 +556,6 @@ _FOREIGN_JSON = (
     ({"transcription", "points"}, "the form of ArT and LSVT", _CONVERT),
     ({"image_id", "bbox"}, "a list of COCO results without its images", "put both into one file"),
     ({"image", "annotations"}, "the form of CreateML", _CONVERT),
-    ({"items", "categories"}, "the form of Datumaro", _EXPORT),
-    ({"objects", "size"}, "the form of Supervisely", _EXPORT),
-    ({"data_row"}, "the form of Labelbox", _EXPORT),
-    ({"features", "type"}, "GeoJSON", _CONVERT),
-    ({"Blocks"}, "a result of Textract", _CONVERT),
-    ({"textAnnotations"}, "a result of Google Vision", _CONVERT),
-    ({"analyzeResult"}, "a result of Azure", _CONVERT),
     ({"shapes"}, "a file of LabelMe", "put it into labels/SPLIT/ under the name of its image"),
     ({"images", "annotations"}, "COCO", "call it SPLIT.json in jsons/"),
 )
@@ -590,19 +583,15 @@ def _keys(content: object, levels: int = 4) -> set[str]:
 def _foreign_json(where: str, content: object, otherwise: str) -> UserError:
     """The error for JSON of another format, which says what it is and what to do, if it is known."""
     keys = _keys(content)
-    for needed, kind, advice in _FOREIGN_JSON:
-        if needed <= keys:
-            return UserError(f"{where}: is {kind}, which is not read; {advice}")
-    return UserError(f"{where}: {otherwise}")
+    known = (f"is {kind}, which is not read; {advice}" for needed, kind, advice in _FOREIGN_JSON if needed <= keys)
+    return UserError(f"{where}: {next(known, otherwise)}")
 
 
 def find_foreign_labels(folders: list[Path]) -> str | None:
     """A sentence about files of other formats in these folders, or None where there are none."""
-    for folder in folders:
-        for path in list_files(folder) if folder.is_dir() else []:
-            if path.suffix.lower() in _FOREIGN_SUFFIXES:
-                return f"{path}: is {_FOREIGN_SUFFIXES[path.suffix.lower()]}"
-    return None
+    files = (path for folder in folders if folder.is_dir() for path in list_files(folder))
+    found = next((path for path in files if path.suffix.lower() in _FOREIGN_SUFFIXES), None)
+    return f"{found}: is {_FOREIGN_SUFFIXES[found.suffix.lower()]}" if found else None
 
 
 # ---- the labels of a split, in any format
@@ -633,10 +622,8 @@ def read_labels_at(source: Path, images: list[str], form: str = "auto") -> tuple
 
 
 def _find_whole(texts: list[TextFile], jsons: list[TextFile], images: list[str]) -> list[TextFile]:
-    """The files about all images in a folder: each Label.txt, or the only file, if it is not named after an image.
-
-    PPOCRLabel writes fileState.txt and rec_gt.txt beside Label.txt.
-    """
+    """The files about all images in a folder: each Label.txt (PPOCRLabel writes others beside it), or the only file, if
+    it is not named after an image."""
     labels = [file for file in texts if file.name.lower() == "label"]
     if labels and {file.name for file in texts if file not in labels} <= {"fileState", "rec_gt"}:
         return labels
@@ -675,10 +662,7 @@ _MAX_FIELD = 1 << 28  # characters: a row of 500 polygons with many points is lo
 
 
 def read_detections(path: Path, images: list[str]) -> dict[str, Annotation]:
-    """Read what `write_detections` wrote, in any of its formats, on images of these names, in the order of the file.
-
-    Raises UserError for anything else.
-    """
+    """Read what `write_detections` wrote, in any of its formats, on images of these names, in the order of the file."""
     if path.is_dir() or path.suffix.lower() in (".json", ".zip", ".txt"):
         return read_labels_at(path, images)[1]
     return {name: Annotation(polygons, [False] * len(polygons)) for name, polygons in read_submission(path).items()}
@@ -709,9 +693,7 @@ def _parse_polygon(where: str, text: str) -> np.ndarray:
     try:
         if "_" in text:  # which Python would take for a digit's separator
             raise ValueError
-        values = [float(word) for word in text.split()]
+        polygon = np.array([float(word) for word in text.split()]).reshape(-1, 2)
     except ValueError:
-        raise UserError(f"{where}: coordinates must be numbers, not {text[:40]!r}") from None
-    if len(values) % 2:
-        raise UserError(f"{where}: a polygon has {len(values)} coordinates; x and y come in pairs")
-    return check_polygon(where, np.array(values).reshape(-1, 2))
+        raise UserError(f"{where}: coordinates must be numbers, x and y in pairs, not {text[:40]!r}") from None
+    return check_polygon(where, polygon)

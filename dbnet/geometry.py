@@ -22,7 +22,7 @@ WHOLE_UP_TO = 4
 
 PAGE_BREADTH = 0.6
 """Shorter side of a longer image in the network, as a share of image_size: a page of paper in each window. Of what is
-found in eight receipts alone, 98% is found in a strip of them, and 97% with IoU above 0.5 (benchmarks/RESULTS.md)."""
+found in eight receipts alone, a strip of them has 98%, and 97% with an IoU above 0.5 (benchmarks/RESULTS.md)."""
 
 MAX_CROSSINGS = 500
 """Self-crossings up to which the area of an outline is exact. Their number can grow with the square of the points."""

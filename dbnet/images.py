@@ -70,10 +70,7 @@ def readable_suffixes() -> tuple[str, ...]:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """The files of a folder and its sub-folders that are not hidden, by path; each folder once, despite links to it.
-
-    Raises UserError for a folder that cannot be read.
-    """
+    """The files of a folder and its sub-folders that are not hidden, by path; each folder once, despite links to it."""
 
     def fail(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
@@ -102,8 +99,8 @@ def file_of(path: Path) -> Path:
 def list_pages(path: Path) -> list[Path]:
     """A path for each page of a PDF or TIFF file, in order; of a TIFF with one page, its own.
 
-    Prints how many of a PDF's pages cannot be opened and are left out. Raises ImageError for a file that cannot be
-    opened, and UserError where pypdfium2 is needed and not installed.
+    Prints how many of a PDF's pages cannot be opened and are left out. Raises ImageError, or UserError without
+    pypdfium2.
     """
     if _PAGE.fullmatch(path.name):
         return [path]
@@ -232,7 +229,7 @@ def _open_image(path: Path, file: IO[bytes]) -> Image.Image:
         except UnidentifiedImageError:
             file.seek(0)
         except Exception:
-            _check_room(_HEADER_ROOM)  # WebP files are unpacked here
+            np.empty(_HEADER_ROOM, np.uint8)  # MemoryError, where WebP files that are unpacked here seem broken
             raise
         start = file.read(12)
         if start[4:8] != b"ftyp":
@@ -317,7 +314,7 @@ def _decode(path: Path, header: _Header, file: IO[bytes], image_size: int | None
             image.draft(None, (image.width // reduction, image.height // reduction))
             return to_rgb(image)
         except Exception:
-            _check_room(2 * 4 * image.width * image.height // reduction**2)
+            np.empty(2 * 4 * image.width * image.height // reduction**2, np.uint8)  # MemoryError, not a broken image
             raise
 
 
@@ -334,11 +331,6 @@ def _jpeg_scans(path: Path, data: bytes) -> tuple[int, bool]:
         scans += marker[0][1] == _JPEG_SCAN
         position = marker.end() - 2 + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
     raise ImageError(f"{path}: a JPEG of more than {_MAX_SEGMENTS} segments; save it again")
-
-
-def _check_room(size: int) -> None:
-    """Raise MemoryError unless so many bytes can be allocated: some decoders report that as a broken image."""
-    np.empty(size, np.uint8)
 
 
 # ---- pages of PDF files: rendered in a process of its own, since PDFium aborts its process for some files
@@ -362,14 +354,11 @@ def _page_number(path: Path) -> int:
 
 
 @lru_cache(maxsize=1)
-def _renderer(process: int) -> tuple[subprocess.Popen[bytes], Lock, bool]:
-    """A process that runs `_serve_pages` for this one, a lock on it, and whether the user's limits leave it its memory;
-    a forked process has one of its own."""
+def _renderer(process: int) -> tuple[subprocess.Popen[bytes], Lock]:
+    """A process that runs `_serve_pages` for this one, and a lock on it; a forked process has one of its own."""
     code = f"import sys; sys.path[:] = {sys.path!r}; from dbnet.images import _serve_pages; _serve_pages()"
     words, pipe = [sys.executable, "-c", code], subprocess.PIPE
-    renderer = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
-    assert renderer.stdout
-    return renderer, Lock(), renderer.stdout.readline() == b"room\n"  # without a line, it could not even start
+    return subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL), Lock()
 
 
 def _ask_renderer(path: Path, **question: Any) -> tuple[dict[str, Any], bytearray]:
@@ -380,7 +369,7 @@ def _ask_renderer(path: Path, **question: Any) -> tuple[dict[str, Any], bytearra
     check_regular(file, ImageError)
     with _reading(path):
         file.open("rb").close()  # for the system's own reason where it cannot be opened
-        renderer, lock, has_room = _renderer(os.getpid())
+        renderer, lock = _renderer(os.getpid())
     assert renderer.stdin and renderer.stdout
     with lock:
         timer = Timer(_PAGE_SECONDS, renderer.kill)
@@ -398,8 +387,6 @@ def _ask_renderer(path: Path, **question: Any) -> tuple[dict[str, Any], bytearra
             renderer.kill()
             renderer.wait()
             _renderer.cache_clear()
-            if not has_room:
-                raise MemoryError(str(path)) from None
             limits = f"{_PAGE_SECONDS} s or {_RENDERER_BYTES >> 30} GB"
             raise ImageError(f"{path}: takes more than {limits} to render, or breaks PDFium") from None
         finally:
@@ -421,8 +408,13 @@ def _serve_pages() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that no library writes into an answer
-    output.write(b"room\n" if _limit_memory(_RENDERER_BYTES) else b"\n")
-    output.flush()
+    with suppress(ImportError, OSError):  # without such limits, or without /proc
+        import resource
+
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        most = sys.maxsize if hard == resource.RLIM_INFINITY else hard
+        resource.setrlimit(resource.RLIMIT_AS, (min(used + _RENDERER_BYTES, most), hard))
     for line in sys.stdin.buffer:
         question, pixels = json.loads(line), b""
         try:
@@ -430,7 +422,6 @@ def _serve_pages() -> None:
         except Exception as error:  # of pypdfium2, of many kinds; a lack of memory ends this process alone
             if is_out_of_memory(error):
                 raise
-            _check_room(_HEADER_ROOM)  # PDFium reports that as a broken file
             answer = {"error": f"cannot be read as a PDF ({one_line(error).rstrip('.')})"}
         output.write(json.dumps(answer).encode() + b"\n" + pixels)
         output.flush()
@@ -483,18 +474,3 @@ def _openable_pages(document: Any) -> list[int]:
     if count and opens(count):
         return list(range(1, count + 1))
     return list(filter(opens, range(1, min(count, _MAX_PAGES_TRIED) + 1)))
-
-
-def _limit_memory(more: int) -> bool:
-    """Let this process take no more than so many bytes more, where the system has such limits; False where the user's
-    own limit leaves it less."""
-    try:
-        import resource
-    except ImportError:
-        return True
-    statm = Path("/proc/self/statm")
-    used = int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else 1 << 30
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = min(used + more, sys.maxsize if hard == resource.RLIM_INFINITY else hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    return limit == used + more

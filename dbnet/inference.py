@@ -7,13 +7,10 @@ import json
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
-from itertools import chain, islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
@@ -22,17 +19,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dbnet.config import NETWORK_FIELDS, Config
-from dbnet.dataset import (
-    ArrayLoader,
-    Batches,
-    Draw,
-    ImageDataset,
-    count_cores,
-    count_workers,
-    load_batches,
-    make_loader,
-)
-from dbnet.errors import ImageError, UserError, is_out_of_memory, library_errors
+from dbnet.dataset import ArrayLoader, Batches, ImageDataset, count_cores, count_workers, load_batches, make_loader
+from dbnet.errors import ImageError, UserError, library_errors
 from dbnet.files import check_regular, write_whole
 from dbnet.geometry import Letterbox, in_windows, inference_side, windows
 from dbnet.images import list_pages, read_image, read_size, to_rgb
@@ -46,72 +34,49 @@ if TYPE_CHECKING:
 
 OPSET = 17
 CONFIG_KEY = "dbnet_config"
-_EXPORT_ANEW = "export it with export.py"
 _WAITING_IMAGES = 64  # on a GPU, more maps than this do not wait for their polygons; then the network does
 
 
-class Network(Protocol):
-    """What makes probability maps: an `ensemble.Ensemble` of checkpoints, or an `OnnxNetwork`."""
-
-    config: Config  # that it was trained with, as the user changed it
-    device: Any  # `str` of it begins with cuda where the network works beside the CPU
-    sides: tuple[int, ...]  # the image sizes that it looks at, config.image_size first
-    threads: int  # that may call it at once on a CPU, each with its share of the cores after `begin_thread`
-
-    def begin_thread(self) -> None:
-        """Prepare a thread that calls `infer` beside others."""
-
-    def infer(self, images: Sequence[Any], sizes: list[tuple[int, int]], plan: BatchPlan) -> Callable[[], np.ndarray]:
-        """Start on the (N, height, width, 3) uint8 images of a batch, one batch for each of `sides`.
-
-        `sizes` holds (width, height) of the originals. Returns a function that waits for the (N, height, width) uint8
-        maps, probability x 255, in the geometry of the first size.
-        """
-
-
 class OnnxNetwork:
-    """An exported network on ONNX Runtime, a `Network`."""
+    """An exported network on the CPU, a `Network`."""
 
-    threads = 1  # it has threads of its own
+    device = "cpu"
 
     def __init__(self, path: Path, changes: dict[str, Any]) -> None:
         """Load `path`, with `changes` made to the configuration that it holds.
 
-        Raises UserError where the file is not one that `export.py` wrote, where `changes` ask for what it cannot do, or
-        ONNX Runtime is not installed.
+        Raises UserError where the file is missing, damaged, or not one that `export.py` wrote, where `changes` ask for
+        what it cannot do, or ONNX Runtime is not installed.
         """
         onnxruntime = _import("onnxruntime")
         self.path = path
         check_graph(path)
-        provider = _provider(onnxruntime, path, changes.get("device", "auto"))
-        self.device = "cpu" if provider[0].startswith("CPU") else provider[0]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # fatal; errors are raised
         options.intra_op_num_threads = count_cores()  # by itself it takes those of the machine
         with library_errors(f"{path}: not an ONNX file, or a damaged one"):
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             metadata = self.session.get_modelmeta().custom_metadata_map
         try:
             trained = Config().changed(**json.loads(metadata[CONFIG_KEY]))
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError, UserError):
-            raise UserError(f"{path}: holds no configuration of this dbnet; {_EXPORT_ANEW}") from None
+            raise UserError(f"{path}: holds no configuration of this dbnet; export it with export.py") from None
         arrays = [*self.session.get_inputs(), *self.session.get_outputs()]
         kinds = [(array.name, array.type, len(array.shape)) for array in arrays]
         if kinds != [("images", "tensor(uint8)", 4), ("prob_maps", "tensor(float)", 3)]:
-            raise UserError(f"{path}: takes or gives other arrays than a network of dbnet; {_EXPORT_ANEW}")
+            raise UserError(f"{path}: takes or gives other arrays than a network of dbnet; export it with export.py")
         self.config = trained.changed(**changes)
-        self.sides: tuple[int, ...] = (self.config.image_size,)
         if self.config.tta:
             raise UserError(f"{path}: --tta needs the checkpoint; a .onnx file has one view of an image")
+        if not self.config.device.startswith(("auto", "cpu")):
+            raise UserError(f"--device {self.config.device}: {path} runs on the CPU; use auto or cpu")
         for name in NETWORK_FIELDS:
             if getattr(trained, name) != getattr(self.config, name):
                 raise UserError(f"--{name.replace('_', '-')}: cannot change the network of {path}; leave it out")
+        self.sides = (self.config.image_size,)
 
     def __str__(self) -> str:
         return f"{self.config.backbone}, {self.config.image_size} px, ONNX Runtime"
-
-    def begin_thread(self) -> None:
-        """As `Network` says."""
 
     def infer(
         self, images: Sequence[np.ndarray], sizes: list[tuple[int, int]], plan: BatchPlan
@@ -124,59 +89,58 @@ class OnnxNetwork:
         return lambda: prob_maps
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
-        """(N, height, width) float32 of (N, height, width, 3) uint8 images of any size. Raises UserError where the file
-        fails."""
-        with library_errors(f"{self.path}: fails on an image", _EXPORT_ANEW):
+        """(N, height, width) float32 of (N, height, width, 3) uint8 images. Raises UserError where the file fails."""
+        with library_errors(f"{self.path}: fails on an image", "export it anew with export.py"):
             [prob_maps] = self.session.run(None, {"images": np.ascontiguousarray(images)})
         if prob_maps.shape != images.shape[:3]:
-            raise UserError(f"{self.path}: gives a map of another size than the image; {_EXPORT_ANEW}")
+            raise UserError(f"{self.path}: gives a map of another size than the image; export it with export.py")
         return prob_maps
-
-
-def _provider(onnxruntime: Any, path: Path, device: str) -> tuple[str, dict[str, str]]:
-    """The provider of ONNX Runtime that --device names (cpu, cuda, cuda:N, openvino, ...), and its options."""
-    names = {name.removesuffix("ExecutionProvider").lower(): name for name in onnxruntime.get_available_providers()}
-    name, _, number = device.replace("auto", "cpu").partition(":")
-    if name not in names or (number and not number.isdecimal()):
-        raise UserError(f"--device {device}: {path} runs on {', '.join(names)} with the ONNX Runtime that is installed")
-    return names[name], {"device_id": number} if number else {}
 
 
 def check_graph(path: Path) -> None:
     """Raise UserError unless a file is an ONNX model that ends: without loops, branches, functions and other files."""
     check_regular(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    with library_errors(f"{path}: not an ONNX file, or a damaged one"):
-        model = list(_fields(memoryview(path.read_bytes())))
-        parts = [part for field, graph in model if field == 7 for part in _fields(graph)]
-        operations = {
-            bytes(name).decode() for field, node in parts if field == 1 for at, name in _fields(node) if at == 4
-        }
-        is_elsewhere = any(at == 13 for field, tensor in parts if field == 5 for at, _ in _fields(tensor))
+    try:
+        data = memoryview(path.read_bytes())
+        graphs = [part for field, part in _fields(data) if field == 7]
+        nodes = [part for graph in graphs for field, part in _fields(graph) if field == 1]
+        operations = {bytes(part).decode() for node in nodes for field, part in _fields(node) if field == 4}
+        tensors = [part for graph in graphs for field, part in _fields(graph) if field == 5]
+        is_elsewhere = any(field == 13 for tensor in tensors for field, _ in _fields(tensor))
+        has_functions = any(field == 25 for field, _ in _fields(data))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, IndexError, TypeError):
+        raise UserError(f"{path}: not an ONNX file, or a damaged one") from None
     found = sorted(operations & {"Loop", "If", "Scan", "SequenceMap"})
-    if found or is_elsewhere or not parts or any(field == 25 for field, _ in model):
+    if found or has_functions or is_elsewhere or not graphs:
         what = f"the operation {found[0]}" if found else "functions or data in other files"
-        raise UserError(f"{path}: has {what}, which no network of dbnet has; {_EXPORT_ANEW}")
+        raise UserError(f"{path}: has {what}, which no network of dbnet has; export it with export.py")
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
     """Number and content of the fields of a protobuf message that have a length; others are passed over."""
     place = 0
     while place < len(message):
-        tag, place = _number(message, place)
-        kind, length = tag & 7, {0: 0, 1: 8, 2: 0, 5: 4}[tag & 7]
+        tag, place = _varint(message, place)
+        kind, length = tag & 7, 0
         if kind == 0:
-            _, place = _number(message, place)
+            _, place = _varint(message, place)
         elif kind == 2:
-            length, place = _number(message, place)
+            length, place = _varint(message, place)
             if length > len(message) - place:
                 raise ValueError("it is cut short")
             yield tag >> 3, message[place : place + length]
+        elif kind in (1, 5):
+            length = 8 if kind == 1 else 4
+        else:
+            raise ValueError("not a protobuf message")
         place += length
 
 
-def _number(message: memoryview, place: int) -> tuple[int, int]:
+def _varint(message: memoryview, place: int) -> tuple[int, int]:
     """A number of 7 bits a byte, and the place behind it."""
     value = 0
     for shift in range(0, 70, 7):
@@ -188,21 +152,14 @@ def _number(message: memoryview, place: int) -> tuple[int, int]:
     raise ValueError("not a protobuf message")
 
 
-def write_onnx(path: Path, model: DBNet, config: Config, half: bool = False) -> None:
+def write_onnx(path: Path, model: DBNet, config: Config) -> None:
     """Write a network in eval mode, on the CPU, with its configuration; whole or not at all.
 
-    It takes images of any size. With `half`, kernels are stored as 16-bit floats, to which the model's are rounded too;
-    they are widened when the file is loaded. Raises UserError where the file cannot be written or the `onnx` package is
-    not installed.
+    Raises UserError where the file cannot be written or the `onnx` package is not installed.
     """
     import torch
 
-    from dbnet.model import AnySize
-
     onnx = _import("onnx")
-    if half:
-        for weight in model.parameters():
-            weight.data = weight.data.half().float() if weight.ndim > 1 else weight.data
     example = torch.zeros(2, 64, 96, 3, dtype=torch.uint8)
     axes = {0: "batch", 1: "height", 2: "width"}
     file: Any = io.BytesIO()  # the exporter takes it, though its signature names paths alone
@@ -211,7 +168,7 @@ def write_onnx(path: Path, model: DBNet, config: Config, half: bool = False) -> 
         # times as long, one package more, and puts the weights into a file of their own.
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            AnySize(model).eval(),
+            model,
             (example,),
             file,
             dynamo=False,
@@ -220,19 +177,11 @@ def write_onnx(path: Path, model: DBNet, config: Config, half: bool = False) -> 
             output_names=["prob_maps"],
             dynamic_axes={"images": axes, "prob_maps": axes},
         )
-    exported = onnx.load_model_from_string(file.getvalue())
-    for tensor in list(exported.graph.initializer) if half else []:
-        array = onnx.numpy_helper.to_array(tensor)
-        halved = array.astype(np.float16)
-        if array.dtype == np.float32 and array.ndim > 1 and (halved == array).all():
-            widened, tensor_name = tensor.name, f"{tensor.name}.half"
-            tensor.CopyFrom(onnx.numpy_helper.from_array(halved, tensor_name))
-            cast = onnx.helper.make_node("Cast", [tensor_name], [widened], to=onnx.TensorProto.FLOAT)
-            exported.graph.node.insert(0, cast)
-    onnx.helper.set_model_props(exported, {CONFIG_KEY: json.dumps(config.to_dict())})
-    onnx.checker.check_model(exported)
+    graph = onnx.load_model_from_string(file.getvalue())
+    onnx.helper.set_model_props(graph, {CONFIG_KEY: json.dumps(config.to_dict())})
+    onnx.checker.check_model(graph)
     with write_whole(path) as output:
-        output.write(exported.SerializeToString())
+        output.write(graph.SerializeToString())
 
 
 def _import(name: str) -> Any:
@@ -245,9 +194,11 @@ def _import(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Detection:
-    """What was found in the image at a place of the data set: nothing but `error`, a line, where it is unreadable."""
+    """What was found in one image."""
 
     index: int
+    """place of the image in the data set"""
+
     polygons: list[np.ndarray]
     """(n, 2) int arrays, x and y in pixels of the upright original"""
 
@@ -255,11 +206,50 @@ class Detection:
     """mean probability inside each polygon's region, 0..1"""
 
     prob_map: np.ndarray | None
-    """(height, width) uint8, probability x 255, of the resized image without its padding"""
+    """(height, width) uint8, probability x 255, of the resized image without its padding; None where there is none"""
 
     error: str | None
+    """one line, where the image could not be read"""
+
     size: tuple[int, int] | None = None
-    """(width, height) in pixels of the upright original"""
+    """(width, height) in pixels of the upright original; None where it could not be read"""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A Detection whose polygons are being made."""
+
+    index: int
+    size: tuple[int, int]
+    prob_map: np.ndarray
+    future: Future[tuple[list[np.ndarray], list[float]]]
+
+    def result(self) -> Detection:
+        """Wait for it."""
+        return Detection(self.index, *self.future.result(), self.prob_map, None, self.size)
+
+
+class Network(Protocol):
+    """What makes probability maps: an `ensemble.Ensemble` of checkpoints, or an `onnx.OnnxNetwork`."""
+
+    @property
+    def config(self) -> Config:
+        """The configuration that it was trained with, as the user changed it."""
+
+    @property
+    def device(self) -> torch.device | str:
+        """Where it runs; `str` of it begins with cpu or cuda."""
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The image sizes that it looks at, config.image_size first."""
+
+    def infer(self, images: Sequence[Any], sizes: list[tuple[int, int]], plan: BatchPlan) -> Callable[[], np.ndarray]:
+        """Start on the (N, height, width, 3) uint8 images of a batch, one batch for each of `sides`.
+
+        `sizes` holds (width, height) of the originals. Returns a function that waits for the (N, height, width) uint8
+        maps, probability x 255, in the geometry of the first size.
+        """
 
 
 def load_network(paths: Sequence[Path], changes: dict[str, Any]) -> Network:
@@ -269,17 +259,22 @@ def load_network(paths: Sequence[Path], changes: dict[str, Any]) -> Network:
 
     Raises UserError where a file cannot be used.
     """
-    if any(path.suffix.lower() == ".onnx" for path in paths):
-        if len(paths) > 1:
-            names = f"{paths[0]} {paths[1]}"
-            raise UserError(f"{names}: a .onnx file runs alone; name its checkpoint to average it with others")
-        return OnnxNetwork(paths[0], changes)
-    if not find_spec("torch") or not find_spec("torchvision"):
-        way = "pip install torch torchvision; or export it where PyTorch is, and use the .onnx file"
-        raise UserError(f"{paths[0]}: needs PyTorch: {way}")
-    from dbnet.ensemble import Ensemble
-
-    return Ensemble.load(paths, changes)
+    if not any(path.suffix.lower() == ".onnx" for path in paths):
+        try:
+            from dbnet.ensemble import Ensemble
+        except ModuleNotFoundError as error:
+            if error.name not in ("torch", "torchvision"):
+                raise
+            raise UserError(
+                f"{paths[0]}: needs PyTorch: pip install torch torchvision; or export it where PyTorch is, and use "
+                "the .onnx file"
+            ) from None
+        return Ensemble.load(paths, changes)
+    if len(paths) > 1:
+        raise UserError(
+            f"{paths[0]} {paths[1]}: a .onnx file runs alone; name its checkpoint to average it with others"
+        )
+    return OnnxNetwork(paths[0], changes)
 
 
 def shipped_weights() -> Path:
@@ -291,23 +286,34 @@ def shipped_weights() -> Path:
     raise UserError("weights/lite.pt: is missing from this copy of dbnet; name a checkpoint, or train one")
 
 
+class InlineExecutor(Executor):
+    """Runs a call when it is submitted, in the calling thread: where another process would gain nothing."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
 class Pipeline:
     """Detect text in the images of a data set, as often as asked: reading, network and post-processing overlap.
 
     While a GPU computes, loader workers read the next batches and other processes make polygons of the last ones. On a
-    CPU a few threads have their share of the cores each, and an image each, from its file to its polygons: cores that
-    share one image wait for each other.
+    CPU the network takes all the cores, and other work on a core delays all of them. So there the next batch is read
+    while the polygons of the last are made and used, between two batches.
     """
 
-    def __init__(self, dataset: ImageDataset, config: Config, device: torch.device | str) -> None:
+    def __init__(
+        self, dataset: ImageDataset, config: Config, device: torch.device | str, reader: Executor | None = None
+    ) -> None:
+        """`reader` reads the next batch; by default a thread does."""
         self.dataset, self.config = dataset, config
         self.on_gpu = str(device).startswith("cuda")
-        self.batch_size = config.batch_size if self.on_gpu else 1  # a CPU gains nothing by more
         self.workers = count_workers(config) if self.on_gpu else 0
+        self.batch_size = config.batch_size if self.on_gpu else 1  # a CPU gains nothing by more
         self.loader: Iterable[dict[str, Any]] | None = None
-        self.extractors: Executor | None = None
-        if self.on_gpu and self.workers:  # spawned: a fork would inherit the GPU, and locks of threads
-            self.extractors = ProcessPoolExecutor(self.workers, get_context("spawn"), cv2.setNumThreads, (1,))
+        self._reader = reader or ThreadPoolExecutor(max_workers=1)
+        self._extractors: Executor = ProcessPoolExecutor(self.workers) if self.workers else InlineExecutor()
 
     def detect(self, network: Network) -> Iterator[Detection]:
         """Every image of the data set exactly once, in the order in which they are done; of several processes that
@@ -316,86 +322,55 @@ class Pipeline:
         When memory runs out the batch is halved for the rest of the images. Raises ImageError for an image that cannot
         be read where config.strict is set (else its Detection has an `error`), and UserError as `load_batches` does.
         """
-        if self.dataset.further_sizes != network.sides[1:]:
-            self.dataset.further_sizes, self.loader = network.sides[1:], None
-        batches, plan = Batches(self.dataset, self.batch_size), BatchPlan(self.batch_size)
-        if self.on_gpu:
-            self.loader = self.loader or make_loader(batches, self.workers, pin_memory=True)
-            yield from self._beside_device(network, self.loader, plan)
-            return
-        look = partial(self._look, network, ArrayLoader(batches))
-        threads = min(network.threads, len(batches))
-        if threads <= 1:
-            for draws in batches:
-                yield from run_until_it_fits(partial(look, draws, plan), plan)
-            return
-        waiting: deque[tuple[list[Draw], Future[list[Detection]]]] = deque()
-        with ThreadPoolExecutor(threads, initializer=network.begin_thread) as pool:
-            ahead = iter(batches)
-            waiting.extend((draws, pool.submit(look, draws, plan)) for draws in islice(ahead, 2 * threads))
-            while waiting:
-                draws, future = waiting.popleft()
-                try:
-                    found = future.result()
-                except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    wait([others for _, others in waiting])  # alone, it may fit
-                    found = run_until_it_fits(partial(look, draws, plan), plan)
-                waiting.extend((draws, pool.submit(look, draws, plan)) for draws in islice(ahead, 1))
-                yield from found
-
-    def _look(self, network: Network, loader: ArrayLoader, draws: list[Draw], plan: BatchPlan) -> list[Detection]:
-        """What is found in a batch, all of it by this thread."""
-        [batch] = load_batches(map(loader.load, [draws]))
-        found = self._unreadable(batch)
-        if "image" in batch:
-            for index, size, prob_map in self._cropped(batch, self._launch(network, batch, plan)()):
-                found.append(Detection(index, *polygons_of(prob_map, size, self.config), prob_map, None, size))
-        return found
-
-    def _beside_device(
-        self, network: Network, loader: Iterable[dict[str, Any]], plan: BatchPlan
-    ) -> Iterator[Detection]:
-        """What is found in the batches of a loader, while the device works on the next one."""
-        waiting: deque[tuple[partial[Detection], Future[Any]]] = deque()
+        plan = BatchPlan(self.batch_size)
+        waiting: deque[Pending] = deque()
         launched: tuple[dict[str, Any], Callable[[], np.ndarray]] | None = None
-        extractors = self.extractors or ThreadPoolExecutor(1)
-        for batch in chain(load_batches(loader), [None]):
-            last, launched = launched, None
-            if batch:
-                if "image" in batch:
-                    launched = batch, run_until_it_fits(partial(self._launch, network, batch, plan), plan)
-                yield from self._unreadable(batch)
+        batches = load_batches(self._load(network.sides[1:]))
+        batch = next(batches, None)
+        while batch or launched:
+            last = launched
+            launched = None
+            if batch and "image" in batch:
+                images = [batch["image"], *(batch[f"image_{side}"] for side in network.sides[1:])]
+                sizes = batch["size"].tolist()
+                launched = batch, run_until_it_fits(partial(network.infer, images, sizes, plan), plan)
+            following = self._reader.submit(next, batches, None) if batch else None
+            for index, error in batch["failed"] if batch else []:
+                if self.config.strict:
+                    raise ImageError(error)
+                yield Detection(index, [], [], None, error)
             if last:  # its maps have arrived while the device was busy with those of this batch
-                for index, size, prob_map in self._cropped(last[0], last[1]()):
-                    make = partial(Detection, index, prob_map=prob_map, error=None, size=size)
-                    waiting.append((make, extractors.submit(polygons_of, prob_map, size, self.config)))
-            while waiting and (not batch or len(waiting) > _WAITING_IMAGES or waiting[0][1].done()):
-                make, future = waiting.popleft()
-                polygons, scores = future.result()
-                yield make(polygons=polygons, scores=scores)
+                waiting.extend(self._extract(*last))
+            while waiting and (len(waiting) > _WAITING_IMAGES or waiting[0].future.done()):
+                yield waiting.popleft().result()
+            batch = following.result() if following else None
+        for pending in waiting:
+            yield pending.result()
 
-    def _launch(self, network: Network, batch: dict[str, Any], plan: BatchPlan) -> Callable[[], np.ndarray]:
-        """Start on the maps of a batch; the function that waits for them."""
-        images = [batch["image"], *(batch[f"image_{side}"] for side in network.sides[1:])]
-        return network.infer(images, batch["size"].tolist(), plan)
+    def _load(self, further_sizes: tuple[int, ...]) -> Iterable[dict[str, Any]]:
+        """The batches, with the images at these sizes too."""
+        if self.loader is None or self.dataset.further_sizes != further_sizes:
+            self.dataset.further_sizes = further_sizes
+            batches = Batches(self.dataset, self.batch_size)
+            self.loader = make_loader(batches, self.workers, pin_memory=True) if self.on_gpu else ArrayLoader(batches)
+        return self.loader
 
-    def _unreadable(self, batch: dict[str, Any]) -> list[Detection]:
-        """A Detection for each image of a batch that could not be read."""
-        for _, error in batch["failed"] if self.config.strict else []:
-            raise ImageError(error)
-        return [Detection(index, [], [], None, error) for index, error in batch["failed"]]
-
-    def _cropped(self, batch: dict[str, Any], prob_maps: np.ndarray) -> Iterator[tuple[int, Any, np.ndarray]]:
-        """Index, (width, height) in pixels and map without its padding of each image of a batch."""
-        for index, size, prob_map in zip(batch["index"].tolist(), batch["size"].tolist(), prob_maps, strict=True):
+    def _extract(self, batch: dict[str, Any], prob_maps: Callable[[], np.ndarray]) -> Iterator[Pending]:
+        """Start on the polygons of each image of a batch."""
+        for index, size, prob_map in zip(batch["index"].tolist(), batch["size"].tolist(), prob_maps(), strict=True):
             width, height = resized_as(size, self.config).resized
-            yield index, tuple(size), prob_map[:height, :width]
+            prob_map = prob_map[:height, :width]
+            future = self._extractors.submit(polygons_of, prob_map, size, self.config)
+            yield Pending(index, (size[0], size[1]), prob_map, future)
 
 
 def polygons_of(prob_map: np.ndarray, size: tuple[int, int], config: Config) -> tuple[list[np.ndarray], list[float]]:
-    """Polygons in pixels of the original of this (width, height), and their scores. `prob_map` as in Detection."""
+    """Polygons in pixels of the original image and their scores.
+
+    Args:
+        prob_map: (height, width) uint8, probability x 255, of the resized image without its padding.
+        size: (width, height) of the original image.
+    """
     width, height = size
     letterbox = resized_as(size, config)
     looks = len(windows(letterbox.side, config.image_size))  # of a long image as many candidates in each window
@@ -471,7 +446,8 @@ class Detector:
     def detect(self, image: Picture, bgr: bool = False, **thresholds: Any) -> list[Text]:
         """Text in an image, best first. Of THRESHOLDS, the call may change any: `detect(image, box_thresh=0.5)`.
 
-        Raises UserError for what cannot be read as an image, and for a threshold out of range.
+        Raises UserError for what cannot be read as an image, and for a threshold that does not exist or is out of
+        range.
         """
         return self.detect_batch([image], bgr, **thresholds)[0]
 
@@ -505,7 +481,10 @@ class Detector:
                 on_error(error)
 
     def prob_map(self, image: Picture, bgr: bool = False) -> np.ndarray:
-        """(height, width) uint8, the probability of text x 255, of the image resized to image_size."""
+        """(height, width) uint8, the probability of text x 255, of the image resized to image_size at its longer side.
+
+        Raises as `detect` does.
+        """
         [detection] = self._run([image], bgr, {})
         assert detection.prob_map is not None  # as an image that cannot be read raises
         return detection.prob_map.copy()
@@ -513,8 +492,10 @@ class Detector:
     def _run(self, images: Sequence[Picture], bgr: bool, thresholds: dict[str, Any]) -> Iterator[Detection]:
         for name in thresholds.keys() - set(THRESHOLDS):
             raise UserError(f"{name}: cannot change from call to call; these can: {', '.join(THRESHOLDS)}")
+        # Processes or threads would take longer to start than they save.
         config = self.config.changed(workers=0, strict=True, **thresholds)
-        return Pipeline(_Pictures(images, config, bgr), config, self.network.device).detect(self.network)
+        pipeline = Pipeline(_Pictures(images, config, bgr), config, self.network.device, InlineExecutor())
+        return pipeline.detect(self.network)
 
 
 class _Pictures(ImageDataset):
@@ -551,8 +532,10 @@ def _pixels(image: Any, bgr: bool) -> np.ndarray:
     channels = (image.shape[2] if image.ndim == 3 else 1) if is_image else 0
     if channels not in (1, 3, 4):
         kind = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
-        pixels = "(height, width) grey, (height, width, 3) RGB or (height, width, 4) RGBA"
-        raise UserError(f"takes a file, its bytes, a Pillow image, or uint8 pixels that are {pixels}, not {kind}")
+        raise UserError(
+            f"takes a file, its bytes, a Pillow image, or uint8 pixels that are (height, width) grey, "
+            f"(height, width, 3) RGB or (height, width, 4) RGBA, not {kind}"
+        )
     if not image.size:
         raise UserError(f"takes an image with pixels in it, not {image.shape}")
     if channels == 1:

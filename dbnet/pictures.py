@@ -183,11 +183,10 @@ def draw_heat_map(
     title: str,
     marks: dict[str, tuple[int, int]],
 ) -> "Figure":
-    """Draw (rows, columns) values of 0..1, the highest brightest; the first row is at the bottom, as on a graph's axis.
+    """Draw (rows, columns) values of 0..1, the highest brightest and the lowest quarter in one colour.
 
-    The lowest quarter has one colour, so that the good values can be told apart. `rows` and `columns` are the numbers
-    on the axes, `labels` the names of these axes, `marks` the cells (row, column) to frame by their legends; any after
-    the first get a dashed frame.
+    `rows` and `columns` are the numbers on the axes, from the bottom and the left, `labels` the names of these axes,
+    `marks` the cells (row, column) to frame by their legends; any after the first get a dashed frame.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -291,9 +290,8 @@ def _numbers(rows: list[Row], key: str) -> np.ndarray:
 def write_events(run: Path, rows: list[Row]) -> None:
     """Append the last row to the run's file of TensorBoard events; nothing without TensorBoard.
 
-    Losses are under `loss/`, scores under `score/`, all other numbers under `run/`; the step is the epoch. Earlier
-    events of this epoch and later ones become void. Raises OSError, with the file as it was, where there is no room:
-    torch's SummaryWriter would write in a thread, whose errors nobody can catch.
+    Earlier events of this epoch and later ones become void. Raises OSError, with the file as it was, where there is no
+    room: torch's SummaryWriter would write in a thread, whose errors nobody can catch.
     """
     if not importlib.util.find_spec("tensorboard"):
         return

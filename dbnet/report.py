@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import cv2
 import numpy as np
@@ -27,12 +27,9 @@ from dbnet.geometry import Letterbox
 from dbnet.images import read_image
 from dbnet.metric import Outcome, match_image
 
-PICTURE_SIDE = 1024  # longer side in pixels
-PICTURE_BYTES = 75_000  # at most; 400 images in base64, with maps and polygons, then stay under 60 MB
-MAP_SIDE = 512
-MAP_BYTES = 15_000  # at most
+PICTURE_SIDE, PICTURE_BYTES = 1024, 75_000  # at most: 400 images, with maps and polygons, then stay under 60 MB
+MAP_SIDE, MAP_BYTES = 512, 15_000
 MAP_LEVELS = 16  # of probability, 4 bits a pixel
-
 REPORT_MARK = "report by dbnet"  # near the end of every page, which may be overwritten therefore
 _DATA_MARK = "<!-- data -->"
 _QUALITIES = (75, 65, 55, 45, 35, 25)  # of JPEG, in the order in which they are tried
@@ -147,8 +144,9 @@ def write_report(
         file.write(before)
         file.write(f'<script type="application/json" id="data">{content}</script>\n')
         for index, name in enumerate(evaluation.per_image):
-            _embed(file, f"jpeg-{index}", pictures[name].jpeg)
-            _embed(file, f"prob_map-{index}", pictures[name].prob_map)
+            for kind in _EMBEDDED:
+                encoded = base64.b64encode(getattr(pictures[name], kind)).decode()
+                file.write(f'<script type="text/plain" id="{kind}-{index}">{encoded}</script>\n' if encoded else "")
         file.write(f"{after}<!-- {REPORT_MARK} -->\n")
 
 
@@ -203,8 +201,3 @@ def _sizes(pixels: np.ndarray, most: int) -> Iterator[Letterbox]:
 
 def _flat(polygon: np.ndarray) -> list[int]:
     return np.rint(polygon).clip(-_FAR, _FAR).astype(int).ravel().tolist()
-
-
-def _embed(file: IO[str], element: str, content: bytes) -> None:
-    if content:
-        file.write(f'<script type="text/plain" id="{element}">{base64.b64encode(content).decode()}</script>\n')

@@ -183,7 +183,7 @@ def _read_folder(
 
 
 def _read_labels(folder: Path, split: str, form: str, images: list[str]) -> tuple[Path, dict[str, Annotation]]:
-    """Where the annotations of a split are, and these by the names in them; prints what else there is to know."""
+    """Where the annotations of a split are, and these by the names in them."""
     places = _label_places(folder, split, form)
     if not places:
         kind = "annotations" if form == "auto" else f"annotations of --format {form}"

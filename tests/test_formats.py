@@ -538,7 +538,7 @@ def coco(image=(), **word):
     """COCO of the three quads, `word` in the last of them."""
     words = [{"image_id": 1, "segmentation": [[float(value) for value in quad.split(",")]]} for quad in QUADS]
     words[2] |= word
-    names = [{"id": 1, "name": "text"}, {"id": 2, "name": "Don't Care"}]
+    names = [{"id": 1, "name": "text"}, {"id": 2, "name": "Don't Care"}, {"id": 3, "name": "ignored_text"}]
     return {
         "images": [{"id": 1, "file_name": "receipt 1.jpg", **dict(image)}],
         "annotations": words,
@@ -561,6 +561,8 @@ def coco(image=(), **word):
             for word in [
                 {"ignore": "1"},
                 {"category_id": "2"},
+                {"category_id": 3},
+                {"attributes": {"text": "###"}},
                 {"attributes": {"legible": False}},
                 {"attributes": [{"name": "illegible", "value": "True"}]},
                 {"legibility": "illegible"},
@@ -579,6 +581,59 @@ def test_what_does_not_say_dont_care_is_a_word(tmp_path):
     assert flags_of(tmp_path, {"jsons/val.json": coco(**word)}) == [False, False, False]
     with pytest.raises(UserError, match='annotation 3: "difficult" must be true or false'):
         flags_of(tmp_path, {"jsons/val.json": coco(attributes={"difficult": "maybe"})})
+
+
+LABELME = {"shapes": [{"label": "text", "points": [[1, 2], [9, 2], [9, 8], [1, 8]], "shape_type": "polygon"}]}
+LABEL_TXT = f"x/a.jpg\t{json.dumps(LABELME['shapes'])}\n"
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        *("labels/val/x/a.txt", "labels/val/x/gt_a.txt", "labels/val/x/a.jpg.txt", "labels/val/x_a.txt"),
+        *("labels/val/a.txt", "images/val/x/a.txt", "labels/val.zip: x/a.txt", "labels/val.zip: val/x/gt_a.txt"),
+        *("labels/val/x/a.json", "images/val/x/a.json", "images/val/x/Label.txt", "labels/val/x/Label.txt"),
+    ],
+)
+def test_labels_in_sub_folders_belong_to_the_images_there(tmp_path, label):
+    content = json.dumps(LABELME) if label.endswith(".json") else "1,2,9,2,9,8,1,8,text\n"
+    content = LABEL_TXT if label.endswith("Label.txt") else content
+    path, _, inner = label.partition(": ")
+    for place in (tmp_path / path, tmp_path / "images/val/x/a.jpg"):
+        place.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40, 30)).save(tmp_path / "images/val/x/a.jpg")
+    if inner:
+        with zipfile.ZipFile(tmp_path / path, "w") as archive:
+            archive.writestr(inner, content)
+    else:
+        (tmp_path / path).write_text(content)
+    assert points(read_split(tmp_path, "val").annotations["x/a.jpg"]) == [LABELME["shapes"][0]["points"]]
+
+
+def test_each_sub_folder_may_have_its_own_label_txt(tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / "images/val" / folder).mkdir(parents=True)
+        Image.new("RGB", (40, 30)).save(tmp_path / "images/val" / folder / "a.jpg")
+        (tmp_path / "images/val" / folder / "Label.txt").write_text(LABEL_TXT.replace("x/", f"{folder}/"))
+    assert list(read_split(tmp_path, "val").annotations) == ["x/a.jpg", "y/a.jpg"]
+    (tmp_path / "images/val/y/Label.txt").write_text(LABEL_TXT)
+    with pytest.raises(UserError, match=r"y/Label.txt: another file is on x/a\.jpg as well"):
+        read_split(tmp_path, "val")
+
+
+def test_labels_of_images_in_sub_folders_are_written_where_they_are_read(tmp_path):
+    for name in ("x/a.jpg", "y/a.jpg"):
+        (tmp_path / "images/val" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (640, 480)).save(tmp_path / "images/val" / name)
+    found = {name: Annotation([np.array(QUAD)], [False]) for name in ("x/a.jpg", "y/a.jpg")}
+    images = {name: tmp_path / "images/val" / name for name in found}
+    for form, out in (("labelme", "images/val"), ("icdar", "labels/val.zip")):
+        (tmp_path / out).parent.mkdir(exist_ok=True)
+        assert choose_format(tmp_path / out, form, list(found)) == form
+        write_labels(tmp_path / out, form, found, images)
+        read = read_split(tmp_path, "val", "polygons" if form == "icdar" else form).annotations
+        assert {name: points(each) for name, each in read.items()} == {name: [QUAD] for name in found}
+    assert json.loads((tmp_path / "images/val/x/a.json").read_text())["imagePath"] == "a.jpg"
 
 
 @pytest.mark.parametrize(
