@@ -46,8 +46,8 @@ class IoUScore:
 
 
 def score_iou(
-    gt_polygons: Sequence[ArrayLike] | Polygons,
-    det_polygons: Sequence[ArrayLike] | Polygons,
+    gt_polygons: Sequence[ArrayLike],
+    det_polygons: Sequence[ArrayLike],
     dont_care: Sequence[bool] | None = None,
 ) -> IoUScore:
     """Match the (n, 2) detections of an image with its (n, 2) words: each word takes the first free one that matches.
@@ -56,8 +56,8 @@ def score_iou(
     counted and matches nothing. `dont_care` None stands for none. Raises ValueError as `metric.score_image` does.
     """
     gts, dets = Polygons.read(gt_polygons, IOU_MIN_POINTS), Polygons.read(det_polygons, IOU_MIN_POINTS)
-    is_valid = ~np.asarray(dont_care if dont_care is not None else np.zeros(len(gts.is_given)), bool)
-    gt_counts, det_counts = is_valid[gts.is_given], np.ones(len(dets), bool)
+    gt_counts = ~np.asarray(dont_care if dont_care is not None else np.zeros(len(gts)), bool)
+    det_counts = np.ones(len(dets), bool)
     gt, det = near_pairs(gts, dets)
 
     on_dont_care = np.flatnonzero(~gt_counts[gt])
@@ -75,8 +75,7 @@ def score_iou(
     for i, j in zip(gt[matches].tolist(), det[matches].tolist(), strict=True):
         if free_gt[i] and free_det[j]:
             free_gt[i] = free_det[j] = False
-    detections = int(det_counts.sum() + (~dets.is_given).sum())
-    return _score(int((~free_gt).sum()), int(is_valid.sum()), detections)
+    return _score(int((~free_gt).sum()), int(gt_counts.sum()), int(det_counts.sum()))
 
 
 def total_iou(scores: Iterable[IoUScore]) -> IoUScore:
@@ -116,7 +115,7 @@ def bin_of_size(heights: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def chars_by_size(polygons: Sequence[ArrayLike], size: tuple[int, int], gt_chars: np.ndarray) -> np.ndarray:
     """(bins, 2) int: characters of the words in each bin that were found, and all.
 
-    `gt_chars` are those of each word of an image of `size` (width, height) pixels, as `ImageMatch.gt_chars` gives them.
+    `gt_chars` are those of each word of an image of `size` (width, height) pixels, as `ImageMatch.gt_chars` has them.
     The columns sum to `chars_tp` and `chars_gt` of the image. Penalties for splits are left out.
     """
     bins = bin_of_size(text_heights(polygons), size)
@@ -281,15 +280,15 @@ class Evaluation:
         size: tuple[int, int] | None = None,
     ) -> None:
         """Score the detected (n, 2) polygons in pixels of an original of `size` (width, height), None if unknown."""
-        words, detections = (Polygons.read(each, IOU_MIN_POINTS) for each in (annotation.polygons, list(polygons)))
+        words, detections = annotation.polygons, list(polygons)
         match = match_image(words, detections, annotation.dont_care)
         self.per_image[name] = match.score
         self.iou_per_image[name] = score_iou(words, detections, annotation.dont_care)
         self.labels[name] = label_fingerprint(annotation)
-        if len(detections.is_given) > MAX_DETECTIONS:
-            self.unscored[name] = len(detections.is_given)
+        if len(detections) > MAX_DETECTIONS:
+            self.unscored[name] = len(detections)
         if size:
-            self.chars_per_image[name] = chars_by_size(annotation.polygons, size, match.gt_chars())
+            self.chars_per_image[name] = chars_by_size(annotation.polygons, size, match.gt_chars)
         if error:
             self.unreadable.append(error)
 

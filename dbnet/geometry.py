@@ -1,11 +1,11 @@
-"""Polygons between the original image and what the network sees."""
+"""Polygons between the original image and what the network sees, and what pairs of polygons have in common."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import cv2
 import numpy as np
@@ -25,13 +25,21 @@ PAGE_BREADTH = 0.6
 found in eight receipts alone, a strip of them has 98%, and 97% with an IoU above 0.5 (benchmarks/RESULTS.md)."""
 
 MAX_CROSSINGS = 500
-"""Self-crossings up to which the area of an outline is exact. Their number can grow with the square of the points."""
+"""Self-crossings above which an outline is a tangle. Their number can grow with the square of the points."""
 
-GRID = 64
-"""Rows and columns of the grid that samples the area of an outline with more crossings, within two or three percent."""
+MAX_EFFORT = 50_000
+"""Points and self-crossings, summed over pairs of polygons, up to which common areas of an image are exact: a second of
+work. A page of words needs a hundredth."""
 
-MAX_EDGES = 1 << 22
-"""Pairs of a point and an edge that `contains` compares at once, to bound its memory."""
+CROSSING_GRID = 2.0**-24
+"""Pixels to which intersections with outlines that cross themselves are rounded: without, shapely's result can be wrong
+by far where edges nearly touch, and with it a pair takes twice the time."""
+
+GRID = 48
+"""Rows and columns of the grid that samples common areas beyond that, within two or three percent of the polygon."""
+
+BLOCK = 1 << 20
+"""Elements of the arrays that are worked on at once, to bound memory."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +52,8 @@ class Letterbox:
 
     width: int
     """width of the original image in pixels"""
-
     height: int
     """height of the original image in pixels"""
-
     side: int
     """longer side of the resized image in pixels"""
 
@@ -96,12 +102,11 @@ def inference_side(width: int, height: int, image_size: int, enlarge: float) -> 
 
 
 class Window(NamedTuple):
-    """A part of a long image, along its longer side, in pixels."""
+    """A part of a long image, along its longer side, in pixels; its probability map counts where it is kept."""
 
     start: int
     stop: int
     kept_from: int
-    """from here on its probability map counts, measured from the start of the image"""
     kept_to: int
 
 
@@ -115,9 +120,8 @@ def windows(length: int, size: int) -> list[Window]:
     count = math.ceil((length - size) / (size * 7 / 8)) + 1
     starts = [round((length - size) * place / (count - 1) / STRIDE) * STRIDE for place in range(count)]
     middles = [(left + size + right) // 2 for left, right in pairwise(starts)]
-    return [
-        Window(start, start + size, *kept) for start, kept in zip(starts, pairwise([0, *middles, length]), strict=True)
-    ]
+    kept = pairwise([0, *middles, length])
+    return [Window(start, start + size, *bounds) for start, bounds in zip(starts, kept, strict=True)]
 
 
 def in_windows(network: Callable[[Any], Any], images: Any, size: int, join: Callable[[list, int], Any]) -> Any:
@@ -146,16 +150,14 @@ def fault_of(polygon: np.ndarray) -> str | None:
     return None
 
 
+# ---- many polygons at once: (total, 2) points, polygon after polygon, and (polygons,) counts, the points of each
+
+
 def clip_polygons(points: np.ndarray, counts: np.ndarray, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
     """Move points outside the image to its border.
 
-    Args:
-        points: (total, 2), polygon after polygon.
-        counts: (polygons,) number of points of each.
-
-    Returns:
-        The points, and (polygons,) bool, which polygons are degenerate then: they have fewer than three points, or less
-        than a square pixel.
+    Returns the points, and (polygons,) bool, which polygons are degenerate then: they have fewer than three points, or
+    less than a square pixel.
     """
     clipped = np.clip(points, 0, (width, height))
     return clipped, (counts < 3) | (areas(clipped, counts) < 1)
@@ -164,30 +166,25 @@ def clip_polygons(points: np.ndarray, counts: np.ndarray, width: int, height: in
 def visible_shares(points: np.ndarray, counts: np.ndarray, width: int, height: int) -> np.ndarray:
     """(polygons,) share of each polygon's area, 0..1, that is left when its points are moved to the image border.
 
-    Arguments as in `clip_polygons`. For upright rectangles this is the share of their area inside the image. It is 0
-    without an area.
+    For upright rectangles this is the share of their area inside the image. It is 0 without an area.
     """
     whole = areas(points, counts)
     return areas(np.clip(points, 0, (width, height)), counts) / np.where(whole > 0, whole, np.inf)
 
 
 def areas(points: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(polygons,) areas in square pixels by the shoelace formula; arguments as in `clip_polygons`.
-
-    In an outline that crosses itself, parts that turn in opposite directions cancel.
-    """
-    x, y = points.T
-    next_x, next_y = points[next_point(counts)].T
-    return np.abs(_sums(x * next_y - y * next_x, counts)) / 2
+    """(polygons,) areas in square pixels by the shoelace formula, in which parts that turn in opposite directions
+    cancel."""
+    return np.abs(_sums(cross(points.T, points[next_point(counts)].T), counts)) / 2
 
 
 def perimeters(points: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(polygons,) lengths of the closed outlines in pixels; arguments as in `clip_polygons`."""
+    """(polygons,) lengths of the closed outlines in pixels."""
     return _sums(np.sqrt(np.square(points[next_point(counts)] - points).sum(axis=1)), counts)
 
 
 def offset_distances(points: np.ndarray, counts: np.ndarray, ratio: float) -> np.ndarray:
-    """(polygons,) distances area x ratio / perimeter in pixels; 0 without a perimeter. Arguments as in `clip_polygons`.
+    """(polygons,) distances area x ratio / perimeter in pixels; 0 without a perimeter.
 
     With the ratio 1 - r^2 it is the distance D of the targets (DBNet equation 10), with the unclip ratio the distance
     D' of post-processing (equation 11).
@@ -199,105 +196,120 @@ def offset_distances(points: np.ndarray, counts: np.ndarray, ratio: float) -> np
 def next_point(counts: np.ndarray) -> np.ndarray:
     """(total,) index of the point that follows each point on its polygon; the first follows the last."""
     following = np.arange(1, counts.sum() + 1)
-    ends = np.cumsum(counts)
-    has_points = counts > 0
+    ends, has_points = np.cumsum(counts), counts > 0
     following[ends[has_points] - 1] = (ends - counts)[has_points]
     return following
 
 
 def _sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """(polygons,) sums over each polygon of one value for each point."""
-    sums = np.zeros(len(counts))
-    has_points = counts > 0
-    if has_points.any():
-        sums[has_points] = np.add.reduceat(values, (np.cumsum(counts) - counts)[has_points])
-    return sums
+    return np.bincount(np.repeat(np.arange(len(counts)), counts), values, minlength=len(counts))
 
 
 def split_polygons(points: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
-    """A list of (n, 2) arrays; arguments as in `clip_polygons`."""
+    """A list of (n, 2) arrays."""
     ends = np.cumsum(counts).tolist()
     return [points[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-UNEVEN_WEIGHTS = np.array([0.2403, 0.2601, 0.2487, 0.2509])
-"""Weights of a quadrilateral's corners whose mean is a point inside it."""
+def crossings(points: np.ndarray) -> float:
+    """About how many times the closed outline of (n, 2) points crosses or touches itself, judged by 32 of its edges."""
+    points = points[(points != np.roll(points, 1, axis=0)).any(axis=1)]  # an edge of no length meets its neighbours
+    begin, end = points.T[:, None].astype(float), np.roll(points, -1, axis=0).T[:, None].astype(float)
+    sample = np.random.default_rng(0).permutation(len(points))[:32]
+    first, last = begin[:, 0, sample, None], end[:, 0, sample, None]
+    meets = cross(last - first, begin - first) * cross(last - first, end - first) <= 0
+    meets &= cross(end - begin, first - begin) * cross(end - begin, last - begin) <= 0
+    meets &= (np.maximum(first, last) >= np.minimum(begin, end)).all(axis=0)
+    meets &= (np.minimum(first, last) <= np.maximum(begin, end)).all(axis=0)
+    others = meets.sum() - 3 * len(sample)  # an edge also meets itself and its neighbours
+    return max(0.0, others / max(len(sample), 1) * len(points) / 2)
+
+
+def is_tangled(points: np.ndarray) -> bool:
+    """Whether the outline of (n, 2) points crosses or touches itself more than about MAX_CROSSINGS times."""
+    most = len(points) * (len(points) - 3) / 2
+    return most > MAX_CROSSINGS and crossings(points) > MAX_CROSSINGS
+
+
+# ---- the polygons of an image, and pairs of them
 
 UNIT_SQUARE = np.array([[0, 1, 1, 0], [0, 0, 1, 1]])[:, :, None]
 
 
 @dataclass(frozen=True)
 class Polygons:
-    """The polygons of an image, as arrays over all of them."""
+    """The polygons of an image, as arrays over all of them. An outline that crosses itself is even-odd."""
 
     points: np.ndarray
     """(2, total) float64 of integers, polygon after polygon."""
-    starts: np.ndarray
-    """(len,) index in `points` at which each polygon begins."""
     counts: np.ndarray
     """(len,) number of points of each."""
-    is_quad: np.ndarray
-    """(len,) strictly convex quadrilaterals: nearly all words are, and they need no general geometry."""
-    quads: np.ndarray
-    """(2, 4, len) their corners, turning from the x axis to the y axis; a unit square where `is_quad` is False."""
-    low: np.ndarray
-    """(2, len) least x and y of each."""
-    high: np.ndarray
-    """(2, len) greatest x and y of each."""
-
     is_given: np.ndarray
-    """(given polygons,) bool: which of the polygons passed to `read` have enough points and are among these."""
+    """(len,) bool: which have enough points. The others are points at (0, 0) here, and have nothing in common."""
 
     @classmethod
-    def read(cls, polygons: "Sequence[ArrayLike] | Polygons", min_points: int) -> "Polygons":
-        """Read those of the (n, 2) polygons that have `min_points`, 3 or more; `Polygons` are not read again.
-
-        Coordinates are truncated to integers.
+    def read(cls, polygons: Sequence[ArrayLike], min_points: int) -> Self:
+        """Read (n, 2) polygons, whose coordinates are truncated to integers. `min_points` is 3 or more.
 
         Raises ValueError if a polygon is not (n, 2) or has a coordinate that is not finite or beyond MAX_COORDINATE.
         """
-        if isinstance(polygons, Polygons):
-            return polygons if (polygons.counts >= min_points).all() else polygons._of_points(min_points)
         arrays = [np.asarray(polygon) for polygon in polygons]
-        counts = np.array([len(array) for array in arrays], np.intp)
-        is_given = counts >= min_points
-        arrays = [arrays[index] for index in np.flatnonzero(is_given)]
-        points = np.concatenate(arrays, dtype=np.float64) if arrays else np.empty((0, 2))
-        if points.ndim != 2 or points.shape[1] != 2:
+        is_given = np.array([len(array) >= min_points for array in arrays], bool)
+        arrays = [array if given else np.zeros((3, 2)) for array, given in zip(arrays, is_given, strict=True)]
+        if any(array.shape[1:] != (2,) for array in arrays):
             raise ValueError("a polygon must be an (n, 2) array of points")
+        points = np.concatenate([np.empty((0, 2)), *arrays], dtype=np.float64)
         points = np.trunc(points.T, order="C")
         if not (np.abs(points) <= MAX_COORDINATE).all():  # False for nan as well
             raise ValueError(f"a polygon has a coordinate that is not finite, or beyond {MAX_COORDINATE}")
-        return cls._of_outlines(points, counts[is_given], is_given)
-
-    def _of_points(self, min_points: int) -> "Polygons":
-        """Only the polygons of at least so many points."""
-        keeps = self.counts >= min_points
-        is_given = self.is_given.copy()
-        is_given[is_given] = keeps
-        return self._of_outlines(self.points[:, np.repeat(keeps, self.counts)], self.counts[keeps], is_given)
-
-    @classmethod
-    def _of_outlines(cls, points: np.ndarray, counts: np.ndarray, is_given: np.ndarray) -> "Polygons":
-        starts = np.cumsum(counts) - counts
-        is_quad, quads = _find_quads(points, starts, counts)
-        low, high = np.minimum.reduceat(points, starts, axis=1), np.maximum.reduceat(points, starts, axis=1)
-        return cls(points, starts, counts, is_quad, quads, low, high, is_given)
+        return cls(points, np.array([len(array) for array in arrays], np.intp), is_given)
 
     def __len__(self) -> int:
         return len(self.counts)
 
-    @cached_property
-    def previous(self) -> np.ndarray:
-        """(2, total) the point before each point on its polygon; the last is before the first."""
-        before = np.arange(-1, self.points.shape[1] - 1)
-        before[self.starts] += self.counts
-        return self.points.take(before, axis=1)
+    def outline(self, index: int) -> np.ndarray:
+        """(2, n) points of one polygon."""
+        return self.points[:, self.starts[index] : self.starts[index] + self.counts[index]]
 
     @cached_property
-    def is_upright(self) -> np.ndarray:
-        """(len,) rectangles along the axes."""
-        return self.is_quad & (edges_of(self.quads) == 0).any(axis=0).all(axis=0)
+    def starts(self) -> np.ndarray:
+        """(len,) index in `points` at which each polygon begins."""
+        return np.cumsum(self.counts) - self.counts
+
+    @cached_property
+    def following(self) -> np.ndarray:
+        """(2, total) the point after each point on its polygon; the first is after the last."""
+        return self.points.take(next_point(self.counts), axis=1)
+
+    @cached_property
+    def low(self) -> np.ndarray:
+        """(2, len) least x and y of each."""
+        return np.minimum.reduceat(self.points, self.starts, axis=1)
+
+    @cached_property
+    def high(self) -> np.ndarray:
+        """(2, len) greatest x and y of each."""
+        return np.maximum.reduceat(self.points, self.starts, axis=1)
+
+    @cached_property
+    def _quads(self) -> tuple[np.ndarray, np.ndarray]:
+        quads = self.points.take(self.starts + np.arange(4)[:, None], axis=1, mode="clip")
+        edges = edges_of(quads)
+        turns = cross(edges, next_corners(edges))
+        turns_back = (turns < 0).all(axis=0)
+        is_quad = (self.counts == 4) & (turns_back | (turns > 0).all(axis=0))
+        return is_quad, np.where(is_quad, np.where(turns_back, quads[:, ::-1], quads), UNIT_SQUARE)
+
+    @property
+    def is_quad(self) -> np.ndarray:
+        """(len,) strictly convex quadrilaterals: nearly all words are, and they need no general geometry."""
+        return self._quads[0]
+
+    @property
+    def quads(self) -> np.ndarray:
+        """(2, 4, len) their corners, turning from the x axis to the y axis; a unit square where `is_quad` is False."""
+        return self._quads[1]
 
     @cached_property
     def _rings(self) -> np.ndarray:
@@ -314,21 +326,37 @@ class Polygons:
         return is_simple
 
     @cached_property
-    def shapes(self) -> np.ndarray:
-        """(len,) valid shapely geometries; of an outline that crosses itself its even-odd inside."""
-        shapes = self._rings.copy()
+    def effort(self) -> np.ndarray:
+        """(len,) points and self-crossings, which exact geometry takes time for; infinite for a tangle."""
+        effort = self.counts.astype(float)
         for index in np.flatnonzero(~self.is_simple).tolist():
-            shapes[index] = self._even_odd_shape(index)
-        return shapes
+            count = crossings(self.outline(index).T)
+            effort[index] += count if count <= MAX_CROSSINGS else np.inf
+        return effort
 
-    def _even_odd_shape(self, index: int) -> shapely.Geometry:
-        """What a ray from outside reaches by crossing the outline an odd number of times."""
-        points = self.points[:, self.starts[index] : self.starts[index] + self.counts[index]].T
-        if is_tangled(points):
-            return _even_odd_cells(points)
-        faces = shapely.get_parts(shapely.polygonize([shapely.node(shapely.linearrings(points))]))
-        inner_points = shapely.get_coordinates(shapely.point_on_surface(faces)).T
-        return shapely.union_all(faces[contains(self, np.full(len(faces), index), inner_points)])
+    def shapes(self, select: np.ndarray) -> np.ndarray:
+        """(k,) valid shapely geometries of the polygons at the (k,) indices `select`."""
+        unique, place = np.unique(select, return_inverse=True)
+        shapes = self._rings[unique]
+        for index in np.flatnonzero(~self.is_simple[unique]):
+            ring = shapely.linearrings(self.outline(unique[index]).T)
+            faces = shapely.get_parts(shapely.polygonize([shapely.node(ring)]))
+            inner_points = shapely.get_coordinates(shapely.point_on_surface(faces)).T
+            is_inside = contains(self, np.full(len(faces), unique[index]), inner_points)
+            shapes[index] = shapely.union_all(faces[is_inside])
+        return shapes[place]
+
+    def on_grid(self, index: int, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """(GRID, GRID) bool: which cells of a grid from `low` to `high`, (2,) points, have their centre inside."""
+        scale = (GRID / np.maximum(high - low, 1))[:, None]
+        points = (self.outline(index) - low[:, None]) * scale - 0.5  # in cells: the centres are at 0 .. GRID - 1
+        step = np.roll(points, -1, axis=1) - points
+        rows = np.arange(GRID)[:, None]
+        row, edge = np.nonzero((points[1] > rows) != (points[1] + step[1] > rows))
+        x, y = points[:, edge]
+        column = np.ceil(x + (row - y) * step[0, edge] / step[1, edge]).clip(0, GRID).astype(int)
+        crossed = np.bincount(row * (GRID + 1) + column, minlength=GRID * (GRID + 1)).reshape(GRID, GRID + 1)
+        return np.cumsum(crossed, axis=1)[:, :GRID] % 2 == 1
 
     @cached_property
     def outline_areas(self) -> np.ndarray:
@@ -337,60 +365,10 @@ class Polygons:
 
     @cached_property
     def areas(self) -> np.ndarray:
-        """(len,) areas in square pixels; of an outline that crosses itself that of its even-odd inside."""
-        if self.is_simple.all():
-            return self.outline_areas
-        return np.where(self.is_simple, self.outline_areas, shapely.area(self.shapes))
-
-
-def _find_quads(points: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`is_quad` and `quads` of `Polygons`. Four turns in the same direction are a convex quadrilateral."""
-    quads = points.take(starts + np.arange(4)[:, None], axis=1, mode="clip")  # the last may have fewer than four
-    edges = edges_of(quads)
-    turns = cross(edges, next_corners(edges))
-    turns_back = (turns < 0).all(axis=0)
-    quads = np.where(turns_back, quads[:, ::-1], quads)
-    is_quad = (counts == 4) & (turns_back | (turns > 0).all(axis=0))
-    quads[:, :, ~is_quad] = UNIT_SQUARE
-    return is_quad, quads
-
-
-def is_tangled(points: np.ndarray) -> bool:
-    """Whether the outline of (n, 2) points crosses or touches itself more than about MAX_CROSSINGS times.
-
-    Their number is estimated from 32 of its edges, in a time that grows as n.
-    """
-    points = points[(points != np.roll(points, 1, axis=0)).any(axis=1)]  # an edge of no length meets its neighbours
-    count = len(points)
-    if count * (count - 3) / 2 <= MAX_CROSSINGS:  # an edge meets all edges but itself and its neighbours at most
-        return False
-    begin, end = points.T[:, None].astype(float), np.roll(points, -1, axis=0).T[:, None].astype(float)
-    sample = np.random.default_rng(0).permutation(count)[:32]
-    first, last = begin[:, 0, sample, None], end[:, 0, sample, None]
-    meets = cross(last - first, begin - first) * cross(last - first, end - first) <= 0
-    meets &= cross(end - begin, first - begin) * cross(end - begin, last - begin) <= 0
-    meets &= (np.maximum(first, last) >= np.minimum(begin, end)).all(axis=0)
-    meets &= (np.minimum(first, last) <= np.maximum(begin, end)).all(axis=0)
-    crossings = (meets.sum() / len(sample) - 3) * count / 2  # an edge also meets itself and its neighbours
-    return bool(crossings > MAX_CROSSINGS)
-
-
-def _even_odd_cells(points: np.ndarray) -> shapely.Geometry:
-    """The cells of a GRID x GRID grid over the (n, 2) outline whose centres are inside by the even-odd rule.
-
-    A ray from the left along each row of centres crosses edges; a centre is inside after an odd number of crossings.
-    """
-    low, high = points.min(axis=0), points.max(axis=0)
-    begin = (points - low) * (GRID / np.maximum(high - low, 1)) - 0.5  # in cells: the centres are at 0 .. GRID - 1
-    end = np.roll(begin, -1, axis=0)
-    rows = np.arange(GRID)[:, None]
-    row, edge = np.nonzero((begin[:, 1] > rows) != (end[:, 1] > rows))
-    slope = (end[edge, 0] - begin[edge, 0]) / (end[edge, 1] - begin[edge, 1])
-    column = np.ceil(begin[edge, 0] + (row - begin[edge, 1]) * slope).astype(int)
-    crossings = np.bincount(row * (GRID + 1) + column, minlength=GRID * (GRID + 1)).reshape(GRID, GRID + 1)
-    row, column = np.nonzero(np.cumsum(crossings, axis=1)[:, :GRID] % 2)
-    x, y = np.linspace(low, high, GRID + 1).T
-    return shapely.coverage_union_all(shapely.box(x[column], y[row], x[column + 1], y[row + 1]))
+        """(len,) areas in square pixels, even-odd."""
+        even_odd, others = self.outline_areas.copy(), np.flatnonzero(~self.is_simple)
+        even_odd[others] = common_areas(self, self, others, others)
+        return even_odd
 
 
 def near_pairs(some: Polygons, others: Polygons) -> tuple[np.ndarray, np.ndarray]:
@@ -402,28 +380,30 @@ def near_pairs(some: Polygons, others: Polygons) -> tuple[np.ndarray, np.ndarray
     return first[meets], second[meets]
 
 
+def blocks(sizes: np.ndarray) -> Iterator[np.ndarray]:
+    """Consecutive indices of items, of which those at once have about BLOCK elements together, or are one item."""
+    starts = np.flatnonzero(np.diff(np.cumsum(sizes) // BLOCK)) + 1
+    yield from (block for block in np.split(np.arange(len(sizes)), starts) if block.size)
+
+
 def contains(polygons: Polygons, select: np.ndarray, points: np.ndarray) -> np.ndarray:
     """(k,) whether the polygon at each of the (k,) indices `select` contains that column of the (2, k) `points`.
 
     It does where a ray along x crosses its outline an odd number of times. So a point on a left or top edge is inside
     and one on a right or bottom edge is not, as in the competition's scorer.
     """
-    if len(select) > 1 and polygons.counts[select].sum() > MAX_EDGES:
-        half = len(select) // 2
-        halves = (select[:half], points[:, :half]), (select[half:], points[:, half:])
-        return np.concatenate([contains(polygons, *each) for each in halves])
+    is_inside = np.zeros(len(select), bool)
     is_near = (polygons.low.take(select, axis=1) <= points) & (polygons.high.take(select, axis=1) >= points)
-    near = np.flatnonzero(is_near[0] & is_near[1])
-
-    column, edge = _points_of(polygons, select[near])
-    column = near[column]
-    y, begin_y, end_y = points[1, column], polygons.previous[1, edge], polygons.points[1, edge]
-    straddles = np.flatnonzero((end_y > y) != (begin_y > y))
-    column, edge = column[straddles], edge[straddles]
-    y, begin_y, end_y = y[straddles], begin_y[straddles], end_y[straddles]
-    begin_x, end_x = polygons.previous[0, edge], polygons.points[0, edge]
-    crosses = points[0, column] < (begin_x - end_x) * (y - end_y) / (begin_y - end_y) + end_x
-    return np.bincount(column[crosses], minlength=len(select)) % 2 == 1
+    near = np.flatnonzero(is_near.all(axis=0))
+    for block in blocks(polygons.counts[select[near]]):
+        column, edge = _points_of(polygons, select[near[block]])
+        x, y = points[:, near[block]].take(column, axis=1)
+        straddles = np.flatnonzero((polygons.points[1, edge] > y) != (polygons.following[1, edge] > y))
+        column, edge, x, y = column[straddles], edge[straddles], x[straddles], y[straddles]
+        (begin_x, begin_y), (end_x, end_y) = polygons.points[:, edge], polygons.following[:, edge]
+        crosses = x < (begin_x - end_x) * (y - end_y) / (begin_y - end_y) + end_x
+        is_inside[near[block]] = np.bincount(column[crosses], minlength=len(block)) % 2 == 1
+    return is_inside
 
 
 def _points_of(polygons: Polygons, select: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -432,68 +412,80 @@ def _points_of(polygons: Polygons, select: np.ndarray) -> tuple[np.ndarray, np.n
     return np.repeat(np.arange(len(select)), counts), np.repeat(polygons.starts[select], counts) + ranges(counts)
 
 
-def common_areas(some: Polygons, others: Polygons, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def common_areas(
+    some: Polygons, others: Polygons, first: np.ndarray, second: np.ndarray, on_top: np.ndarray | None = None
+) -> np.ndarray:
     """(k,) areas in square pixels common to the polygons at the (k,) indices `first` of some and `second` of others.
 
+    With `on_top`, (len(some),) bool, those of some that are on top are cut out of the others of some.
+
     In closed form where `some` are convex quadrilaterals, as nearly all words are, and `others` do not cross
-    themselves: shapely takes twice the time for a page of words. Outlines that cross themselves are even-odd.
+    themselves: shapely takes twice the time for a page of words. Pairs beyond MAX_EFFORT are sampled.
     """
-    in_closed_form = some.is_quad[first] & others.is_simple[second]
+    on_top = np.ones(len(some), bool) if on_top is None else on_top
     common = np.empty(len(first))
-    if in_closed_form.any():
-        common[in_closed_form] = _common_areas_with_quads(some, others, first[in_closed_form], second[in_closed_form])
-    if not in_closed_form.all():
-        shapes, other_shapes = some.shapes[first[~in_closed_form]], others.shapes[second[~in_closed_form]]
-        common[~in_closed_form] = shapely.area(shapely.intersection(shapes, other_shapes))
+    in_closed_form = some.is_quad[first] & others.is_simple[second] & on_top[first]
+    for block in blocks(others.counts[second[in_closed_form]]):
+        pairs = np.flatnonzero(in_closed_form)[block]
+        _, point = _points_of(others, second[pairs])
+        points, counts = others.points.take(point, axis=1), others.counts[second[pairs]]
+        common[pairs] = _areas_in_quads(points, counts, some.quads.take(first[pairs], axis=2))
+    general = np.flatnonzero(~in_closed_form)
+    if not general.size:
+        return common
+    effort = some.effort[first[general]] + others.effort[second[general]]
+    effort[~on_top[first[general]]] += (some.effort - some.counts)[on_top].sum()  # of what is cut out
+    order = np.argsort(effort, kind="stable")
+    exact, sampled = np.split(general[order], np.searchsorted(effort[order].cumsum(), [MAX_EFFORT]))
+    is_simple = some.is_simple[first[exact]] & others.is_simple[second[exact]]
+    for pairs, grid_size in ((exact[is_simple], None), (exact[~is_simple], CROSSING_GRID)):
+        shapes = _shapes_below(some, first[pairs], on_top), others.shapes(second[pairs])
+        common[pairs] = shapely.area(shapely.intersection(*shapes, grid_size=grid_size))
+    common[sampled] = _sampled_areas(some, others, first[sampled], second[sampled])
     return common
 
 
-def _common_areas_with_quads(some: Polygons, others: Polygons, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """`common_areas` of convex quadrilaterals and simple polygons.
+def _shapes_below(polygons: Polygons, select: np.ndarray, on_top: np.ndarray) -> np.ndarray:
+    """(k,) shapes at the (k,) indices `select`, of which those on top are cut out of the others."""
+    shapes = polygons.shapes(select)
+    below, place = np.unique(select[~on_top[select]], return_inverse=True)
+    if below.size:
+        cut, top = polygons.shapes(below), polygons.shapes(np.flatnonzero(on_top))
+        hole_of, hole = shapely.STRtree(top).query(cut, predicate="intersects")
+        for index in np.unique(hole_of):
+            cut[index] = shapely.difference(cut[index], shapely.union_all(top[hole[hole_of == index]]))
+        shapes[~on_top[select]] = cut[place]
+    return shapes
 
-    Seen from a point inside the quadrilateral, each part of the polygon's outline that lies inside it takes the
-    place of the sector of the quadrilateral behind it. What is left of the quadrilateral, or of nothing where the
-    polygon does not surround that point, is the common area.
+
+def _sampled_areas(some: Polygons, others: Polygons, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """`common_areas` from a grid over each polygon of `others`, with nothing cut out."""
+    common = np.empty(len(first))
+    for index in np.unique(second):
+        low, high = others.low[:, index], others.high[:, index]
+        inside, pairs = others.on_grid(index, low, high), np.flatnonzero(second == index)
+        cells = [np.count_nonzero(inside & some.on_grid(partner, low, high)) for partner in first[pairs]]
+        common[pairs] = np.array(cells) * (high - low).prod() / GRID**2
+    return common
+
+
+def _areas_in_quads(points: np.ndarray, counts: np.ndarray, quads: np.ndarray) -> np.ndarray:
+    """(k,) areas of k simple polygons, (2, total) points, inside a convex quadrilateral each, (2, 4, k) corners.
+
+    Sutherland-Hodgman: each side of the quadrilateral cuts off what is beyond it. Where that leaves several pieces,
+    edges forth and back along the side join them, which have no area.
     """
-    quads = some.quads.take(first, axis=2)
-    inside = np.tensordot(quads, UNEVEN_WEIGHTS, axes=(1, 0))  # so that no outline of integers runs through it
-    quads = quads - inside[:, None]
-    which, point = _points_of(others, second)
-    origin = inside.take(which, axis=1)
-    begin, end = others.previous.take(point, axis=1) - origin, others.points.take(point, axis=1) - origin
-    turn = cross(begin, end)
-    winding = ((begin[1] <= 0) & (end[1] > 0) & (turn > 0)).astype(int) - ((begin[1] > 0) & (end[1] <= 0) & (turn < 0))
-    quad_area = cross(quads, next_corners(quads)).sum(axis=0) / 2
-    common = np.bincount(which, winding, minlength=len(first)) * quad_area
-
-    corners = quads.take(which, axis=2)
-    enter, leave = _clip(begin, end - begin, corners, edges_of(corners))
-    is_seen = np.flatnonzero((enter < leave) & (turn != 0))
-    begin, step, turn = begin[:, is_seen], (end - begin)[:, is_seen], turn[is_seen]
-    enter, leave, corners = enter[is_seen], leave[is_seen], corners[:, :, is_seen]
-    # The directions of the sector's sides, from and to the point inside.
-    wedge = np.stack([begin + enter * step, -(begin + leave * step)], axis=1) * np.sign(turn)
-    start, stop = _clip(corners, edges_of(corners), np.zeros((2, 2, 1, 1)), wedge[:, :, None])
-    sector = ((stop - start) * cross(corners, next_corners(corners))).sum(axis=0) / 2
-    gained = (leave - enter) * turn / 2 - np.sign(turn) * sector
-    return np.abs(common + np.bincount(which[is_seen], gained, minlength=len(first)))
-
-
-def _clip(begin: np.ndarray, step: np.ndarray, corners: np.ndarray, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """From and to which t in 0..1 the points begin + t step are inside a convex shape; both the same where none is.
-
-    Cyrus-Beck: each line of the shape cuts t off from below or above. `begin` and `step` are (2, ...). The shape's
-    `corners`, and the directions of its `lines` from there, which have the inside on the side on which y lies from x,
-    are (2, m, ...). An edge along a line is outside.
-    """
-    height = cross(lines, begin[:, None] - corners)
-    climb = cross(lines, step[:, None])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        crossing = -height / climb
-    enter = np.where(climb > 0, crossing, 0).max(axis=0, initial=0)
-    leave = np.where(climb < 0, crossing, 1).min(axis=0, initial=1)
-    is_outside = ((climb == 0) & (height <= 0)).any(axis=0)
-    return enter, np.where(is_outside, enter, np.maximum(leave, enter))
+    for corner, side in zip(quads.transpose(1, 0, 2), edges_of(quads).transpose(1, 0, 2), strict=True):
+        which, following = np.repeat(np.arange(len(counts)), counts), next_point(counts)
+        height = cross(side.take(which, axis=1), points - corner.take(which, axis=1))
+        step = points.take(following, axis=1) - points
+        is_inside, next_height = height > 0, height.take(following)
+        is_cut = is_inside != (next_height > 0)
+        cuts = points + step * (height / np.where(is_cut, height - next_height, 1))
+        is_kept = np.stack([is_inside, is_cut], axis=1).ravel()
+        points = np.stack([points, cuts], axis=2).reshape(2, -1)[:, is_kept]
+        counts = np.bincount(which, is_inside.astype(int) + is_cut, minlength=len(counts)).astype(int)
+    return areas(points.T, counts)
 
 
 def next_corners(polygons: np.ndarray) -> np.ndarray:
@@ -533,11 +525,12 @@ def fit_outline(polygon: np.ndarray) -> np.ndarray:
     corners = enclosing_rectangle(polygon)
     if len(polygon) == 4:
         quads, is_convex = _clockwise(polygon[None])
-        return np.roll(quads[0], -int(_upper_left(quads)[0]), axis=0) if is_convex[0] else corners
-    size = np.hypot(*(corners[[1, 3]] - corners[0]).T)
+        return _roll(quads, _upper_left(quads))[0] if is_convex[0] else corners
+    sides = corners[[1, 3]] - corners[0]
+    size = np.hypot(*sides.T)
     if size.prod() < 1 or areas(polygon.astype(np.float64), np.array([len(polygon)]))[0] > 0.7 * size.prod():
         return corners
-    axes = (corners[[1, 3]] - corners[0]) / size[:, None]
+    axes = sides / size[:, None]
     x, y = axes @ (polygon - corners[0]).T
     columns = [_crossings(x, y, share * size[0]) for share in (0.03, 1 / 3, 2 / 3, 0.97)]
     at = np.array([0, 1 / 3, 2 / 3, 1]) * size[0]
@@ -550,15 +543,13 @@ def _crossings(x: np.ndarray, y: np.ndarray, at: float) -> np.ndarray:
     """y at each crossing of a closed outline with the line x = at; it must cross it."""
     next_x, next_y = np.roll(x, -1), np.roll(y, -1)
     crosses = (np.minimum(x, next_x) <= at) & (np.maximum(x, next_x) >= at) & (x != next_x)
-    x, y, next_x, next_y = x[crosses], y[crosses], next_x[crosses], next_y[crosses]
-    return y + (at - x) / (next_x - x) * (next_y - y)
+    return (y + (at - x) / np.where(crosses, next_x - x, 1) * (next_y - y))[crosses]
 
 
 def enclosing_rectangle(polygon: np.ndarray) -> np.ndarray:
     """(4, 2) corners of the least enclosing rectangle, clockwise from the upper left."""
-    quads = cv2.boxPoints(cv2.minAreaRect(polygon.astype(np.float32)))[None].astype(np.float64)
-    quads, _ = _clockwise(quads)
-    return np.roll(quads[0], -int(_upper_left(quads)[0]), axis=0)
+    quads, _ = _clockwise(cv2.boxPoints(cv2.minAreaRect(polygon.astype(np.float32)))[None].astype(np.float64))
+    return _roll(quads, _upper_left(quads))[0]
 
 
 def order_outlines(polygons: list[np.ndarray]) -> tuple[list[np.ndarray], int, int]:
@@ -572,7 +563,9 @@ def order_outlines(polygons: list[np.ndarray]) -> tuple[list[np.ndarray], int, i
     Returns:
         the outlines, how many were changed, and how many begin elsewhere and are left since neither is certain.
     """
-    polygons = [_opened(polygon) for polygon in polygons]
+    polygons = [
+        polygon[:-1] if len(polygon) > 4 and (polygon[0] == polygon[-1]).all() else polygon for polygon in polygons
+    ]
     which = [index for index, polygon in enumerate(polygons) if len(polygon) == 4]
     doubtful = sum(len(polygon) > 4 and not _begins_at_an_end(polygon) for polygon in polygons)
     if not which:
@@ -580,9 +573,7 @@ def order_outlines(polygons: list[np.ndarray]) -> tuple[list[np.ndarray], int, i
     given = np.stack([polygons[index] for index in which])
     quads, is_convex = _clockwise(given)
     upper_left = _upper_left(quads)
-    upright = np.take_along_axis(quads, (upper_left[:, None] + np.arange(4))[:, :, None] % 4, axis=1)
-    sides = np.hypot(*np.moveaxis(np.roll(upright, -1, axis=1) - upright, 2, 0))
-    width, height = sides[:, 0] + sides[:, 2], sides[:, 1] + sides[:, 3]
+    width, height = _sides(_roll(quads, upper_left))
     rolls = np.where(is_convex, upper_left, 0)  # by how many corners each is turned back
     for start in (1, 3):
         starts_there = is_convex & (upper_left == start)
@@ -591,15 +582,10 @@ def order_outlines(polygons: list[np.ndarray]) -> tuple[list[np.ndarray], int, i
         if wide < 2 * tall or not wide:  # words of a page that lies on its side, or nothing to tell
             rolls[starts_there] = 0
             doubtful += 0 if tall > 2 * wide else int(np.count_nonzero(starts_there))
-    ordered = np.take_along_axis(quads, (rolls[:, None] + np.arange(4))[:, :, None] % 4, axis=1)
+    ordered = _roll(quads, rolls)
     for index, quad in zip(which, ordered, strict=True):
         polygons[index] = quad
     return polygons, int((ordered != given).any(axis=(1, 2)).sum()), doubtful
-
-
-def _opened(polygon: np.ndarray) -> np.ndarray:
-    """The outline without a last point that repeats the first, if four are left."""
-    return polygon[:-1] if len(polygon) > 4 and (polygon[0] == polygon[-1]).all() else polygon
 
 
 def _clockwise(quads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -610,9 +596,9 @@ def _clockwise(quads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ordered, is_convex = quads.copy(), np.zeros(len(quads), bool)
     for order in ((0, 1, 2, 3), (0, 1, 3, 2), (0, 2, 1, 3)):  # as it is, and without the crossing of a zigzag
         corners = quads[:, order]
-        edges = np.moveaxis(np.roll(corners, -1, axis=1) - corners, 2, 0)
-        turns = cross(edges, np.roll(edges, -1, axis=2))
-        clockwise, anticlockwise = (turns > 0).all(axis=1) & ~is_convex, (turns < 0).all(axis=1) & ~is_convex
+        edges = edges_of(corners.transpose(2, 1, 0))
+        turns = cross(edges, next_corners(edges))
+        clockwise, anticlockwise = (turns > 0).all(axis=0) & ~is_convex, (turns < 0).all(axis=0) & ~is_convex
         ordered[clockwise], ordered[anticlockwise] = corners[clockwise], corners[anticlockwise, ::-1]
         is_convex |= clockwise | anticlockwise
     return ordered, is_convex
@@ -623,14 +609,25 @@ def _upper_left(quads: np.ndarray) -> np.ndarray:
     return np.argmax(np.roll(quads, -1, axis=1)[:, :, 0] - quads[:, :, 0], axis=1)
 
 
+def _roll(quads: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """(k, 4, 2) corners, each from the one at its (k,) index `first` on."""
+    return np.take_along_axis(quads, (first[:, None] + np.arange(4))[:, :, None] % 4, axis=1)
+
+
+def _sides(quads: np.ndarray) -> np.ndarray:
+    """(2, k) mean width and height of (k, 4, 2) corners from the upper left."""
+    sides = np.hypot(*edges_of(quads.transpose(2, 1, 0)))
+    return (sides[:2] + sides[2:]) / 2
+
+
 def _begins_at_an_end(polygon: np.ndarray) -> bool:
     """Whether the first half of an outline's points is one of its long sides, as far as it has long sides."""
     corners = enclosing_rectangle(polygon)
-    axis = max(corners[1] - corners[0], corners[2] - corners[1], key=lambda side: math.hypot(*side))
-    length, area = math.hypot(*axis), areas(corners, np.array([4]))[0]
-    if length**2 <= 2 * area:
+    sides = corners[[1, 3]] - corners[0]
+    lengths = np.hypot(*sides.T)
+    if lengths.max() <= 2 * lengths.min():
         return True
-    half, along = len(polygon) // 2, polygon @ axis / length
+    half, along = len(polygon) // 2, polygon @ sides[lengths.argmax()]
     shares = (along - along.min()) / np.ptp(along)
     first, last = (shares[0] + shares[-1]) / 2, (shares[half - 1] + shares[half]) / 2
     return bool(min(first, last) < 0.25 and max(first, last) > 0.75)
@@ -651,8 +648,8 @@ def reading_order(polygons: list[np.ndarray]) -> tuple[list[int], list[int]]:
     if is_turned(quads):
         quads = np.roll(quads[:, :, ::-1] * (1, -1), -1, axis=1)  # what runs down runs right
     along = quads[:, 1] - quads[:, 0] + quads[:, 2] - quads[:, 3]
-    heights = np.hypot(*(quads[:, 3] - quads[:, 0]).T)
-    is_long = np.hypot(*along.T) / 2 > ELONGATED * heights
+    widths, heights = _sides(quads)
+    is_long = widths > ELONGATED * heights
     angle = np.median(np.arctan2(*(along[is_long] if is_long.any() else along).T[::-1]))
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     x, y = (quads.mean(axis=1) @ turn).T
@@ -675,6 +672,6 @@ def reading_order(polygons: list[np.ndarray]) -> tuple[list[int], list[int]]:
 def is_turned(quads: np.ndarray) -> bool:
     """Whether most of the elongated words among (k, 4, 2) upright rectangles are higher than long: the page lies on its
     side."""
-    width, height = (np.hypot(*(quads[:, 1] - quads[:, corner]).T) for corner in (0, 2))
+    width, height = _sides(quads)
     tall, wide = np.count_nonzero(height > ELONGATED * width), np.count_nonzero(width > ELONGATED * height)
     return bool(tall > 2 * wide)

@@ -13,17 +13,15 @@ costs one character. This is the variant of the competition; docs/how-it-works.m
 Pairs of polygons are arrays, so that no code here loops over them; their geometry is in `dbnet/geometry.py`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Self
 
 import numpy as np
-import shapely
 from numpy.typing import ArrayLike
 from scipy.spatial import ConvexHull, QhullError
 
-from dbnet.geometry import Polygons, common_areas, contains, cross, dot, edges_of, near_pairs, ranges
+from dbnet.geometry import Polygons, blocks, common_areas, contains, cross, dot, edges_of, near_pairs, ranges
 
 CLEVAL_MIN_POINTS = 4
 """Polygons with fewer points are skipped."""
@@ -103,46 +101,34 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class ImageMatch:
-    """The matches of CLEval between ground truths and detections of an image, and their score."""
+    """The matches of CLEval between the ground truths and detections of an image, and their score."""
 
     score: ImageScore
     gt_scored: np.ndarray
-    """(ground truths,) bool: which of those given are scored. Indices of ground truths below count only these."""
+    """(ground truths,) bool: which are scored"""
     det_scored: np.ndarray
-    """(detections,) bool: which of those given are scored. Indices of detections below count only these."""
+    """(detections,) bool: which are scored"""
     gt_valid: np.ndarray
-    """(gt_scored.sum(),) bool: which are not don't-care."""
+    """(ground truths,) bool: which are scored and not don't-care"""
     det_valid: np.ndarray
-    """(det_scored.sum(),) bool: which are not don't-care."""
+    """(detections,) bool: which are scored and not don't-care"""
     gt: np.ndarray
-    """(matches,) the ground truth of each matched pair."""
+    """(matches,) index of the ground truth of each matched pair"""
     det: np.ndarray
-    """(matches,) the detection of each matched pair."""
-    lengths: np.ndarray
-    """(gt_scored.sum(),) characters of each ground truth."""
-    is_found: np.ndarray
-    """(lengths.sum(),) bool: which characters were found, word after word."""
+    """(matches,) index of the detection of each matched pair"""
+    gt_chars: np.ndarray
+    """(ground truths, 2) int: found characters and all characters of each, 0 if it is unscored or don't-care; they sum
+    to `score.chars_tp` and `score.chars_gt`"""
 
     def gt_outcomes(self) -> list[Outcome]:
-        """The outcome of each ground truth given; SPLIT if it is both split and merged, so that they add up to
-        `score.splits`."""
-        outcomes = _outcomes(self.gt_valid, self.gt, self.det, (Outcome.MISSED, Outcome.SPLIT, Outcome.MERGED))
-        return _spread(outcomes, self.gt_scored)
+        """The outcome of each ground truth; SPLIT if it is both split and merged: they add up to `score.splits`."""
+        names = Outcome.MISSED, Outcome.SPLIT, Outcome.MERGED
+        return _outcomes(self.gt_scored, self.gt_valid, self.gt, self.det, names)
 
     def det_outcomes(self) -> list[Outcome]:
-        """The outcome of each detection given; MERGED if it is both split and merged, so that they add up to
-        `score.merges`."""
-        outcomes = _outcomes(self.det_valid, self.det, self.gt, (Outcome.FALSE, Outcome.MERGED, Outcome.SPLIT))
-        return _spread(outcomes, self.det_scored)
-
-    def gt_chars(self) -> np.ndarray:
-        """(ground truths, 2) int: found characters and all characters of each ground truth given, 0 if it is unscored
-        or don't-care. They sum to `score.chars_tp` and `score.chars_gt`."""
-        chars = np.zeros((len(self.gt_scored), 2), np.intp)
-        word = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        chars[self.gt_scored, 0] = np.bincount(word[self.is_found], minlength=len(self.lengths))
-        chars[self.gt_scored, 1] = np.where(self.gt_valid, self.lengths, 0)
-        return chars
+        """The outcome of each detection; MERGED if it is both split and merged: they add up to `score.merges`."""
+        names = Outcome.FALSE, Outcome.MERGED, Outcome.SPLIT
+        return _outcomes(self.det_scored, self.det_valid, self.det, self.gt, names)
 
 
 @dataclass
@@ -153,8 +139,8 @@ class CLEval:
 
     def update(
         self,
-        gt_polygons: Sequence[ArrayLike] | Polygons,
-        det_polygons: Sequence[ArrayLike] | Polygons,
+        gt_polygons: Sequence[ArrayLike],
+        det_polygons: Sequence[ArrayLike],
         dont_care: Sequence[bool] | None = None,
     ) -> ImageScore:
         """Score an image (see `score_image`), remember the score and return it. Call it for images without
@@ -171,8 +157,8 @@ class CLEval:
 
 
 def score_image(
-    gt_polygons: Sequence[ArrayLike] | Polygons,
-    det_polygons: Sequence[ArrayLike] | Polygons,
+    gt_polygons: Sequence[ArrayLike],
+    det_polygons: Sequence[ArrayLike],
     dont_care: Sequence[bool] | None = None,
 ) -> ImageScore:
     """CLEval of one image, as docs/how-it-works.md defines it.
@@ -182,8 +168,7 @@ def score_image(
         det_polygons: the detections, likewise, in the order in which they claim characters.
         dont_care: for each ground truth, whether it counts as neither found nor missed; None for none.
 
-    `Polygons` that were read for another metric are not read again. Coordinates are truncated to integers. An outline
-    that crosses itself is even-odd, as in the competition's scorer.
+    Coordinates are truncated to integers. An outline that crosses itself is even-odd, as in the competition's scorer.
 
     Raises:
         ValueError: if a polygon is not (n, 2) or has a coordinate that is not finite or beyond
@@ -193,67 +178,104 @@ def score_image(
 
 
 def match_image(
-    gt_polygons: Sequence[ArrayLike] | Polygons,
-    det_polygons: Sequence[ArrayLike] | Polygons,
-    dont_care: Sequence[bool] | None = None,
+    gt_polygons: Sequence[ArrayLike], det_polygons: Sequence[ArrayLike], dont_care: Sequence[bool] | None = None
 ) -> ImageMatch:
     """`score_image` with the matches behind the score; arguments and errors are the same."""
-    image = _compare(gt_polygons, det_polygons, dont_care)
-    return _match_selection(image, np.arange(len(image.dets))[:MAX_DETECTIONS])
+    return _match(_compare(gt_polygons, det_polygons, dont_care), np.ones(len(det_polygons), bool))
 
 
 def score_selections(
-    gt_polygons: Sequence[ArrayLike] | Polygons,
-    det_polygons: Sequence[ArrayLike] | Polygons,
+    gt_polygons: Sequence[ArrayLike],
+    det_polygons: Sequence[ArrayLike],
     dont_care: Sequence[bool] | None,
-    selections: Sequence[np.ndarray],
+    selections: Iterable[np.ndarray],
 ) -> list[ImageScore]:
     """`score_image` of each of several selections of the detections; the polygons are compared only once.
 
     Each selection is (len(det_polygons),) bool. The other arguments are as in `score_image`.
     """
     image = _compare(gt_polygons, det_polygons, dont_care)
-    chosen = [np.flatnonzero(selection[image.dets.is_given])[:MAX_DETECTIONS] for selection in selections]
-    return [_match_selection(image, detections).score for detections in chosen]
+    return [_match(image, selection).score for selection in selections]
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Ground truths and detections of an image, and the pairs of them that share a character centre or are near and
+    don't care: all that does not depend on which detections are selected."""
+
+    gts: Polygons
+    dets: Polygons
+    gt_valid: np.ndarray
+    """(len(gts),) bool: which are scored and not don't-care"""
+    lengths: np.ndarray
+    """(len(gts),) pseudo-characters of each"""
+    gt: np.ndarray
+    """(k,) indices of the ground truths of pairs"""
+    det: np.ndarray
+    """(k,) indices of the detections of pairs"""
+    has_centre: np.ndarray
+    """(k,) whether a character centre of the ground truth lies inside the detection: M > 0"""
+    area_precision: np.ndarray
+    """(k,) float32, area of both / area of the detection, 0 where the detection has none: AP"""
+    pair_of_centre: np.ndarray
+    """(m,) for each centre inside a detection: index of the pair, 0 to k - 1"""
+    centre: np.ndarray
+    """(m,) for each centre inside a detection: index of the centre"""
 
 
 def _compare(
-    gt_polygons: Sequence[ArrayLike] | Polygons,
-    det_polygons: Sequence[ArrayLike] | Polygons,
-    dont_care: Sequence[bool] | None,
-) -> "_Comparison":
-    """Measure the polygons and pairs of them: all that does not depend on which detections are selected."""
+    gt_polygons: Sequence[ArrayLike], det_polygons: Sequence[ArrayLike], dont_care: Sequence[bool] | None
+) -> _Comparison:
+    """Measure the polygons of an image and the pairs of them that can match."""
     gts, dets = Polygons.read(gt_polygons, CLEVAL_MIN_POINTS), Polygons.read(det_polygons, CLEVAL_MIN_POINTS)
-    given = len(gts.is_given)
-    if dont_care is not None and len(dont_care) != given:
-        raise ValueError(f"dont_care has {len(dont_care)} flags for {given} ground truths")
-    gt_valid = ~np.asarray(dont_care if dont_care is not None else np.zeros(given), bool)[gts.is_given]
-    lengths = _lengths(gts, np.arange(len(gts)), _word_length)
-    centres = _character_centres(gts, lengths)
-    pairs = _pair_up(gts, dets, gt_valid, lengths, centres)
-    return _Comparison(gts, dets, gt_valid, lengths, pairs)
+    if dont_care is not None and len(dont_care) != len(gts):
+        raise ValueError(f"dont_care has {len(dont_care)} flags for {len(gts)} ground truths")
+    gt_valid = gts.is_given & ~np.asarray(dont_care if dont_care is not None else np.zeros(len(gts)), bool)
+    lengths = np.ones(len(gts), np.intp)
+    lengths[gts.is_given] = _lengths(gts, np.flatnonzero(gts.is_given), _word_length)
+    centres, first_centres = _character_centres(gts, lengths), np.cumsum(lengths) - lengths
+
+    near_gt, near_det = near_pairs(gts, dets)
+    pairs, inside = [np.empty(0, int)], [np.empty(0, int)]
+    for block in blocks(lengths[near_gt]):
+        count = lengths[near_gt[block]]
+        pair = np.repeat(block, count)
+        centre = np.repeat(first_centres[near_gt[block]], count) + ranges(count)
+        is_inside = contains(dets, near_det[pair], centres.take(centre, axis=1))
+        pairs.append(pair[is_inside])
+        inside.append(centre[is_inside])
+    pair, centre = np.concatenate(pairs), np.concatenate(inside)
+    has_centre = np.bincount(pair, minlength=len(near_gt)) > 0
+    is_kept = has_centre | (gts.is_given & ~gt_valid)[near_gt]
+    pair_of_centre = (np.cumsum(is_kept) - 1)[pair]
+    gt, det, has_centre = near_gt[is_kept], near_det[is_kept], has_centre[is_kept]
+
+    common = common_areas(gts, dets, gt, det, on_top=gt_valid)
+    det_area = dets.outline_areas[det]  # as the competition divides: opposite lobes of an outline cancel
+    area_precision = np.divide(common, det_area, out=np.zeros(len(gt)), where=det_area > 0).astype(np.float32)
+    return _Comparison(gts, dets, gt_valid, lengths, gt, det, has_centre, area_precision, pair_of_centre, centre)
 
 
-def _match_selection(image: "_Comparison", chosen: np.ndarray) -> ImageMatch:
-    """CLEval of the detections at the indices `chosen`, as if there were no others."""
-    gts, dets, gt_valid, lengths = image.gts, image.dets, image.gt_valid, image.lengths
-    is_chosen = np.zeros(len(dets), bool)
-    is_chosen[chosen] = True
-    pairs = image.pairs if is_chosen.all() else image.pairs.of_detections(is_chosen)
-    det_valid = _valid_detections(pairs, gt_valid, len(dets)) & is_chosen
-    is_matched = _match(pairs, gt_valid, det_valid)
+def _match(image: _Comparison, selection: np.ndarray) -> ImageMatch:
+    """CLEval of the first MAX_DETECTIONS of the selected detections, (len(dets),) bool, as if there were no others."""
+    scored = selection & image.dets.is_given
+    scored &= np.cumsum(scored) <= MAX_DETECTIONS
+    det_valid = scored & _is_off_dont_care(image)
+    is_matched = _matched_pairs(image, scored, det_valid)
 
-    claims = pairs.centre[is_matched[pairs.pair_of_centre]]
-    is_claimed = np.zeros(lengths.sum(), bool)
+    claims = image.centre[is_matched[image.pair_of_centre]]
+    is_claimed = np.zeros(image.lengths.sum(), bool)
     is_claimed[claims] = True
     chars_tp = int(is_claimed.sum())
-    gt, det = pairs.gt[is_matched], pairs.det[is_matched]
-    matches_of_gt = np.bincount(gt, minlength=len(gts))
-    matches_of_det = np.bincount(det, minlength=len(dets))
+    gt, det = image.gt[is_matched], image.det[is_matched]
+    matches_of_gt = np.bincount(gt, minlength=len(image.gts))
+    matches_of_det = np.bincount(det, minlength=len(image.dets))
     false_positives = np.flatnonzero(det_valid & (matches_of_det == 0))
-    fp_chars = int(_lengths(dets, false_positives, _false_positive_length).sum())
-    chars_gt = int(lengths[gt_valid].sum())
-    chars_det = len(claims) + fp_chars
+    fp_chars = int(_lengths(image.dets, false_positives, _false_positive_length).sum())
+    word = np.repeat(np.arange(len(image.gts)), image.lengths)
+    found = np.bincount(word[is_claimed], minlength=len(image.gts))
+    gt_chars = np.stack([found, image.lengths * image.gt_valid], axis=1)
+    chars_gt, chars_det = int(gt_chars[:, 1].sum()), len(claims) + fp_chars
     gran_recall = int(np.maximum(matches_of_gt - 1, 0).sum())
     gran_precision = int(np.maximum(matches_of_det - 1, 0).sum())
     recall = max(0, chars_tp - gran_recall) / max(chars_gt, 1)
@@ -262,8 +284,8 @@ def _match_selection(image: "_Comparison", chosen: np.ndarray) -> ImageMatch:
         precision=precision,
         recall=recall,
         hmean=2 * precision * recall / (precision + recall) if precision + recall else 0.0,
-        words=len(gts),
-        detections=len(chosen),
+        words=int(image.gts.is_given.sum()),
+        detections=int(scored.sum()),
         chars_gt=chars_gt,
         chars_det=chars_det,
         chars_tp=chars_tp,
@@ -274,16 +296,43 @@ def _match_selection(image: "_Comparison", chosen: np.ndarray) -> ImageMatch:
         gran_recall=gran_recall,
         gran_precision=gran_precision,
     )
-    det_scored = np.zeros(len(dets.is_given), bool)
-    det_scored[np.flatnonzero(dets.is_given)[chosen]] = True
-    index_in_chosen = np.cumsum(is_chosen) - 1
-    return ImageMatch(
-        score, gts.is_given, det_scored, gt_valid, det_valid[chosen], gt, index_in_chosen[det], lengths, is_claimed
-    )
+    return ImageMatch(score, image.gts.is_given, scored, image.gt_valid, det_valid, gt, det, gt_chars)
+
+
+def _is_off_dont_care(image: _Comparison) -> np.ndarray:
+    """(detections,) which are not mainly on don't-care polygons."""
+    on_dont_care, count = ~image.gt_valid[image.gt], len(image.dets)
+    on_one = on_dont_care & (image.area_precision >= MIN_AREA_PRECISION)
+    on_several = on_dont_care & image.has_centre
+    shares = np.bincount(image.det[on_several], image.area_precision[on_several], minlength=count)
+    is_off = shares.astype(np.float32) < MIN_AREA_PRECISION
+    is_off[image.det[on_one]] = False
+    return is_off
+
+
+def _matched_pairs(image: _Comparison, scored: np.ndarray, det_valid: np.ndarray) -> np.ndarray:
+    """(k,) which pairs are matched: one to one, one ground truth to many detections, or many to one."""
+    gt, det = image.gt, image.det
+    is_valid = image.gt_valid[gt] & det_valid[det] & image.has_centre
+    is_candidate = (image.area_precision >= MIN_AREA_PRECISION) & image.has_centre & scored[det]
+
+    def partners(own: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+        """(k,) how many of these pairs each pair's ground truth, or detection, has."""
+        return np.bincount(own[pairs], minlength=max(len(image.gts), len(image.dets)))[own]
+
+    one_to_one = is_candidate & (partners(gt, is_candidate) == 1) & (partners(det, is_candidate) == 1)
+    one_to_many = is_candidate & (partners(gt, is_valid & is_candidate) >= 2)
+    shares = np.bincount(det[is_valid], image.area_precision[is_valid], minlength=len(image.dets))
+    many_to_one = (partners(det, is_valid) >= 2) & (shares.astype(np.float32) >= MIN_AREA_PRECISION)[det]
+    return is_valid & (one_to_one | one_to_many | many_to_one)
 
 
 def _outcomes(
-    is_valid: np.ndarray, own: np.ndarray, partner: np.ndarray, names: tuple[Outcome, Outcome, Outcome]
+    is_scored: np.ndarray,
+    is_valid: np.ndarray,
+    own: np.ndarray,
+    partner: np.ndarray,
+    names: tuple[Outcome, Outcome, Outcome],
 ) -> list[Outcome]:
     """Outcomes of the ground truths, or of the detections, from the matched pairs.
 
@@ -293,56 +342,9 @@ def _outcomes(
     partners = np.bincount(own, minlength=len(is_valid))
     shares_partner = np.zeros(len(is_valid), bool)
     shares_partner[own[np.bincount(partner)[partner] > 1]] = True
-    conditions = [~is_valid, partners == 0, partners > 1, shares_partner]
-    return [Outcome(name) for name in np.select(conditions, [Outcome.DONT_CARE, *names], Outcome.CORRECT).tolist()]
-
-
-def _spread(outcomes: list[Outcome], is_scored: np.ndarray) -> list[Outcome]:
-    """Insert UNSCORED among the outcomes of the scored polygons, so that there is one for each polygon given."""
-    scored_outcomes = iter(outcomes)
-    return [next(scored_outcomes) if scored else Outcome.UNSCORED for scored in is_scored]
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """Pairs of a ground truth and a detection: those that share a character centre, and those near a don't-care one."""
-
-    gt: np.ndarray
-    """(k,) indices of ground truths."""
-    det: np.ndarray
-    """(k,) indices of detections."""
-    has_centre: np.ndarray
-    """(k,) whether a character centre of the ground truth lies inside the detection: M > 0."""
-    area_precision: np.ndarray
-    """(k,) float32, area of both / area of the detection, 0 where the detection has none: AP."""
-    pair_of_centre: np.ndarray
-    """(m,) for each centre inside a detection: index of the pair, 0 to k - 1."""
-    centre: np.ndarray
-    """(m,) for each centre inside a detection: index of the centre."""
-
-    def of_detections(self, is_chosen: np.ndarray) -> Self:
-        """Only the pairs of these detections, (number of detections,) bool; their indices stay as they are."""
-        keeps = is_chosen[self.det]
-        keeps_centre = keeps[self.pair_of_centre]
-        pair_of_centre = (np.cumsum(keeps) - 1)[self.pair_of_centre[keeps_centre]]
-        pairs = self.gt[keeps], self.det[keeps], self.has_centre[keeps], self.area_precision[keeps]
-        return type(self)(*pairs, pair_of_centre, self.centre[keeps_centre])
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    """The ground truths and detections of an image, compared."""
-
-    gts: Polygons
-    """Ground truths that are scored."""
-    dets: Polygons
-    """Detections with enough points to be scored."""
-    gt_valid: np.ndarray
-    """(len(gts),) bool: which are not don't-care."""
-    lengths: np.ndarray
-    """(len(gts),) pseudo-characters of each."""
-    pairs: _Pairs
-    """Ground truths and detections that can match."""
+    conditions = [~is_scored, ~is_valid, partners == 0, partners > 1, shares_partner]
+    outcomes = np.select(conditions, [Outcome.UNSCORED, Outcome.DONT_CARE, *names], Outcome.CORRECT)
+    return [Outcome(name) for name in outcomes.tolist()]
 
 
 # Lengths in characters, from aspect ratios. The arithmetic is the competition's, step by step in float32: a box of
@@ -367,47 +369,33 @@ def _characters(elongation: np.ndarray) -> np.ndarray:
 def _lengths(polygons: Polygons, select: np.ndarray, length_of_ratio: Callable[..., np.ndarray]) -> np.ndarray:
     """(k,) int lengths in characters of the polygons at the (k,) indices `select`.
 
-    The first edge of the convex hull with the least rectangle counts, so the order of Qhull matters where two edges tie
-    and give different lengths, as in a rectangle. Where none tie, a convex quadrilateral is its own hull. For upright
-    boxes, most words of a scan, the order is known: Qhull begins with a horizontal edge unless the polygon's first two
-    points are its left side.
+    The first edge of the convex hull with the least rectangle counts. A convex quadrilateral is its own hull; where its
+    edges tie and give different lengths, the order of Qhull matters, as for all other polygons. For upright boxes, most
+    words of a scan, it begins with a horizontal edge unless the polygon's first two points are its left side.
     """
     quads = polygons.quads.take(select, axis=2)
     areas, ratios = _enclosing_rectangles(quads)
-    is_least = areas == areas.min(axis=0)
-
+    is_least, candidates = areas == areas.min(axis=0), length_of_ratio(ratios)
     is_vertical, is_horizontal = edges_of(quads) == 0
     first_two_x = polygons.points[0, polygons.starts[select] + [[0], [1]]]
     begins_left = (first_two_x == quads[0].min(axis=0)).all(axis=0)
-    is_least &= np.where(begins_left, is_vertical, is_horizontal) | ~polygons.is_upright[select]
-
-    candidates = length_of_ratio(ratios)
+    is_upright = (is_vertical | is_horizontal).all(axis=0)
+    is_least &= np.where(begins_left, is_vertical, is_horizontal) | ~is_upright
     lengths = candidates[is_least.argmax(axis=0), np.arange(len(select))]
     needs_hull = ~polygons.is_quad[select] | (is_least & (candidates != lengths)).any(axis=0)
-    if needs_hull.any():
-        lengths[needs_hull] = length_of_ratio(_aspect_ratios_by_hull(polygons, select[needs_hull]))
+    for index in np.flatnonzero(needs_hull):
+        lengths[index] = length_of_ratio(_aspect_ratio(polygons.outline(select[index])))
     return lengths
 
 
-def _aspect_ratios_by_hull(polygons: Polygons, select: np.ndarray) -> np.ndarray:
-    """(k,) float32 aspect ratios of the polygons at the (k,) indices `select`, in Qhull's order; 0 without a hull."""
-    ends = polygons.starts + polygons.counts
-    hulls = [_hull(polygons.points[:, polygons.starts[index] : ends[index]]) for index in select]
-    counts = np.array([hull.shape[1] for hull in hulls])
-    ratios = np.zeros(len(select), np.float32)
-    for count in np.unique(counts[counts > 0]):
-        same = np.flatnonzero(counts == count)
-        areas, ratios_of_edges = _enclosing_rectangles(np.stack([hulls[index] for index in same], axis=2))
-        ratios[same] = ratios_of_edges[areas.argmin(axis=0), np.arange(len(same))]
-    return ratios
-
-
-def _hull(points: np.ndarray) -> np.ndarray:
-    """The (2, m) corners of the convex hull of (2, n) points, as Qhull orders them; none where they lie on a line."""
+def _aspect_ratio(points: np.ndarray) -> np.float32:
+    """float32 aspect ratio of (2, n) points from their hull, in Qhull's order of edges; 0 if they lie on a line."""
     try:
-        return points[:, ConvexHull(points.T.astype(np.float32)).vertices]
+        hull = points[:, ConvexHull(points.T.astype(np.float32)).vertices]
     except QhullError:
-        return points[:, :0]
+        return np.float32(0)
+    areas, ratios = _enclosing_rectangles(hull[:, :, None])
+    return ratios[areas.argmin(), 0]
 
 
 def _enclosing_rectangles(hulls: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -445,76 +433,3 @@ def _character_centres(gts: Polygons, lengths: np.ndarray) -> np.ndarray:
     bottom = cut_points(np.where(is_end, count // 2, count - 1 - section), count - 2 - section)
     middle = top + bottom
     return (middle[:, :-1] + middle[:, 1:])[:, ~is_end[:-1]] / 4
-
-
-def _pair_up(gts: Polygons, dets: Polygons, gt_valid: np.ndarray, lengths: np.ndarray, centres: np.ndarray) -> _Pairs:
-    """The pairs that can match, among those whose bounding boxes meet."""
-    gt, det = near_pairs(gts, dets)
-    first_centres = np.cumsum(lengths) - lengths
-    pair = np.repeat(np.arange(len(gt)), lengths[gt])
-    centre = np.repeat(first_centres[gt], lengths[gt]) + ranges(lengths[gt])
-    is_inside = contains(dets, det[pair], centres.take(centre, axis=1))
-    pair, centre = pair[is_inside], centre[is_inside]
-
-    has_centre = np.zeros(len(gt), bool)
-    has_centre[pair] = True
-    is_kept = has_centre | ~gt_valid[gt]
-    pair_of_centre = (np.cumsum(is_kept) - 1)[pair]
-    gt, det = gt[is_kept], det[is_kept]
-    area_precision = _area_precisions(gts, dets, gt_valid, gt, det)
-    return _Pairs(gt, det, has_centre[is_kept], area_precision, pair_of_centre, centre)
-
-
-def _area_precisions(
-    gts: Polygons, dets: Polygons, gt_valid: np.ndarray, gt: np.ndarray, det: np.ndarray
-) -> np.ndarray:
-    """(k,) float32 area precisions of pairs of a ground truth `gt` and a detection `det`, (k,) indices."""
-    common = np.empty(len(gt))
-    is_valid = gt_valid[gt]
-    common[is_valid] = common_areas(gts, dets, gt[is_valid], det[is_valid])
-    if not is_valid.all():
-        dont_care = _cut_out_of_dont_care(gts.shapes, gt_valid)
-        common[~is_valid] = shapely.area(shapely.intersection(dont_care[gt[~is_valid]], dets.shapes[det[~is_valid]]))
-    det_area = dets.outline_areas[det]  # as the competition divides: opposite lobes of an outline cancel
-    return np.divide(common, det_area, out=np.zeros(len(gt)), where=det_area > 0).astype(np.float32)
-
-
-def _cut_out_of_dont_care(shapes: np.ndarray, is_valid: np.ndarray) -> np.ndarray:
-    """The (k,) shapes of ground truths, after cutting the valid ones out of the don't-care ones."""
-    cut, dont_care, valid = shapes.copy(), np.flatnonzero(~is_valid), np.flatnonzero(is_valid)
-    hole_of, hole = shapely.STRtree(shapes[valid]).query(shapes[dont_care], predicate="intersects")
-    for index in np.unique(hole_of):
-        holes = shapely.union_all(shapes[valid[hole[hole_of == index]]])
-        cut[dont_care[index]] = shapely.difference(shapes[dont_care[index]], holes)
-    return cut
-
-
-def _valid_detections(pairs: _Pairs, gt_valid: np.ndarray, num_dets: int) -> np.ndarray:
-    """(num_dets,) which detections are not mainly on don't-care polygons."""
-    on_dont_care = ~gt_valid[pairs.gt]
-    mostly_on_one = on_dont_care & (pairs.area_precision >= MIN_AREA_PRECISION)
-    over_several = on_dont_care & pairs.has_centre
-    shares = np.bincount(pairs.det[over_several], pairs.area_precision[over_several], minlength=num_dets)
-    is_valid = shares.astype(np.float32) < MIN_AREA_PRECISION
-    is_valid[pairs.det[mostly_on_one]] = False
-    return is_valid
-
-
-def _match(pairs: _Pairs, gt_valid: np.ndarray, det_valid: np.ndarray) -> np.ndarray:
-    """(k,) which pairs are matched: one to one, one ground truth to many detections, or many to one."""
-    num_gts, num_dets = len(gt_valid), len(det_valid)
-    is_valid = gt_valid[pairs.gt] & det_valid[pairs.det] & pairs.has_centre
-    is_candidate = (pairs.area_precision >= MIN_AREA_PRECISION) & pairs.has_centre
-
-    dets_of_gt = np.bincount(pairs.gt[is_candidate], minlength=num_gts)
-    gts_of_det = np.bincount(pairs.det[is_candidate], minlength=num_dets)
-    one_to_one = is_valid & is_candidate & (dets_of_gt[pairs.gt] == 1) & (gts_of_det[pairs.det] == 1)
-
-    valid_dets_of_gt = np.bincount(pairs.gt[is_valid & is_candidate], minlength=num_gts)
-    one_to_many = is_valid & is_candidate & (valid_dets_of_gt[pairs.gt] >= 2)
-
-    valid_gts_of_det = np.bincount(pairs.det[is_valid], minlength=num_dets)
-    shares = np.bincount(pairs.det[is_valid], pairs.area_precision[is_valid], minlength=num_dets)
-    is_covered = shares.astype(np.float32) >= MIN_AREA_PRECISION
-    many_to_one = is_valid & (valid_gts_of_det[pairs.det] >= 2) & is_covered[pairs.det]
-    return one_to_one | one_to_many | many_to_one

@@ -86,7 +86,7 @@ def picture_of(
         jpeg, error = b"", str(unreadable)
     match = match_image(annotation.polygons, polygons, annotation.dont_care)
     sizes = bin_of_size(text_heights(annotation.polygons), (width, height)).tolist()
-    words = zip(match.gt_outcomes(), match.gt_chars().tolist(), sizes, map(_flat, annotation.polygons), strict=True)
+    words = zip(match.gt_outcomes(), match.gt_chars.tolist(), sizes, map(_flat, annotation.polygons), strict=True)
     rounded = [round(float(score), 3) for score in scores] if scores else [None] * len(polygons)
     found = zip(match.det_outcomes(), rounded, map(_flat, polygons), strict=True)
     gt = [[_OUTCOMES.index(outcome), *chars, size, points] for outcome, chars, size, points in words]

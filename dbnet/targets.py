@@ -29,6 +29,9 @@ Map = TypeVar("Map", np.ndarray, "Tensor")
 BLOCK_ELEMENTS = 1 << 17
 """Float32 elements of the distance planes that are worked on at once: they fit the processor's cache."""
 
+AT_ONCE = 8
+"""Polygons of like size that are worked on at once."""
+
 OUTSIDE_CIRCLE = 1 << 20
 """Factor that makes an edge too far to matter for pixels outside its circle; a power of two keeps integers exact."""
 
@@ -130,11 +133,6 @@ def _stacked_by_point_count(polygons: Sequence[np.ndarray]) -> Iterator[tuple[np
         yield np.array(group)[can_be_drawn], np.rint(points[can_be_drawn]).astype(np.int32)
 
 
-def _next_points(points: np.ndarray) -> np.ndarray:
-    """(count, n, 2): the point that follows each point on its polygon; the first follows the last."""
-    return np.concatenate([points[:, 1:], points[:, :1]], axis=1)
-
-
 def _offset(polygon: list[list[int]], distance: float) -> list[list[list[int]]]:
     """The polygon moved outward by `distance` pixels, inward if it is negative, in integer pixels: its pieces."""
     offset = pyclipper.PyclipperOffset()
@@ -146,20 +144,18 @@ def _raise_near_outlines(thresh_levels: np.ndarray, points: np.ndarray, distance
     """Raise `thresh_levels`, in place, to its values for these polygons, (count, n, 2) int32 with their D."""
     first, last = _boxes_within(distances, points, thresh_levels.shape)
     seen = (first < last).all(axis=1)
-    if not seen.any():
-        return
     points, distances, first, last = points[seen], distances[seen], first[seen], last[seen]
     is_whole = (first + last - 1 == points.min(axis=1) + points.max(axis=1)).all(axis=1)
     is_mirrored = is_whole & _is_upright(points)
     sizes = np.where(is_mirrored[:, None], (last - first + 1) // 2, last - first)
     coefficients = _plane_coefficients(points - first[:, None])
     slopes = (-LEVELS / distances).astype(np.float32)[:, None]
-    basis = _plane_basis(*sizes.max(axis=0).tolist())
-    planes = coefficients.shape[1]
-    boxes = np.concatenate([first, last, is_mirrored[:, None]], axis=1).tolist()
-    for group in _of_like_size(sizes, BLOCK_ELEMENTS // planes):
-        width, height = sizes[group].max(axis=0).tolist()
-        rows_at_once = max(1, BLOCK_ELEMENTS // (len(group) * planes * width))
+    basis = _plane_basis(*sizes.max(axis=0, initial=0).tolist())
+    planes, order = coefficients.shape[1], np.lexsort(sizes.T)
+    boxes = np.concatenate([first, last, sizes], axis=1).tolist()
+    for group in np.split(order, range(AT_ONCE, len(order), AT_ONCE)):
+        width, height = sizes[group].max(axis=0, initial=0).tolist()
+        rows_at_once = max(1, BLOCK_ELEMENTS // max(1, len(group) * planes * width))
         for row in range(0, height, rows_at_once):
             pixels = basis[:, row : min(row + rows_at_once, height), :width]
             distance = np.dot(coefficients[group].reshape(-1, 4), pixels.reshape(4, -1))
@@ -167,49 +163,18 @@ def _raise_near_outlines(thresh_levels: np.ndarray, points: np.ndarray, distance
             value *= slopes[group]
             value += LEVELS + 0.5  # so that cutting off the fraction rounds
             levels = np.maximum(value, 0, out=value).astype(np.uint8).reshape(len(group), -1, width)
-            for index, level in zip(group, levels, strict=True):
-                _raise_box(thresh_levels, boxes[index], row, level)
-
-
-def _of_like_size(sizes: np.ndarray, pixels: int) -> Iterator[list[int]]:
-    """Group boxes of (count, 2) sizes; yield the indices of each group.
-
-    A group has at most `pixels` pixels if all of its boxes are as large as the largest, or is a single box.
-    """
-    group: list[int] = []
-    widest = highest = 0
-    for index in np.lexsort(sizes.T).tolist():
-        width, height = sizes[index].tolist()
-        widest, highest = max(widest, width), max(highest, height)
-        if group and (len(group) + 1) * widest * highest > pixels:
-            yield group
-            group, widest, highest = [], width, height
-        group.append(index)
-    yield group
-
-
-def _raise_box(thresh_levels: np.ndarray, box: list[int], row: int, levels: np.ndarray) -> None:
-    """Raise `thresh_levels` in a box (left, top, right, bottom, whether it is mirrored) to (rows, columns) `levels`.
-
-    These are the levels of the box from `row` on, and may be larger than the box; of a mirrored box they are those of
-    its upper left quarter.
-    """
-    left, top, right, bottom, is_mirrored = box
-    width, height = right - left, bottom - top
-    if is_mirrored:
-        half = (width + 1) // 2
-        levels = levels[: (height + 1) // 2 - row]
-        levels = np.concatenate([levels[:, :half], levels[:, : width - half][:, ::-1]], axis=1)
-        region = thresh_levels[bottom - row - len(levels) : bottom - row, left:right]
-        np.maximum(region, levels[::-1], out=region)
-    levels = levels[: height - row, :width]
-    region = thresh_levels[top + row : top + row + len(levels), left:right]
-    np.maximum(region, levels, out=region)
+            for index, level in zip(group.tolist(), levels, strict=True):
+                left, top, right, bottom, own_width, own_height = boxes[index]
+                box, level = thresh_levels[top:bottom, left:right], level[: max(0, own_height - row), :own_width]
+                mirrored = (box, box[::-1], box[:, ::-1], box[::-1, ::-1]) if is_mirrored[index] else (box,)
+                for part in mirrored:
+                    part = part[row : row + len(level), :own_width]
+                    np.maximum(part, level, out=part)
 
 
 def _is_upright(points: np.ndarray) -> np.ndarray:
     """(count,) whether the (count, n, 2) polygons are rectangles with sides along x and y."""
-    along_x, along_y = np.moveaxis(_next_points(points) == points, 2, 0)
+    along_x, along_y = np.moveaxis(np.roll(points, -1, axis=1) == points, 2, 0)
     return (along_x != along_y).all(axis=1) & (points.shape[1] == 4)
 
 
@@ -245,7 +210,7 @@ def _plane_coefficients(points: np.ndarray) -> np.ndarray:
     Returns (count, 3 n, 4) float32: the weights of the n circles, then of the lines, then of the first ends.
     """
     start = points.astype(np.float64)
-    end = _next_points(start)
+    end = np.roll(start, -1, axis=1)
     edge = end - start
     length = np.maximum(np.sqrt(np.square(edge).sum(axis=2)), 1)  # a repeated point stands for its edge
     normal = np.stack([edge[..., 1], -edge[..., 0]], axis=-1) / length[..., None]
@@ -260,7 +225,7 @@ def _plane_coefficients(points: np.ndarray) -> np.ndarray:
     point[..., 0] = np.square(start).sum(axis=2)
     point[..., 1:3] = -2 * start
     point[..., 3] = 1
-    return coefficients.reshape(len(points), -1, 4)
+    return coefficients.reshape(len(points), 3 * points.shape[1], 4)
 
 
 def _nearest(planes: np.ndarray) -> np.ndarray:

@@ -179,7 +179,7 @@ def test_characters_are_counted_where_their_word_belongs():
     # On 1000 pixels: 4 characters of height 10 (found), 4 of 10 (missed), 2 of 30 (don't care), 3 of 40 (found).
     words = [box(0, 0, 40, 10), box(0, 100, 40, 10), box(0, 200, 60, 30), box(0, 300, 120, 40)]
     match = match_image(words, [words[0], words[3]], [False, False, True, False])
-    rows = size_rows([chars_by_size(words, (1000, 700), match.gt_chars())])
+    rows = size_rows([chars_by_size(words, (1000, 700), match.gt_chars)])
     by_edge = {row["from"]: (row["chars_gt"], row["chars_tp"], row["recall"]) for row in rows}
     chars = score_image([words[3]], [words[3]]).chars_gt
     assert by_edge[0.01] == (8, 4, 0.5)
@@ -197,7 +197,7 @@ any_polygons = st.lists(st.lists(st.tuples(coordinates, coordinates), min_size=1
 @settings(deadline=None)
 def test_bins_sum_to_the_whole_image(gt, det, flags, side):
     match = match_image(gt, det, flags[: len(gt)])
-    counts = chars_by_size(gt, (side, 1), match.gt_chars())
+    counts = chars_by_size(gt, (side, 1), match.gt_chars)
     assert counts.shape == (8, 2)
     assert counts.sum(axis=0).tolist() == [match.score.chars_tp, match.score.chars_gt]
     assert (counts[:, 0] <= counts[:, 1]).all()

@@ -89,13 +89,13 @@ def test_outcomes_of_words_and_detections():
     )
     assert match.gt_outcomes() == ["correct", "merged", "merged", "split", "missed", "dont_care", "unscored"]
     assert match.det_outcomes() == ["correct", "merged", "split", "split", "false", "dont_care", "unscored"]
-    assert match.gt_chars().tolist() == [[4, 4], [4, 4], [4, 4], [4, 4], [0, 4], [0, 0], [0, 0]]
+    assert match.gt_chars.tolist() == [[4, 4], [4, 4], [4, 4], [4, 4], [0, 4], [0, 0], [0, 0]]
 
 
 def test_a_word_found_in_part_says_how_many_characters():
     match = match_image([WORD], [box(0, 0, 22, 10)])
     assert match.gt_outcomes() == match.det_outcomes() == ["correct"]
-    assert match.gt_chars().tolist() == [[2, 4]]
+    assert match.gt_chars.tolist() == [[2, 4]]
 
 
 def test_detections_after_the_last_that_counts_are_unscored():
@@ -106,7 +106,7 @@ def test_detections_after_the_last_that_counts_are_unscored():
 
 def test_outcomes_of_nothing():
     match = match_image([], [])
-    assert (match.gt_outcomes(), match.det_outcomes(), match.gt_chars().shape) == ([], [], (0, 2))
+    assert (match.gt_outcomes(), match.det_outcomes(), match.gt_chars.shape) == ([], [], (0, 2))
     assert match_image([WORD], []).gt_outcomes() == ["missed"]
     assert match_image([], [WORD]).det_outcomes() == ["false"]
 
@@ -122,7 +122,7 @@ def test_outcomes_add_up_to_the_score(gt, det, data):
     assert words.count("split") == score.splits and detections.count("merged") == score.merges
     assert len(words) - words.count("unscored") == score.words
     assert len(detections) - detections.count("unscored") == score.detections
-    assert match.gt_chars().sum(axis=0).tolist() == [score.chars_tp, score.chars_gt]
+    assert match.gt_chars.sum(axis=0).tolist() == [score.chars_tp, score.chars_gt]
 
 
 def test_false_positive_costs_precision_as_many_characters_as_it_is_long():
@@ -255,7 +255,7 @@ def test_an_outline_that_crosses_itself_costs_nothing_for_the_others():
     words = [box(100 * k, 0, 80, 20) for k in range(5)]
     polygons = Polygons.read([*words, ZIGZAG + 1000], 4)
     common_areas(polygons, polygons, np.arange(5), np.arange(5))
-    assert "shapes" not in polygons.__dict__  # no geometry is built
+    assert "effort" not in polygons.__dict__  # nothing is built from its outline
 
 
 # ---------------------------------------------------------------------------------------------------------- edges
@@ -349,7 +349,7 @@ upright_boxes = st.builds(box, *[st.integers(0, 400)] * 2, *[st.integers(1, 400)
 def test_quadrilaterals_have_the_length_that_their_edges_in_the_order_of_qhull_give(quad, first, is_reversed):
     quad = np.roll(quad, first, axis=0)[:: -1 if is_reversed else 1]
     polygons = Polygons.read([quad], metric.CLEVAL_MIN_POINTS)
-    by_hull = metric._aspect_ratios_by_hull(polygons, np.array([0]))
+    by_hull = metric._aspect_ratio(polygons.outline(0))
     for length_of_ratio in (metric._word_length, metric._false_positive_length):
         assert metric._lengths(polygons, np.array([0]), length_of_ratio) == length_of_ratio(by_hull)
 

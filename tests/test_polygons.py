@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import shapely
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from support import convex_quads
+from support import convex_quads, in_time
 
 from dbnet import geometry
 from dbnet.geometry import (
@@ -79,6 +79,7 @@ tangles = st.lists(st.tuples(small, small), min_size=3, max_size=9).map(np.array
 
 @settings(max_examples=100, deadline=None)
 @given(tangles, tangles)
+@example(np.array([[0, 0], [0, 8], [9, 10]]), np.array([[0, 9], [1, 0], [0, 10], [9, 10], [0, 8]]))  # nearly touch
 def test_areas_of_outlines_that_cross_themselves_are_even_odd(one, other):
     a, b, pair = Polygons.read([one], 3), Polygons.read([other], 3), np.array([0])
     inside_one, inside_other = raster(one, 12, 600), raster(other, 12, 600)
@@ -90,7 +91,7 @@ def test_areas_of_outlines_that_cross_themselves_are_even_odd(one, other):
 @given(any_polygons, any_polygons)
 def test_the_closed_form_gives_what_shapely_gives(one, other):
     a, b, pair = Polygons.read([one], 3), Polygons.read([other], 3), np.array([0])
-    by_shapely = shapely.area(shapely.intersection(a.shapes, b.shapes))
+    by_shapely = shapely.area(shapely.intersection(a.shapes(pair), b.shapes(pair)))
     assert common_areas(a, b, pair, pair) == pytest.approx(by_shapely, abs=1e-6)
 
 
@@ -110,7 +111,7 @@ def test_an_outline_that_meets_itself_has_the_area_of_its_even_odd_inside(outlin
     polygons = Polygons.read([outline, outline[::-1]], 3)
     assert not polygons.is_simple.any()
     assert polygons.areas == pytest.approx(np.array([area, area]))
-    assert shapely.area(polygons.shapes) == pytest.approx(polygons.areas)
+    assert shapely.area(polygons.shapes(np.arange(2))) == pytest.approx(polygons.areas)
 
 
 def star(corners, step, radius=1000):
@@ -142,6 +143,21 @@ def test_a_tangle_is_an_outline_that_meets_itself_hundreds_of_times(outline, exp
     assert is_tangled(outline) == expected
 
 
+def test_hundreds_of_tangles_in_an_image_cost_seconds_and_have_their_areas_sampled():
+    random = np.random.default_rng(0)
+    few, many = ([random.integers(0, 300, (100, 2)) for _ in range(count)] for count in (3, 100))
+    with in_time():
+        polygons = Polygons.read(many, 3)
+        first, second = near_pairs(polygons, polygons)
+        common_areas(polygons, polygons, first[:3000], second[:3000])
+        bow_ties = Polygons.read([np.multiply(BOW_TIE, 20)] * 100, 3)  # as many that are exact up to MAX_EFFORT
+        common = common_areas(bow_ties, bow_ties, *near_pairs(bow_ties, bow_ties))
+    assert common.min() == pytest.approx(common.max(), rel=0.03) and common.max() == 20_000
+    some, insides = Polygons.read(few, 3), [raster(outline, 300, 900) for outline in few]
+    expected = [(insides[i] & insides[j]).mean() * 300**2 for i in range(3) for j in range(3)]
+    assert common_areas(some, some, *np.indices((3, 3)).reshape(2, -1)) == pytest.approx(np.array(expected), rel=0.06)
+
+
 def test_an_outline_with_countless_crossings_has_its_area_sampled():
     scribble = np.random.default_rng(0).integers(0, 300, (400, 2))
     assert is_tangled(scribble.astype(float)) and not is_tangled(star(50, 7))
@@ -152,7 +168,7 @@ def test_an_outline_with_countless_crossings_has_its_area_sampled():
 def test_many_points_are_compared_block_by_block(monkeypatch):
     polygons, columns = Polygons.read([BOW_TIE, TOUCHING], 3), np.indices((2, 12, 12)).reshape(3, -1)
     at_once = contains(polygons, columns[0], columns[1:])
-    monkeypatch.setattr(geometry, "MAX_EDGES", 50)
+    monkeypatch.setattr(geometry, "BLOCK", 50)
     assert (contains(polygons, columns[0], columns[1:]) == at_once).all()
 
 
@@ -165,25 +181,12 @@ def test_coordinates_are_truncated_and_must_be_on_an_image():
         Polygons.read([[1, 2, 3]], 3)
 
 
-def test_what_has_been_read_is_read_on_from_there():
-    triangle, quad = [[0, 0], [9, 0], [5, 5]], [[0, 0], [9, 0], [9, 9], [0, 9]]
-    polygons = Polygons.read([quad, [[1, 1]], triangle, quad], 3)
-    assert Polygons.read(polygons, 3) is polygons
-    quads = Polygons.read(polygons, 4)
-    assert quads.is_given.tolist() == [True, False, False, True]
-    assert quads.areas.tolist() == [81, 81]
-    assert quads.is_quad.all()
-
-
-def test_upright_rectangles_are_told_from_other_quadrilaterals():
-    upright, turned, triangle = (
-        [[0, 0], [9, 0], [9, 5], [0, 5]],
-        [[5, 0], [9, 4], [4, 9], [0, 5]],
-        [[0, 0], [9, 0], [9, 5]],
-    )
-    assert Polygons.read([upright, turned, upright[::-1], triangle], 3).is_upright.tolist() == [
-        True,
-        False,
-        True,
-        False,
-    ]
+def test_polygons_of_too_few_points_are_marked_and_have_nothing_in_common_with_others():
+    quad = [[0, 0], [9, 0], [9, 9], [0, 9]]
+    polygons = Polygons.read([quad, [[1, 1]], [], [[0, 0], [9, 0], [5, 5]], quad], 4)
+    assert polygons.is_given.tolist() == [True, False, False, False, True]
+    assert polygons.is_quad.tolist() == polygons.is_given.tolist()
+    first, second = near_pairs(polygons, polygons)
+    is_both = polygons.is_given[first] & polygons.is_given[second]
+    assert (common_areas(polygons, polygons, first, second) == 81 * is_both).all()
+    assert polygons.areas.tolist() == [81, 0, 0, 0, 81]
