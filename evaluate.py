@@ -11,7 +11,14 @@
     python evaluate.py runs/NAME/best.pt --tune --save         and keep them in the checkpoint, if the gain is certain
     torchrun --nproc-per-node 4 -- evaluate.py runs/NAME/best.pt  on four GPUs
 
-Precision, recall and H-Mean are means over the images. A checkpoint carries its configuration; flags override it.
+A checkpoint carries its configuration; flags override it. What is printed:
+
+    precision, recall, H-Mean  CLEval, 0 to 1, means over the images
+    95% interval               where the H-Mean of other images of this kind lies, by resampling these
+    splits, merges             words with several detections, detections over several words
+    IoU over 0.5               the same by the ICDAR 2015 protocol: whole words, over all images together
+    size of text               height of a word / longer side of its image; CLEval's characters of such words, and the
+                               share of them that was found
 """
 
 import argparse

@@ -42,7 +42,6 @@ class ScoredMap(NamedTuple):
     """The probability map of an annotated image."""
 
     name: str
-    """file name, which decides the half of the images in cross-validation"""
     prob_map: np.ndarray | None
     """(height, width) uint8, probability x 255, without padding; None if the image could not be read"""
     size: tuple[int, int] | None
@@ -87,12 +86,8 @@ class Grid(NamedTuple):
         return type(self)(*(tuple(sorted({*axis, value})) for axis, value in zip(self, values, strict=True)))
 
     def combinations(self) -> list[Values]:
-        """All combinations, those that differ in `min_size` alone next to each other."""
+        """All combinations, the last setting varying fastest."""
         return [Values(*values) for values in product(*self)]
-
-    def steps(self, one: Values, other: Values) -> int:
-        """Number of steps on the grid between two combinations."""
-        return sum(abs(axis.index(a) - axis.index(b)) for axis, a, b in zip(self, one, other, strict=True))
 
 
 @dataclass(frozen=True)
@@ -102,8 +97,8 @@ class Tuning:
     grid: Grid
     """the values that were combined, including those of the configuration"""
     combinations: list[Values]
-    """the configuration's own values first, then in the order of their distance to these on the grid: of two that score
-    the same, the first changes less"""
+    """the configuration's own values first, then by their distance to these on the grid: of two that score the same,
+    the first changes less"""
     scores: np.ndarray
     """(combinations, images, 3) CLEval precision, recall and H-Mean; images sorted by name"""
 
@@ -115,7 +110,7 @@ class Tuning:
     @property
     def best(self) -> int:
         """Index of the combination with the highest H-Mean, even if its lead is small."""
-        return int(self.means[:, 2].argmax())
+        return choose(self.scores[..., 2])
 
     @cached_property
     def held_out(self) -> np.ndarray:
@@ -139,15 +134,10 @@ class Tuning:
             return "cross-validated, other values are no better"
         return f"the gain of {gain:.4f} is within its standard error of {error:.4f}" if gain <= error else ""
 
-    @property
-    def order(self) -> list[int]:
-        """Indices of all combinations, best first."""
-        return np.argsort(-self.means[:, 2], kind="stable").tolist()
-
     def ranking(self, count: int) -> list[int]:
         """Indices of the best combinations, best first; of those with equal scores on every image only the first."""
         first: dict[bytes, int] = {}
-        for index in self.order:
+        for index in np.argsort(-self.means[:, 2], kind="stable").tolist():
             first.setdefault(self.scores[index].tobytes(), index)
         return list(first.values())[:count]
 
@@ -172,17 +162,15 @@ class Tuning:
 
     def by_thresholds(self) -> np.ndarray:
         """(box_thresh, thresh) H-Means, with the unclip ratio and min_size of the best combination."""
-        best = self.combinations[self.best]
-
-        def hmean(box_thresh: float, thresh: float) -> float:
-            return self.means[self.combinations.index(best._replace(thresh=thresh, box_thresh=box_thresh)), 2]
-
-        return np.array([[hmean(row, column) for column in self.grid.thresh] for row in self.grid.box_thresh])
+        best, hmeans = self.combinations[self.best], dict(zip(self.combinations, self.means[:, 2], strict=True))
+        rows, columns = self.grid.box_thresh, self.grid.thresh
+        return np.array([[hmeans[best._replace(thresh=x, box_thresh=y)] for x in columns] for y in rows])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: own and cross-validated H-Mean, and all combinations, best first."""
         names = (*Values._fields, "precision", "recall", "hmean")
-        rows = [(*self.combinations[index], *self.means[index].tolist()) for index in self.order]
+        order = np.argsort(-self.means[:, 2], kind="stable")
+        rows = [(*self.combinations[index], *self.means[index].tolist()) for index in order]
         return {
             "made_by": SCORES_MARK,
             "images": self.scores.shape[1],
@@ -205,7 +193,9 @@ def tune(maps: Sequence[ScoredMap], config: Config, grid: Grid | None = None, wo
     maps = sorted(maps, key=lambda each: each.name)
     scores = list(progress(map_in_processes(score, maps, workers), "tuning", len(maps)))
     combinations = grid.combinations()
-    order = sorted(range(len(combinations)), key=lambda index: grid.steps(combinations[index], own))
+    place_of_own = [[axis.index(value)] for axis, value in zip(grid, own, strict=True)]
+    steps = np.abs(np.indices(tuple(map(len, grid))).reshape(len(grid), -1) - place_of_own).sum(axis=0)
+    order = np.argsort(steps, kind="stable").tolist()
     return Tuning(grid, [combinations[index] for index in order], np.stack(scores, axis=1)[order])
 
 
@@ -275,40 +265,33 @@ def tune_checkpoint(
     if scores:
         write_json(scores, tuning.to_dict())
         print(f"all combinations: {scores}")
-    if save_to:
-        print(save_tuning(save_to, tuning, config, split))
+    if save_to and tuning.doubt:
+        print(f"not saved: {tuning.doubt}; {save_to} keeps its own values")
+    elif save_to:
+        from dbnet.checkpoint import change_checkpoint, load_checkpoint  # with PyTorch, which a .onnx file does without
 
-
-def save_tuning(checkpoint: Path, tuning: Tuning, config: Config, split: str) -> str:
-    """Write the best values into a checkpoint, unless the gain may be chance; return a line that says which."""
-    from dbnet.checkpoint import change_checkpoint, load_checkpoint  # with PyTorch, which a .onnx file does without
-
-    own, best = tuning.combinations[0], tuning.combinations[tuning.best]
-    if tuning.doubt:
-        return f"not saved: {tuning.doubt}; {checkpoint} keeps its own values"
-    record: dict[str, Any] = {"before": own.changes(config), "after": best.changes(config), "split": split}
-    record |= {"own_hmean": float(tuning.means[0, 2]), "cross_validated_hmean": tuning.cross_validated}
-    tunings = [*load_checkpoint(checkpoint).get("tunings", []), record]
-    change_checkpoint(checkpoint, best.changes(config), tunings=tunings)
-    return f"saved: {checkpoint} now has the best values; its old ones are kept in it, under `tunings`"
+        own, best = (tuning.combinations[index].changes(config) for index in (0, tuning.best))
+        record = {"before": own, "after": best, "split": split, "own_hmean": float(tuning.means[0, 2])}
+        record["cross_validated_hmean"] = tuning.cross_validated
+        tunings = [*load_checkpoint(save_to).get("tunings", []), record]
+        change_checkpoint(save_to, best, tunings=tunings)
+        print(f"saved: {save_to} now has the best values; its old ones are kept in it, under `tunings`")
 
 
 def draw_tuning(tuning: Tuning) -> "Figure":
     """Picture of H-Mean over thresh and box_thresh, around the best combination."""
-    own, best = tuning.combinations[0], tuning.combinations[tuning.best]
-    thresh, box_thresh = tuning.grid.thresh, tuning.grid.box_thresh
+    grid, own, best = tuning.grid, tuning.combinations[0], tuning.combinations[tuning.best]
+    own_label = f"own thresholds; with unclip ratio {own.unclip_ratio:g} and min_size {own.min_size:g}"
+    labels = f"best: {tuning.means[tuning.best, 2]:.4f}", f"{own_label}: {tuning.means[0, 2]:.4f}"
+    places = [(grid.box_thresh.index(each.box_thresh), grid.thresh.index(each.thresh)) for each in (best, own)]
+    title = f"CLEval H-Mean of {tuning.scores.shape[1]} images; unclip ratio {best.unclip_ratio:g}, "
     return draw_heat_map(
         tuning.by_thresholds(),
-        rows=box_thresh,
-        columns=thresh,
+        rows=grid.box_thresh,
+        columns=grid.thresh,
         labels=("box_thresh", "thresh"),
-        title=f"CLEval H-Mean of {tuning.scores.shape[1]} images; "
-        f"unclip ratio {best.unclip_ratio:g}, min_size {best.min_size:g}",
-        marks={
-            f"best: {tuning.means[tuning.best, 2]:.4f}": (box_thresh.index(best.box_thresh), thresh.index(best.thresh)),
-            f"own thresholds; with unclip ratio {own.unclip_ratio:g} and min_size {own.min_size:g}: "
-            f"{tuning.means[0, 2]:.4f}": (box_thresh.index(own.box_thresh), thresh.index(own.thresh)),
-        },
+        title=f"{title}min_size {best.min_size:g}",
+        marks=dict(zip(labels, places, strict=True)),
     )
 
 
