@@ -490,11 +490,11 @@ def test_mistakes_of_evaluate_and_predict(place, tmp_path, typed):
     [
         ("name,polygons\n", "filename and polygons"),
         ("", "filename and polygons"),
-        ("filename,polygons\na.jpg,1 2 3\n", "row 2: a polygon has 3 coordinates"),
+        ("filename,polygons\na.jpg,1 2 3\n", "row 2: coordinates must be numbers, x and y in pairs"),
         ("filename,polygons\na.jpg,1 2 x 4\n", "row 2: coordinates must be numbers"),
         ("filename,polygons\na.jpg,1 2 nan 4\n", "row 2: a coordinate is not a finite number"),
         ("filename,polygons\na.jpg,\na.jpg,\n", "row 3: a.jpg is there twice"),
-        ("filename,polygons\na.jpg\n", "row 2 has 1 columns"),
+        ("filename,polygons\na.jpg\n", "row 2 has more or fewer columns"),
         ("filename,polygons\nunknown.jpg,\n", "unknown.jpg is not in"),
     ],
 )
