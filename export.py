@@ -3,6 +3,7 @@
     python export.py runs/NAME/best.pt --onnx best.onnx
     python predict.py best.onnx --images photos/            on ONNX Runtime
     python export.py runs/NAME/best.pt --half small.pt      kernels in 16 bits, nothing that only training needs
+    python export.py runs/NAME/best.pt --half small.onnx    the same in the ONNX format
 
 A .onnx file holds the network, for batches and images of any size, and its configuration, which flags change. Where
 onnxruntime is installed the file is checked: it must find the same polygons as the checkpoint.
@@ -10,7 +11,7 @@ onnxruntime is installed the file is checked: it must find the same polygons as 
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dbnet.config import ArgumentParser, Config
 from dbnet.errors import UserError, run_script
@@ -19,84 +20,86 @@ if TYPE_CHECKING:
     from dbnet.model import DBNet
 
 TOLERANCE = 1e-3  # largest difference of a probability: a quarter of a step of the maps that polygons are read off
-SHAPES = ((1, 64, 64, 3), (2, 96, 160, 3))  # of the random images that the probabilities are compared on
+SHAPES = ((1, 64, 64, 3), (2, 90, 160, 3))  # of the random images that the probabilities are compared on
 
 
 def main() -> None:
     parser = ArgumentParser(__doc__)
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint to export")
     parser.add_argument("--onnx", type=Path, metavar="FILE.onnx", help="write the network in the ONNX format")
-    parser.add_argument("--half", type=Path, metavar="FILE.pt", help="write the checkpoint at half its size")
+    parser.add_argument("--half", type=Path, metavar="FILE", help="write it at half its size, to FILE.pt or FILE.onnx")
     parser.add_config_flags(of_checkpoint=True)
     args, changes = parser.parse()
     if not (args.onnx or args.half):
         raise UserError("name what to write: --onnx FILE.onnx or --half FILE.pt (see --help)")
-    if args.onnx and args.onnx.suffix.lower() != ".onnx":
+    if args.onnx and not is_onnx(args.onnx):
         raise UserError(f"--onnx {args.onnx}: name a file that ends in .onnx; predict.py recognizes it by this suffix")
 
     # Imported here, so that --help and a mistaken command line answer at once.
     from dbnet.checkpoint import load_model, write_half
     from dbnet.files import check_outputs
 
-    check_outputs((args.onnx, "dbnet_config"), (args.half, "pyramid_channels"), inputs=[args.checkpoint])
-    if args.half:
-        load_model(args.checkpoint, changes | {"compile": False})  # raises where the weights are not of this network
-        write_half(args.checkpoint, args.half, changes)
-        print(f"{args.half}: {args.half.stat().st_size / 1e6:.1f} MB")
-    if args.onnx:
-        export_onnx(args.checkpoint, args.onnx, changes)
+    outputs = [path for path in (args.onnx, args.half) if path]
+    marks = ["dbnet_config" if is_onnx(path) else "pyramid_channels" for path in outputs]
+    check_outputs(*zip(outputs, marks, strict=True), inputs=[args.checkpoint])
+    for path in outputs:
+        model, config, _ = load_model(args.checkpoint, changes)  # raises where the weights are not of this network
+        if is_onnx(path):
+            export_onnx(path, model, config, half=path == args.half)
+        else:
+            write_half(args.checkpoint, path, changes)
+            print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
-def export_onnx(checkpoint: Path, path: Path, changes: dict[str, Any]) -> None:
-    """Write the network of a checkpoint in the ONNX format and, where that is possible, check it."""
-    from dbnet.checkpoint import load_model
+def is_onnx(path: Path) -> bool:
+    """Whether a file is one of the ONNX format, by its suffix."""
+    return path.suffix.lower() == ".onnx"
+
+
+def export_onnx(path: Path, model: "DBNet", config: Config, half: bool) -> None:
+    """Write a network in the ONNX format and, where that is possible, check it."""
     from dbnet.inference import write_onnx
 
-    model, config, _ = load_model(checkpoint, changes | {"compile": False})
     if config.tta:
         print("a .onnx file has one view of an image: test-time augmentation is left out")
         config = config.changed(tta=False)
-    write_onnx(path, model, config)
+    write_onnx(path, model, config, half)
     print(f"{path}: {config.backbone}, {config.image_size} px, {path.stat().st_size / 1e6:.1f} MB")
-    if find_spec("onnxruntime"):
-        try:
-            check(path, model, config)
-        except UserError:
-            path.unlink(missing_ok=True)
-            raise
-    else:
-        print("not checked against PyTorch; for that: pip install onnxruntime")
+    if not find_spec("onnxruntime"):
+        return print("not checked against PyTorch; for that: pip install onnxruntime")
+    try:
+        check(path, model, config)
+    except UserError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def check(path: Path, model: "DBNet", config: Config) -> None:
     """Compare the exported file with the network: probabilities of random images, and polygons of a rendered receipt.
 
-    Where they differ the file is deleted and UserError raised: of some backbones, the Swin Transformers among them,
-    the exporter keeps the sizes of its example.
+    Raises UserError where they differ: of some backbones, the Swin Transformers among them, the exporter keeps the
+    sizes of its example.
     """
     import numpy as np
     import torch
 
     from dbnet.ensemble import Ensemble
     from dbnet.inference import Detector, OnnxNetwork
+    from dbnet.model import AnySize
     from dbnet.synth.scene import render_receipt
 
-    exported = OnnxNetwork(path, {})
+    exported = OnnxNetwork(path, {"device": "cpu"})
     rng = np.random.default_rng(0)
     difference = 0.0
     for shape in SHAPES:
         images = rng.integers(0, 256, shape, dtype=np.uint8)
         with torch.inference_mode():
-            expected = model(torch.from_numpy(images)).numpy()
+            expected = AnySize(model)(torch.from_numpy(images)).numpy()
         difference = max(difference, float(np.abs(exported.probabilities(images) - expected).max()))
     receipt, _ = render_receipt(rng, config.image_size)
-    ours, theirs = (
-        Detector(network).detect(receipt) for network in (Ensemble.of(model, config, torch.device("cpu")), exported)
-    )
-    same = len(ours) == len(theirs) and all(
-        map(np.array_equal, *([t.polygon for t in found] for found in (ours, theirs)))
-    )
-    if not difference <= TOLERANCE or not same:
+    networks = Ensemble.of(model, config, torch.device("cpu")), exported
+    ours, theirs = ([text.polygon.tolist() for text in Detector(network).detect(receipt)] for network in networks)
+    if not difference <= TOLERANCE or ours != theirs:
         raise UserError(
             f"{path}: not kept: ONNX Runtime finds {len(theirs)} polygons where PyTorch finds {len(ours)}, with a "
             f"largest difference of {difference:.0e}; these versions of torch and onnxruntime cannot export a "

@@ -56,22 +56,12 @@ def main() -> None:
         help="checkpoint, several whose probability maps are averaged, or a .onnx file (newest runs/*/best.pt, else "
         "weights/lite.pt)",
     )
-    parser.add_argument(
-        "--images",
-        nargs="+",
-        type=Path,
-        metavar="PLACE",
-        help="folders, images, PDFs, quoted patterns (DATA/images/test)",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("submission.csv"), metavar="FILE", help="file to write (submission.csv)"
-    )
-    parser.add_argument(
-        "--out-format",
-        choices=("auto", "csv", "competition", "icdar", "coco", "labelme", "ppocrlabel"),
-        default="auto",
-        help="format of that file (by its suffix)",
-    )
+    images_help = "folders, images, PDFs, quoted patterns (DATA/images/test)"
+    parser.add_argument("--images", nargs="+", type=Path, metavar="PLACE", help=images_help)
+    out = Path("submission.csv")
+    parser.add_argument("--out", type=Path, default=out, metavar="FILE", help=f"file to write ({out})")
+    formats = ("auto", "csv", "competition", "icdar", "coco", "labelme", "ppocrlabel")
+    parser.add_argument("--out-format", choices=formats, default="auto", help="format of that file (by its suffix)")
     parser.add_argument("--overlays", type=Path, metavar="DIR", help="also write the images with their polygons here")
     parser.add_argument(
         "--crops", type=Path, metavar="DIR", help="also write each word here, upright, with index.csv in reading order"
@@ -84,9 +74,7 @@ def main() -> None:
     )
     parser.add_argument("--resume", action="store_true", help="continue an interrupted prediction for --out")
     parser.add_config_flags(of_checkpoint=True)
-    args, changes = parser.parse()
-
-    run(args, changes)
+    run(*parser.parse())
 
 
 def run(args: Namespace, changes: dict[str, Any]) -> None:
@@ -177,9 +165,8 @@ def print_summary(
     print(f"{args.out}: {len(rows)} images, {polygons} polygons, {len(unreadable)} images could not be read")
     full = [name for name, row in rows.items() if len(row.polygons) >= max_candidates]
     if full:
-        print(
-            f"{len(full)} images have {max_candidates} polygons, {full[0]} first: raise --max-candidates for all text"
-        )
+        count = f"{len(full)} images have {max_candidates} polygons, {full[0]} first"
+        print(f"{count}: raise --max-candidates for all text")
     if form == "icdar" and any(len(polygon) != 4 for row in rows.values() for polygon in row.polygons):
         print(f"{args.out}: has polygons of more than four points; if a website rejects them, add --use-polygon false")
     if args.sort_by == "uncertainty":

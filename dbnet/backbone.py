@@ -1,6 +1,7 @@
 """Backbones: networks of torchvision and timm as extractors of features at strides 4, 8, 16 and 32."""
 
 import difflib
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,8 @@ class Backbone(nn.Module):
     """Four features of an image, (N, channels, H / stride, W / stride) at strides 4, 8, 16 and 32.
 
     Input: (N, 3, H, W) RGB in 0..1, normalized by `mean` and `std`, which belong to the weights of the network.
-    `channels` holds the channels of each feature. They, the layers of the strides and the memory layout are read from
-    the features of a small image. Raises UserError where there is no such network, where it has no such features, and
-    where its weights cannot be loaded.
+    `channels` holds the channels of each feature, as a small image has them. Raises UserError where there is no such
+    network, where it has no such features, and where its weights cannot be loaded.
     """
 
     def __init__(self, name: str, weights: str) -> None:
@@ -37,10 +37,9 @@ class Backbone(nn.Module):
             self.stages = _cut_into_stages(_load_torchvision(name, weights))
         with library_errors(f"--backbone {name}: does not take images of any size", "take another"):
             shapes = _probe(self.stages)
-        missing = sorted(set(STRIDES) - {shape.stride for shape in shapes})
+        missing = [str(stride) for stride in STRIDES if stride not in {shape.stride for shape in shapes}]
         if missing:
-            strides = ", ".join(map(str, missing))
-            raise UserError(f"--backbone {name}: has no features at stride {strides}; take another")
+            raise UserError(f"--backbone {name}: has no features at stride {', '.join(missing)}; take another")
         self.layers = [_last(shapes, stride) for stride in STRIDES]
         self.channels = [shapes[layer].channels for layer in self.layers]
         self.channels_last = shapes[-1].channels_last
@@ -49,10 +48,8 @@ class Backbone(nn.Module):
         self.norms = nn.ModuleList(nn.Identity() if normalized else ChannelNorm(count) for count in self.channels)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        features = self.stages(images)
-        features = [features[layer] for layer in self.layers]
-        if self.channels_last:
-            features = [feature.permute(0, 3, 1, 2) for feature in features]
+        stages = self.stages(images)
+        features = [stages[layer].permute(0, 3, 1, 2) if self.channels_last else stages[layer] for layer in self.layers]
         return [norm(feature) for norm, feature in zip(self.norms, features, strict=True)]
 
 
@@ -60,11 +57,7 @@ class Stages(nn.ModuleList):
     """Layers that run one after the other; the output is the list of all their outputs."""
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        features = []
-        for stage in self:
-            images = stage(images)
-            features.append(images)
-        return features
+        return list(accumulate(self, lambda feature, stage: stage(feature), initial=images))[1:]
 
 
 class ChannelNorm(nn.LayerNorm):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dbnet.config import Config
-from dbnet.device import compile_model, from_first
+from dbnet.device import from_first
 from dbnet.errors import UserError, library_errors, one_line
 from dbnet.files import check_regular, write_whole
 from dbnet.model import DBNet, fold
@@ -172,15 +172,13 @@ def _list_parts(title: str, names: set[str]) -> str:
 
 
 def load_model(path: Path, changes: dict[str, Any]) -> tuple[DBNet, Config, dict[str, Any]]:
-    """The network of a checkpoint, ready for inference (eval mode, folded, compiled where the configuration
-    says so), its configuration with `changes` applied, and the whole content."""
+    """The network of a checkpoint, in eval mode and folded, its configuration with `changes` applied, and the whole
+    content."""
     content = load_checkpoint(path)
     config = content["config"].changed(**changes)
     model = DBNet(config.changed(weights="none"))
     load_weights(model, content, path, config)
     fold(model.eval())
-    if config.compile:
-        compile_model(model)
     return model, config, content
 
 

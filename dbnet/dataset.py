@@ -457,8 +457,11 @@ class ArrayLoader:
     batches: Batches
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for draws in self.batches:
-            yield _collate(self.batches.dataset.__getitems__(draws), _stack)
+        return map(self.load, self.batches)
+
+    def load(self, draws: list[Draw]) -> dict[str, Any]:
+        """The batch of these samples."""
+        return _collate(self.batches.dataset.__getitems__(draws), _stack)
 
 
 def make_loader(batches: Batches, workers: int, pin_memory: bool) -> DataLoader:

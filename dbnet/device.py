@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
@@ -85,14 +86,17 @@ def has_fast_bf16() -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
-def compile_model(model: torch.nn.Module) -> None:
+def compile_model(model: torch.nn.Module, freeze: bool = False) -> None:
     """Compile `model` in place at its first call, for batches of any shape; its state_dict stays as it is.
 
-    Raises UserError where there is no C++ compiler for it.
+    With `freeze`, for inference on a CPU, its weights become constants of what is compiled. That is kept in the user's
+    cache folder for the next call. Raises UserError where there is no C++ compiler for it.
     """
     if not shutil.which(os.environ.get("CXX", "g++")) and not shutil.which("clang++"):
         raise UserError("--compile: needs a C++ compiler (g++, or CXX in the environment); leave it out")
-    model.compile(dynamic=True)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "dbnet" / "inductor"))
+    model.compile(dynamic=True, options={"freezing": freeze})
 
 
 def seed_all(config: Config) -> None:

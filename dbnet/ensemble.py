@@ -4,8 +4,7 @@
     prob_maps = ensemble.infer(images, sizes, BatchPlan(8))    # goes to the device and returns at once
     prob_maps()                                                # (N, height, width) uint8, once they have arrived
 
-Each network sees images of its own size. Its map is brought to the geometry of the first one's, image by image, and
-they are averaged as float32 on the device; a single look at an image passes through untouched.
+Each network sees images of its own size. Its maps are brought to the geometry of the first one's, and averaged.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 
 from dbnet.checkpoint import load_model
 from dbnet.config import Config
-from dbnet.device import has_fast_bf16, pick_amp_dtype, pick_device
+from dbnet.device import compile_model, has_fast_bf16, pick_amp_dtype, pick_device
 from dbnet.geometry import Letterbox, in_windows, inference_side, padded
 from dbnet.memory import BatchPlan
 from dbnet.model import prepare_for_cpu
@@ -27,18 +26,17 @@ from dbnet.model import prepare_for_cpu
 TTA_SCALES = (1.0, 0.75, 1.25)
 """Sizes of test-time augmentation, as multiples of image_size."""
 
+MOST_THREADS = 4
+"""Images that a CPU looks at side by side, at most: each needs the memory of a network at work."""
+
 
 class View(NamedTuple):
-    """One look at an image, whose probability map counts in the average."""
+    """One look at an image of this longer side in pixels, or at its mirror image, by a network that makes
+    (N, height, width) float32 probabilities of (N, height, width, 3) uint8 images."""
 
     model: nn.Module
-    """the network: (N, height, width, 3) uint8 images in, (N, height, width) float32 probabilities out"""
-
     side: int
-    """longer side of the image that it sees, in pixels"""
-
     flip: bool = False
-    """whether it sees the mirror image"""
 
 
 class Ensemble:
@@ -52,7 +50,10 @@ class Ensemble:
         self.views = list(views)
         self.config = config
         self.device = device
-        self.sides = (config.image_size, *sorted({view.side for view in views} - {config.image_size}))
+        self.sides: tuple[int, ...] = (config.image_size, *sorted({view.side for view in views} - {config.image_size}))
+        cores = torch.get_num_threads()
+        self.threads = 1 if config.compile else min(MOST_THREADS, cores)
+        self.cores_each = cores // self.threads
 
     @classmethod
     def of(cls, model: nn.Module, config: Config, device: torch.device) -> Self:
@@ -61,12 +62,10 @@ class Ensemble:
 
     @classmethod
     def load(cls, paths: Sequence[Path], changes: dict[str, Any]) -> Self:
-        """The networks of these checkpoints, on the device of the first one's configuration.
+        """The networks of these checkpoints, on the device of the first one's configuration, with `changes` to all.
 
-        `changes` to the configuration hold for all of them. With `tta`, each looks at TTA_SCALES, and at mirror images
-        too if it was trained with them.
-
-        Raises UserError where a file is no checkpoint or the device does not exist.
+        With `tta`, each looks at TTA_SCALES, and at mirror images too if it was trained with them. Raises UserError
+        where a file is no checkpoint or the device does not exist.
         """
         loaded = [load_model(path, changes)[:2] for path in paths]
         config = loaded[0][1]
@@ -76,7 +75,9 @@ class Ensemble:
         views = []
         for model, own in loaded:
             model.to(device).to(memory_format=torch.channels_last)
-            if device.type == "cpu" and not config.compile:
+            if config.compile:
+                compile_model(model, freeze=device.type == "cpu")
+            elif device.type == "cpu":
                 prepare_for_cpu(model, pick_amp_dtype(config, device))
             scales = TTA_SCALES if config.tta else (1.0,)
             flips = (False, True) if config.tta and own.flip_p else (False,)
@@ -90,6 +91,10 @@ class Ensemble:
         of = f"{networks} networks" if networks > 1 else self.config.backbone
         px = " + ".join(map(str, sorted(self.sides)))
         return f"{of}, {px} px" + (f", {len(self.views)} views" if len(self.views) > networks else "")
+
+    def begin_thread(self) -> None:
+        """As `inference.Network` says."""
+        torch.set_num_threads(self.cores_each)
 
     @torch.inference_mode()
     def infer(
@@ -144,10 +149,8 @@ class Ensemble:
 
 
 def mirrored(batch: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
-    """(N, height, width, ...) images or maps, each with the (width, height) that it fills mirrored left and right.
-
-    The padding stays where it is, as the network has seen it in training.
-    """
+    """(N, height, width, ...) images or maps, each with the (width, height) that it fills mirrored left and right; the
+    padding stays where it is."""
     mirrored = batch.clone()
     for image, (width, _) in zip(mirrored, sizes, strict=True):
         image[:, :width] = image[:, :width].flip(1)
@@ -157,10 +160,7 @@ def mirrored(batch: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
 def fitted(
     prob_maps: Tensor, sizes: list[tuple[int, int]], new_sizes: list[tuple[int, int]], shape: tuple[int, ...]
 ) -> Tensor:
-    """(N, *shape) maps: of each of the (N, height, width) `prob_maps` the (width, height) that it fills, resized.
-
-    The corners of the filled parts fall on each other, so that maps of one image match at all sizes.
-    """
+    """(N, *shape) maps: of each of the (N, height, width) `prob_maps` the (width, height) that it fills, resized."""
     fitted = prob_maps.new_zeros(len(prob_maps), *shape)
     for new, old, (width, height), (new_width, new_height) in zip(fitted, prob_maps, sizes, new_sizes, strict=True):
         new[:new_height, :new_width] = F.interpolate(

@@ -354,11 +354,14 @@ def _page_number(path: Path) -> int:
 
 
 @lru_cache(maxsize=1)
-def _renderer(process: int) -> tuple[subprocess.Popen[bytes], Lock]:
-    """A process that runs `_serve_pages` for this one, and a lock on it; a forked process has one of its own."""
+def _renderer(process: int) -> tuple[subprocess.Popen[bytes], Lock, bool]:
+    """A process that runs `_serve_pages` for this one, a lock on it, and whether the user's limits leave it its memory;
+    a forked process has one of its own."""
     code = f"import sys; sys.path[:] = {sys.path!r}; from dbnet.images import _serve_pages; _serve_pages()"
     words, pipe = [sys.executable, "-c", code], subprocess.PIPE
-    return subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL), Lock()
+    renderer = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+    assert renderer.stdout
+    return renderer, Lock(), renderer.stdout.readline() == b"room\n"  # without a line, it could not even start
 
 
 def _ask_renderer(path: Path, **question: Any) -> tuple[dict[str, Any], bytearray]:
@@ -369,7 +372,7 @@ def _ask_renderer(path: Path, **question: Any) -> tuple[dict[str, Any], bytearra
     check_regular(file, ImageError)
     with _reading(path):
         file.open("rb").close()  # for the system's own reason where it cannot be opened
-        renderer, lock = _renderer(os.getpid())
+        renderer, lock, has_room = _renderer(os.getpid())
     assert renderer.stdin and renderer.stdout
     with lock:
         timer = Timer(_PAGE_SECONDS, renderer.kill)
@@ -387,6 +390,8 @@ def _ask_renderer(path: Path, **question: Any) -> tuple[dict[str, Any], bytearra
             renderer.kill()
             renderer.wait()
             _renderer.cache_clear()
+            if not has_room:
+                raise MemoryError(str(path)) from None
             limits = f"{_PAGE_SECONDS} s or {_RENDERER_BYTES >> 30} GB"
             raise ImageError(f"{path}: takes more than {limits} to render, or breaks PDFium") from None
         finally:
@@ -408,6 +413,7 @@ def _serve_pages() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that no library writes into an answer
+    has_room = True
     with suppress(ImportError, OSError):  # without such limits, or without /proc
         import resource
 
@@ -415,6 +421,9 @@ def _serve_pages() -> None:
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         most = sys.maxsize if hard == resource.RLIM_INFINITY else hard
         resource.setrlimit(resource.RLIMIT_AS, (min(used + _RENDERER_BYTES, most), hard))
+        has_room = used + _RENDERER_BYTES <= most
+    output.write(b"room\n" if has_room else b"\n")
+    output.flush()
     for line in sys.stdin.buffer:
         question, pixels = json.loads(line), b""
         try:
@@ -422,6 +431,7 @@ def _serve_pages() -> None:
         except Exception as error:  # of pypdfium2, of many kinds; a lack of memory ends this process alone
             if is_out_of_memory(error):
                 raise
+            np.empty(_HEADER_ROOM, np.uint8)  # MemoryError, which PDFium reports as a broken file
             answer = {"error": f"cannot be read as a PDF ({one_line(error).rstrip('.')})"}
         output.write(json.dumps(answer).encode() + b"\n" + pixels)
         output.flush()

@@ -7,10 +7,12 @@ import json
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from itertools import chain, islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
@@ -19,8 +21,17 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dbnet.config import NETWORK_FIELDS, Config
-from dbnet.dataset import ArrayLoader, Batches, ImageDataset, count_cores, count_workers, load_batches, make_loader
-from dbnet.errors import ImageError, UserError, library_errors
+from dbnet.dataset import (
+    ArrayLoader,
+    Batches,
+    Draw,
+    ImageDataset,
+    count_cores,
+    count_workers,
+    load_batches,
+    make_loader,
+)
+from dbnet.errors import ImageError, UserError, is_out_of_memory, library_errors
 from dbnet.files import check_regular, write_whole
 from dbnet.geometry import Letterbox, in_windows, inference_side, windows
 from dbnet.images import list_pages, read_image, read_size, to_rgb
@@ -34,13 +45,40 @@ if TYPE_CHECKING:
 
 OPSET = 17
 CONFIG_KEY = "dbnet_config"
+_EXPORT_ANEW = "export it with export.py"
 _WAITING_IMAGES = 64  # on a GPU, more maps than this do not wait for their polygons; then the network does
 
 
-class OnnxNetwork:
-    """An exported network on the CPU, a `Network`."""
+class Network(Protocol):
+    """What makes probability maps: an `ensemble.Ensemble` of checkpoints, or an `OnnxNetwork`."""
 
-    device = "cpu"
+    config: Config
+    """the configuration that it was trained with, as the user changed it"""
+
+    device: Any
+    """where it runs; `str` of it begins with cuda where it works beside the CPU"""
+
+    sides: tuple[int, ...]
+    """the image sizes that it looks at, config.image_size first"""
+
+    threads: int
+    """how many threads of a CPU may call it at once, each with its share of the cores after `begin_thread`"""
+
+    def begin_thread(self) -> None:
+        """Prepare a thread that calls `infer` beside others."""
+
+    def infer(self, images: Sequence[Any], sizes: list[tuple[int, int]], plan: BatchPlan) -> Callable[[], np.ndarray]:
+        """Start on the (N, height, width, 3) uint8 images of a batch, one batch for each of `sides`.
+
+        `sizes` holds (width, height) of the originals. Returns a function that waits for the (N, height, width) uint8
+        maps, probability x 255, in the geometry of the first size.
+        """
+
+
+class OnnxNetwork:
+    """An exported network on ONNX Runtime, a `Network`."""
+
+    threads = 1  # it has threads of its own
 
     def __init__(self, path: Path, changes: dict[str, Any]) -> None:
         """Load `path`, with `changes` made to the configuration that it holds.
@@ -51,32 +89,35 @@ class OnnxNetwork:
         onnxruntime = _import("onnxruntime")
         self.path = path
         check_graph(path)
+        provider = _provider(onnxruntime, path, changes.get("device", "auto"))
+        self.device = "cpu" if provider[0].startswith("CPU") else provider[0]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # fatal; errors are raised
         options.intra_op_num_threads = count_cores()  # by itself it takes those of the machine
         with library_errors(f"{path}: not an ONNX file, or a damaged one"):
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
             metadata = self.session.get_modelmeta().custom_metadata_map
         try:
             trained = Config().changed(**json.loads(metadata[CONFIG_KEY]))
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError, UserError):
-            raise UserError(f"{path}: holds no configuration of this dbnet; export it with export.py") from None
+            raise UserError(f"{path}: holds no configuration of this dbnet; {_EXPORT_ANEW}") from None
         arrays = [*self.session.get_inputs(), *self.session.get_outputs()]
         kinds = [(array.name, array.type, len(array.shape)) for array in arrays]
         if kinds != [("images", "tensor(uint8)", 4), ("prob_maps", "tensor(float)", 3)]:
-            raise UserError(f"{path}: takes or gives other arrays than a network of dbnet; export it with export.py")
+            raise UserError(f"{path}: takes or gives other arrays than a network of dbnet; {_EXPORT_ANEW}")
         self.config = trained.changed(**changes)
+        self.sides: tuple[int, ...] = (self.config.image_size,)
         if self.config.tta:
             raise UserError(f"{path}: --tta needs the checkpoint; a .onnx file has one view of an image")
-        if not self.config.device.startswith(("auto", "cpu")):
-            raise UserError(f"--device {self.config.device}: {path} runs on the CPU; use auto or cpu")
         for name in NETWORK_FIELDS:
             if getattr(trained, name) != getattr(self.config, name):
                 raise UserError(f"--{name.replace('_', '-')}: cannot change the network of {path}; leave it out")
-        self.sides = (self.config.image_size,)
 
     def __str__(self) -> str:
         return f"{self.config.backbone}, {self.config.image_size} px, ONNX Runtime"
+
+    def begin_thread(self) -> None:
+        """As `Network` says."""
 
     def infer(
         self, images: Sequence[np.ndarray], sizes: list[tuple[int, int]], plan: BatchPlan
@@ -89,58 +130,59 @@ class OnnxNetwork:
         return lambda: prob_maps
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
-        """(N, height, width) float32 of (N, height, width, 3) uint8 images. Raises UserError where the file fails."""
-        with library_errors(f"{self.path}: fails on an image", "export it anew with export.py"):
+        """(N, height, width) float32 of (N, height, width, 3) uint8 images of any size. Raises UserError where the file
+        fails."""
+        with library_errors(f"{self.path}: fails on an image", _EXPORT_ANEW):
             [prob_maps] = self.session.run(None, {"images": np.ascontiguousarray(images)})
         if prob_maps.shape != images.shape[:3]:
-            raise UserError(f"{self.path}: gives a map of another size than the image; export it with export.py")
+            raise UserError(f"{self.path}: gives a map of another size than the image; {_EXPORT_ANEW}")
         return prob_maps
+
+
+def _provider(onnxruntime: Any, path: Path, device: str) -> tuple[str, dict[str, str]]:
+    """The provider of ONNX Runtime that --device names (cpu, cuda, cuda:N, openvino, ...), and its options."""
+    names = {name.removesuffix("ExecutionProvider").lower(): name for name in onnxruntime.get_available_providers()}
+    name, _, number = device.replace("auto", "cpu").partition(":")
+    if name not in names or (number and not number.isdecimal()):
+        raise UserError(f"--device {device}: {path} runs on {', '.join(names)} with the ONNX Runtime that is installed")
+    return names[name], {"device_id": number} if number else {}
 
 
 def check_graph(path: Path) -> None:
     """Raise UserError unless a file is an ONNX model that ends: without loops, branches, functions and other files."""
     check_regular(path)
-    try:
-        data = memoryview(path.read_bytes())
-        graphs = [part for field, part in _fields(data) if field == 7]
-        nodes = [part for graph in graphs for field, part in _fields(graph) if field == 1]
-        operations = {bytes(part).decode() for node in nodes for field, part in _fields(node) if field == 4}
-        tensors = [part for graph in graphs for field, part in _fields(graph) if field == 5]
-        is_elsewhere = any(field == 13 for tensor in tensors for field, _ in _fields(tensor))
-        has_functions = any(field == 25 for field, _ in _fields(data))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, IndexError, TypeError):
-        raise UserError(f"{path}: not an ONNX file, or a damaged one") from None
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    with library_errors(f"{path}: not an ONNX file, or a damaged one"):
+        model = list(_fields(memoryview(path.read_bytes())))
+        parts = [part for field, graph in model if field == 7 for part in _fields(graph)]
+        operations = {
+            bytes(name).decode() for field, node in parts if field == 1 for at, name in _fields(node) if at == 4
+        }
+        is_elsewhere = any(at == 13 for field, tensor in parts if field == 5 for at, _ in _fields(tensor))
     found = sorted(operations & {"Loop", "If", "Scan", "SequenceMap"})
-    if found or has_functions or is_elsewhere or not graphs:
+    if found or is_elsewhere or not parts or any(field == 25 for field, _ in model):
         what = f"the operation {found[0]}" if found else "functions or data in other files"
-        raise UserError(f"{path}: has {what}, which no network of dbnet has; export it with export.py")
+        raise UserError(f"{path}: has {what}, which no network of dbnet has; {_EXPORT_ANEW}")
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
     """Number and content of the fields of a protobuf message that have a length; others are passed over."""
     place = 0
     while place < len(message):
-        tag, place = _varint(message, place)
-        kind, length = tag & 7, 0
+        tag, place = _number(message, place)
+        kind, length = tag & 7, {0: 0, 1: 8, 2: 0, 5: 4}[tag & 7]
         if kind == 0:
-            _, place = _varint(message, place)
+            _, place = _number(message, place)
         elif kind == 2:
-            length, place = _varint(message, place)
+            length, place = _number(message, place)
             if length > len(message) - place:
                 raise ValueError("it is cut short")
             yield tag >> 3, message[place : place + length]
-        elif kind in (1, 5):
-            length = 8 if kind == 1 else 4
-        else:
-            raise ValueError("not a protobuf message")
         place += length
 
 
-def _varint(message: memoryview, place: int) -> tuple[int, int]:
+def _number(message: memoryview, place: int) -> tuple[int, int]:
     """A number of 7 bits a byte, and the place behind it."""
     value = 0
     for shift in range(0, 70, 7):
@@ -152,14 +194,21 @@ def _varint(message: memoryview, place: int) -> tuple[int, int]:
     raise ValueError("not a protobuf message")
 
 
-def write_onnx(path: Path, model: DBNet, config: Config) -> None:
+def write_onnx(path: Path, model: DBNet, config: Config, half: bool = False) -> None:
     """Write a network in eval mode, on the CPU, with its configuration; whole or not at all.
 
-    Raises UserError where the file cannot be written or the `onnx` package is not installed.
+    It takes images of any size. With `half`, kernels are stored as 16-bit floats, to which the model's are rounded too;
+    they are widened when the file is loaded. Raises UserError where the file cannot be written or the `onnx` package is
+    not installed.
     """
     import torch
 
+    from dbnet.model import AnySize
+
     onnx = _import("onnx")
+    if half:
+        for weight in model.parameters():
+            weight.data = weight.data.half().float() if weight.ndim > 1 else weight.data
     example = torch.zeros(2, 64, 96, 3, dtype=torch.uint8)
     axes = {0: "batch", 1: "height", 2: "width"}
     file: Any = io.BytesIO()  # the exporter takes it, though its signature names paths alone
@@ -168,7 +217,7 @@ def write_onnx(path: Path, model: DBNet, config: Config) -> None:
         # times as long, one package more, and puts the weights into a file of their own.
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            model,
+            AnySize(model).eval(),
             (example,),
             file,
             dynamo=False,
@@ -177,11 +226,19 @@ def write_onnx(path: Path, model: DBNet, config: Config) -> None:
             output_names=["prob_maps"],
             dynamic_axes={"images": axes, "prob_maps": axes},
         )
-    graph = onnx.load_model_from_string(file.getvalue())
-    onnx.helper.set_model_props(graph, {CONFIG_KEY: json.dumps(config.to_dict())})
-    onnx.checker.check_model(graph)
+    exported = onnx.load_model_from_string(file.getvalue())
+    for tensor in list(exported.graph.initializer) if half else []:
+        array = onnx.numpy_helper.to_array(tensor)
+        halved = array.astype(np.float16)
+        if array.dtype == np.float32 and array.ndim > 1 and (halved == array).all():
+            widened, tensor_name = tensor.name, f"{tensor.name}.half"
+            tensor.CopyFrom(onnx.numpy_helper.from_array(halved, tensor_name))
+            cast = onnx.helper.make_node("Cast", [tensor_name], [widened], to=onnx.TensorProto.FLOAT)
+            exported.graph.node.insert(0, cast)
+    onnx.helper.set_model_props(exported, {CONFIG_KEY: json.dumps(config.to_dict())})
+    onnx.checker.check_model(exported)
     with write_whole(path) as output:
-        output.write(graph.SerializeToString())
+        output.write(exported.SerializeToString())
 
 
 def _import(name: str) -> Any:
@@ -215,43 +272,6 @@ class Detection:
     """(width, height) in pixels of the upright original; None where it could not be read"""
 
 
-@dataclass(frozen=True)
-class Pending:
-    """A Detection whose polygons are being made."""
-
-    index: int
-    size: tuple[int, int]
-    prob_map: np.ndarray
-    future: Future[tuple[list[np.ndarray], list[float]]]
-
-    def result(self) -> Detection:
-        """Wait for it."""
-        return Detection(self.index, *self.future.result(), self.prob_map, None, self.size)
-
-
-class Network(Protocol):
-    """What makes probability maps: an `ensemble.Ensemble` of checkpoints, or an `onnx.OnnxNetwork`."""
-
-    @property
-    def config(self) -> Config:
-        """The configuration that it was trained with, as the user changed it."""
-
-    @property
-    def device(self) -> torch.device | str:
-        """Where it runs; `str` of it begins with cpu or cuda."""
-
-    @property
-    def sides(self) -> tuple[int, ...]:
-        """The image sizes that it looks at, config.image_size first."""
-
-    def infer(self, images: Sequence[Any], sizes: list[tuple[int, int]], plan: BatchPlan) -> Callable[[], np.ndarray]:
-        """Start on the (N, height, width, 3) uint8 images of a batch, one batch for each of `sides`.
-
-        `sizes` holds (width, height) of the originals. Returns a function that waits for the (N, height, width) uint8
-        maps, probability x 255, in the geometry of the first size.
-        """
-
-
 def load_network(paths: Sequence[Path], changes: dict[str, Any]) -> Network:
     """The network of one checkpoint, the average of several, or a network that was exported to ONNX.
 
@@ -271,9 +291,8 @@ def load_network(paths: Sequence[Path], changes: dict[str, Any]) -> Network:
             ) from None
         return Ensemble.load(paths, changes)
     if len(paths) > 1:
-        raise UserError(
-            f"{paths[0]} {paths[1]}: a .onnx file runs alone; name its checkpoint to average it with others"
-        )
+        names = f"{paths[0]} {paths[1]}"
+        raise UserError(f"{names}: a .onnx file runs alone; name its checkpoint to average it with others")
     return OnnxNetwork(paths[0], changes)
 
 
@@ -286,34 +305,23 @@ def shipped_weights() -> Path:
     raise UserError("weights/lite.pt: is missing from this copy of dbnet; name a checkpoint, or train one")
 
 
-class InlineExecutor(Executor):
-    """Runs a call when it is submitted, in the calling thread: where another process would gain nothing."""
-
-    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(function(*args, **kwargs))
-        return future
-
-
 class Pipeline:
     """Detect text in the images of a data set, as often as asked: reading, network and post-processing overlap.
 
     While a GPU computes, loader workers read the next batches and other processes make polygons of the last ones. On a
-    CPU the network takes all the cores, and other work on a core delays all of them. So there the next batch is read
-    while the polygons of the last are made and used, between two batches.
+    CPU a few threads have their share of the cores each, and an image each, from its file to its polygons: cores that
+    share one image wait for each other.
     """
 
-    def __init__(
-        self, dataset: ImageDataset, config: Config, device: torch.device | str, reader: Executor | None = None
-    ) -> None:
-        """`reader` reads the next batch; by default a thread does."""
+    def __init__(self, dataset: ImageDataset, config: Config, device: torch.device | str) -> None:
         self.dataset, self.config = dataset, config
         self.on_gpu = str(device).startswith("cuda")
-        self.workers = count_workers(config) if self.on_gpu else 0
         self.batch_size = config.batch_size if self.on_gpu else 1  # a CPU gains nothing by more
+        self.workers = count_workers(config) if self.on_gpu else 0
         self.loader: Iterable[dict[str, Any]] | None = None
-        self._reader = reader or ThreadPoolExecutor(max_workers=1)
-        self._extractors: Executor = ProcessPoolExecutor(self.workers) if self.workers else InlineExecutor()
+        self.extractors: Executor | None = None
+        if self.on_gpu and self.workers:  # spawned: a fork would inherit the GPU, and locks of threads
+            self.extractors = ProcessPoolExecutor(self.workers, get_context("spawn"), cv2.setNumThreads, (1,))
 
     def detect(self, network: Network) -> Iterator[Detection]:
         """Every image of the data set exactly once, in the order in which they are done; of several processes that
@@ -322,46 +330,82 @@ class Pipeline:
         When memory runs out the batch is halved for the rest of the images. Raises ImageError for an image that cannot
         be read where config.strict is set (else its Detection has an `error`), and UserError as `load_batches` does.
         """
-        plan = BatchPlan(self.batch_size)
-        waiting: deque[Pending] = deque()
+        if self.dataset.further_sizes != network.sides[1:]:
+            self.dataset.further_sizes, self.loader = network.sides[1:], None
+        batches, plan = Batches(self.dataset, self.batch_size), BatchPlan(self.batch_size)
+        if self.on_gpu:
+            self.loader = self.loader or make_loader(batches, self.workers, pin_memory=True)
+            yield from self._beside_device(network, self.loader, plan)
+            return
+        look = partial(self._look, network, ArrayLoader(batches))
+        threads = min(network.threads, len(batches))
+        if threads <= 1:
+            for draws in batches:
+                yield from run_until_it_fits(partial(look, draws, plan), plan)
+            return
+        waiting: deque[tuple[list[Draw], Future[list[Detection]]]] = deque()
+        with ThreadPoolExecutor(threads, initializer=network.begin_thread) as pool:
+            ahead = iter(batches)
+            waiting.extend((draws, pool.submit(look, draws, plan)) for draws in islice(ahead, 2 * threads))
+            while waiting:
+                draws, future = waiting.popleft()
+                try:
+                    found = future.result()
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    wait([others for _, others in waiting])  # alone, it may fit
+                    found = run_until_it_fits(partial(look, draws, plan), plan)
+                waiting.extend((draws, pool.submit(look, draws, plan)) for draws in islice(ahead, 1))
+                yield from found
+
+    def _look(self, network: Network, loader: ArrayLoader, draws: list[Draw], plan: BatchPlan) -> list[Detection]:
+        """What is found in a batch, all of it by this thread."""
+        [batch] = load_batches(map(loader.load, [draws]))
+        found = self._unreadable(batch)
+        if "image" in batch:
+            for index, size, prob_map in self._cropped(batch, self._launch(network, batch, plan)()):
+                found.append(Detection(index, *polygons_of(prob_map, size, self.config), prob_map, None, size))
+        return found
+
+    def _beside_device(
+        self, network: Network, loader: Iterable[dict[str, Any]], plan: BatchPlan
+    ) -> Iterator[Detection]:
+        """What is found in the batches of a loader, while the device works on the next one."""
+        waiting: deque[tuple[partial[Detection], Future[Any]]] = deque()
         launched: tuple[dict[str, Any], Callable[[], np.ndarray]] | None = None
-        batches = load_batches(self._load(network.sides[1:]))
-        batch = next(batches, None)
-        while batch or launched:
-            last = launched
-            launched = None
-            if batch and "image" in batch:
-                images = [batch["image"], *(batch[f"image_{side}"] for side in network.sides[1:])]
-                sizes = batch["size"].tolist()
-                launched = batch, run_until_it_fits(partial(network.infer, images, sizes, plan), plan)
-            following = self._reader.submit(next, batches, None) if batch else None
-            for index, error in batch["failed"] if batch else []:
-                if self.config.strict:
-                    raise ImageError(error)
-                yield Detection(index, [], [], None, error)
+        extractors = self.extractors or ThreadPoolExecutor(1)
+        for batch in chain(load_batches(loader), [None]):
+            last, launched = launched, None
+            if batch:
+                if "image" in batch:
+                    launched = batch, run_until_it_fits(partial(self._launch, network, batch, plan), plan)
+                yield from self._unreadable(batch)
             if last:  # its maps have arrived while the device was busy with those of this batch
-                waiting.extend(self._extract(*last))
-            while waiting and (len(waiting) > _WAITING_IMAGES or waiting[0].future.done()):
-                yield waiting.popleft().result()
-            batch = following.result() if following else None
-        for pending in waiting:
-            yield pending.result()
+                for index, size, prob_map in self._cropped(last[0], last[1]()):
+                    make = partial(Detection, index, prob_map=prob_map, error=None, size=size)
+                    waiting.append((make, extractors.submit(polygons_of, prob_map, size, self.config)))
+            while waiting and (not batch or len(waiting) > _WAITING_IMAGES or waiting[0][1].done()):
+                make, future = waiting.popleft()
+                polygons, scores = future.result()
+                yield make(polygons=polygons, scores=scores)
 
-    def _load(self, further_sizes: tuple[int, ...]) -> Iterable[dict[str, Any]]:
-        """The batches, with the images at these sizes too."""
-        if self.loader is None or self.dataset.further_sizes != further_sizes:
-            self.dataset.further_sizes = further_sizes
-            batches = Batches(self.dataset, self.batch_size)
-            self.loader = make_loader(batches, self.workers, pin_memory=True) if self.on_gpu else ArrayLoader(batches)
-        return self.loader
+    def _launch(self, network: Network, batch: dict[str, Any], plan: BatchPlan) -> Callable[[], np.ndarray]:
+        """Start on the maps of a batch; the function that waits for them."""
+        images = [batch["image"], *(batch[f"image_{side}"] for side in network.sides[1:])]
+        return network.infer(images, batch["size"].tolist(), plan)
 
-    def _extract(self, batch: dict[str, Any], prob_maps: Callable[[], np.ndarray]) -> Iterator[Pending]:
-        """Start on the polygons of each image of a batch."""
-        for index, size, prob_map in zip(batch["index"].tolist(), batch["size"].tolist(), prob_maps(), strict=True):
+    def _unreadable(self, batch: dict[str, Any]) -> list[Detection]:
+        """A Detection for each image of a batch that could not be read."""
+        for _, error in batch["failed"] if self.config.strict else []:
+            raise ImageError(error)
+        return [Detection(index, [], [], None, error) for index, error in batch["failed"]]
+
+    def _cropped(self, batch: dict[str, Any], prob_maps: np.ndarray) -> Iterator[tuple[int, Any, np.ndarray]]:
+        """Index, (width, height) in pixels and map without its padding of each image of a batch."""
+        for index, size, prob_map in zip(batch["index"].tolist(), batch["size"].tolist(), prob_maps, strict=True):
             width, height = resized_as(size, self.config).resized
-            prob_map = prob_map[:height, :width]
-            future = self._extractors.submit(polygons_of, prob_map, size, self.config)
-            yield Pending(index, (size[0], size[1]), prob_map, future)
+            yield index, tuple(size), prob_map[:height, :width]
 
 
 def polygons_of(prob_map: np.ndarray, size: tuple[int, int], config: Config) -> tuple[list[np.ndarray], list[float]]:
@@ -492,10 +536,8 @@ class Detector:
     def _run(self, images: Sequence[Picture], bgr: bool, thresholds: dict[str, Any]) -> Iterator[Detection]:
         for name in thresholds.keys() - set(THRESHOLDS):
             raise UserError(f"{name}: cannot change from call to call; these can: {', '.join(THRESHOLDS)}")
-        # Processes or threads would take longer to start than they save.
         config = self.config.changed(workers=0, strict=True, **thresholds)
-        pipeline = Pipeline(_Pictures(images, config, bgr), config, self.network.device, InlineExecutor())
-        return pipeline.detect(self.network)
+        return Pipeline(_Pictures(images, config, bgr), config, self.network.device).detect(self.network)
 
 
 class _Pictures(ImageDataset):

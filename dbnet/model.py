@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dbnet.backbone import Backbone
-from dbnet.config import Config
+from dbnet.config import STRIDE, Config
 
 BATCH_NORM_MOMENTUM = 0.1  # torchvision gives its mobile networks 0.01, too slow for the few steps of a short run
 
@@ -56,6 +56,19 @@ class DBNet(nn.Module):
         if not self.training:
             return prob_logits.float().sigmoid()
         return Maps(prob_logits, self.thresh_branch(features).squeeze(1))
+
+
+class AnySize(nn.Module):
+    """A network in eval mode for images of any size: black fills them up to multiples of 32, and is cut off again."""
+
+    def __init__(self, model: DBNet) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = images.shape[1], images.shape[2]
+        padded = F.pad(images, (0, 0, 0, -width % STRIDE, 0, -height % STRIDE))
+        return self.model(padded)[:, :height, :width]
 
 
 class FeaturePyramid(nn.Module):
@@ -278,6 +291,7 @@ def _branch(width: int) -> nn.Sequential:
         *(nn.ConvTranspose2d(inner, inner, 2, stride=2, bias=False), nn.BatchNorm2d(inner), nn.ReLU(inplace=True)),
         nn.ConvTranspose2d(inner, 1, 2, stride=2),
     )
-    for layer in (branch[0], branch[3], branch[6]):
-        nn.init.kaiming_normal_(layer.weight)
+    for layer in branch:
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.kaiming_normal_(layer.weight)
     return branch

@@ -49,17 +49,16 @@ def extract_polygons(
     best. As in the baseline, a region whose offset is not exactly one piece (one that closes around a hole) is dropped.
     """
     regions = find_regions(prob_map, config)
-    enough = config.min_size + 2
-    polygons: list[np.ndarray] = []
-    scores: list[float] = []
-    while regions and len(polygons) < config.max_candidates:
-        best, regions = regions[: config.max_candidates], regions[config.max_candidates :]
-        for region, grown in zip(best, grow_regions(best, config, enough), strict=True):
-            if grown.polygon is not None and grown.breadth >= enough:
-                polygons.append(grown.polygon)
-                scores.append(region.score)
-    del polygons[config.max_candidates :], scores[config.max_candidates :]
-    return to_image_pixels(polygons, scale, max_size), scores
+    most, enough = config.max_candidates, config.min_size + 2
+    kept: list[tuple[np.ndarray, float]] = []
+    for start in range(0, len(regions), most):
+        if len(kept) < most:
+            best = regions[start : start + most]
+            for region, (polygon, breadth) in zip(best, grow_regions(best, config, enough), strict=True):
+                if polygon is not None and breadth >= enough:
+                    kept.append((polygon, region.score))
+    del kept[most:]
+    return to_image_pixels([polygon for polygon, _ in kept], scale, max_size), [score for _, score in kept]
 
 
 class Region(NamedTuple):
@@ -75,16 +74,6 @@ class Region(NamedTuple):
     """shorter side of the rectangle in pixels; infinite for a contour, which is measured after the offset"""
 
 
-class Grown(NamedTuple):
-    """A region moved outward to the outline of its text."""
-
-    polygon: np.ndarray | None
-    """(m, 2) int32, or (4, 2) float32 minimum-area rectangle, in pixels of the map; None where it is not one piece"""
-
-    breadth: float
-    """shorter side of its minimum-area rectangle in pixels, or a sufficient lower bound; 0 for None"""
-
-
 def find_regions(prob_map: np.ndarray, config: Config) -> list[Region]:
     """The regions above `config.thresh` whose score reaches `config.box_thresh`, best first.
 
@@ -97,40 +86,44 @@ def find_regions(prob_map: np.ndarray, config: Config) -> list[Region]:
         raise ValueError(f"prob_map must be (height, width), not of shape {prob_map.shape}")
     if prob_map.size == 0:
         return []
-    outline = _simplified_contour if config.use_polygon else _min_area_box
-    binary_map = _binarize(prob_map, config.thresh)
+    # The same whole numbers are above the product rounded down as above it.
+    thresh = math.floor(config.thresh * 255) if prob_map.dtype == np.uint8 else config.thresh
+    binary_map = (prob_map > thresh).view(np.uint8)
     contours, tree = cv2.findContours(binary_map, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     regions = []
     for contour, (*_, parent) in zip(contours, tree[0] if contours else (), strict=True):
         if parent >= 0:  # a hole: grown outward, it would be a second polygon over the text around it
             continue
-        shrunk, breadth = outline(contour, config.min_size)
-        if shrunk is not None:
+        if config.use_polygon:
+            shrunk = cv2.approxPolyDP(contour, SIMPLIFY_RATIO * cv2.arcLength(contour, True), True)[:, 0]
+            breadth = math.inf if len(shrunk) >= 4 else 0.0
+        else:
+            box = cv2.minAreaRect(contour)
+            shrunk, breadth = corners(box), min(box[1])
+        if breadth >= config.min_size and breadth > 0:
             score = region_score(prob_map, shrunk)
             if score >= config.box_thresh:
                 regions.append(Region(score, shrunk, breadth))
-    regions.sort(key=lambda region: -region.score)
-    return regions
+    return sorted(regions, key=lambda region: -region.score)
 
 
-def grow_regions(regions: list[Region], config: Config, enough: float) -> Iterator[Grown]:
-    """Move each region outward by area x unclip ratio / perimeter.
+def grow_regions(regions: list[Region], config: Config, enough: float) -> Iterator[tuple[np.ndarray | None, float]]:
+    """Move each region outward, to the outline of its text, by area x unclip ratio / perimeter.
 
-    A polygon that the offset alone makes `enough` pixels wide is not measured.
+    Gives the (m, 2) int32 polygon or (4, 2) float32 rectangle in pixels of the map, None where it is not one piece, and
+    the shorter side of its minimum-area rectangle: at least, where the offset alone makes it `enough` pixels wide.
     """
     shrunk = [region.shrunk for region in regions]
     distances = unclip_distances(shrunk, config.polygon_unclip_ratio if config.use_polygon else config.box_unclip_ratio)
     for distance, polygon in zip(distances, offset_polygons(shrunk, distances), strict=True):
         least = 2 * distance - OFFSET_ERROR
         if polygon is None:
-            yield Grown(None, 0.0)
+            yield None, 0.0
         elif not config.use_polygon:
             box = cv2.minAreaRect(polygon)
-            yield Grown(corners(box), min(box[1]))
-        elif least >= enough:
-            yield Grown(polygon, least)
+            yield corners(box), min(box[1])
         else:
-            yield Grown(polygon, max(least, min(cv2.minAreaRect(polygon)[1])))
+            yield polygon, least if least >= enough else max(least, min(cv2.minAreaRect(polygon)[1]))
 
 
 def to_image_pixels(
@@ -190,26 +183,6 @@ def offset_polygons(polygons: list[np.ndarray], distances: list[float]) -> list[
     counts = np.array([len(polygon) for polygon in grown], int)
     flat = np.fromiter(chain.from_iterable(chain.from_iterable(grown)), np.int32, 2 * counts.sum())
     return [polygon if len(polygon) else None for polygon in split_polygons(flat.reshape(-1, 2), counts)]
-
-
-def _binarize(prob_map: np.ndarray, thresh: float) -> np.ndarray:
-    """(height, width) uint8, 1 where the probability is above `thresh`."""
-    if prob_map.dtype == np.uint8:
-        thresh = math.floor(thresh * 255)  # the same whole numbers are above it as above the product
-    return (prob_map > thresh).view(np.uint8)
-
-
-def _simplified_contour(contour: np.ndarray, min_size: float) -> tuple[np.ndarray | None, float]:
-    """(n, 2) int32 polygon of 4 points or more close to the contour, None if fewer are enough for it; and infinity."""
-    polygon = cv2.approxPolyDP(contour, SIMPLIFY_RATIO * cv2.arcLength(contour, True), True)
-    return polygon[:, 0] if len(polygon) >= 4 else None, math.inf
-
-
-def _min_area_box(contour: np.ndarray, min_size: float) -> tuple[np.ndarray | None, float]:
-    """(4, 2) float32 minimum-area rectangle of the contour, None if its shorter side is below `min_size`; and that."""
-    box = cv2.minAreaRect(contour)
-    breadth = min(box[1])
-    return corners(box) if breadth >= min_size else None, breadth
 
 
 def corners(box: tuple) -> np.ndarray:

@@ -220,13 +220,13 @@ def _score_selections(image: ScoredMap, regions: list[Region], config: Config, g
     assert image.prob_map is not None  # `regions` come from it
     grown = list(grow_regions(regions, config, max(grid.min_size) + 2))
     nothing = np.empty((0, 2), np.int32)  # for a region that is not one piece; it has no breadth
-    whole = [nothing if each.polygon is None else each.polygon for each in grown]
+    whole = [nothing if polygon is None else polygon for polygon, _ in grown]
     scale = 1 / (np.array(image.prob_map.shape[::-1]) / image.size)  # as Letterbox has it, to the last bit
     polygons = to_image_pixels(whole, tuple(scale), image.size)
 
     region_scores = np.array([region.score for region in regions])
     breadths = np.array([region.breadth for region in regions])
-    grown_breadths = np.array([each.breadth for each in grown])
+    grown_breadths = np.array([breadth for _, breadth in grown])
     selections = []
     for box_thresh, min_size in product(grid.box_thresh, grid.min_size):
         is_chosen = (region_scores >= box_thresh) & (breadths >= min_size) & (grown_breadths >= min_size + 2)

@@ -1,8 +1,10 @@
 """Network, losses and checkpoints."""
 
+import os
 import pickle
 import re
-from concurrent.futures import ProcessPoolExecutor
+import shutil
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -251,8 +253,9 @@ def test_polygons_made_in_other_processes_are_the_same(small):
     model = DBNet(config)
     network = Ensemble.of(model, config, torch.device("cpu"))
     here, beside = (Pipeline(dataset, config, network.device) for _ in range(2))
+    beside.on_gpu = True
     beside.loader = make_loader(Batches(dataset, 1), workers=1, pin_memory=False)
-    beside._extractors = ProcessPoolExecutor(1)
+    beside.extractors = Pipeline(dataset, config, "cuda").extractors
     ours, theirs = ({found.index: found for found in pipeline.detect(network)} for pipeline in (here, beside))
     assert sorted(ours) == sorted(theirs) == list(range(len(dataset)))
     assert any(found.polygons for found in ours.values())
@@ -261,6 +264,59 @@ def test_polygons_made_in_other_processes_are_the_same(small):
         for polygon, other in zip(found.polygons, theirs[index].polygons, strict=True):
             assert np.array_equal(polygon, other)
     assert evaluate(here, network).per_image.keys() == {path.name for path in dataset.paths}
+
+
+def test_polygons_are_made_by_processes_that_are_spawned_on_every_system(small):
+    """A fork would inherit the GPU, and locks that threads hold."""
+    pipeline = Pipeline(TextDataset(small, "val", train=False), small.changed(workers=2), "cuda:0")
+    assert pipeline.extractors._mp_context.get_start_method() == "spawn"
+
+
+class Crowded:
+    """A network that has no room for two images at once, and says so to all that come while it works."""
+
+    def __init__(self, network):
+        self.network, self.room, self.threads, self.failures = network, Lock(), 3, 0
+        self.config, self.device, self.sides = network.config, network.device, network.sides
+        self.begin_thread = network.begin_thread
+
+    def infer(self, *batch):
+        if not self.room.acquire(blocking=False):
+            self.failures += 1
+            raise MemoryError
+        try:
+            return self.network.infer(*batch)
+        finally:
+            self.room.release()
+
+
+def test_threads_of_a_cpu_find_what_one_finds_and_images_without_room_are_tried_alone(small):
+    torch.manual_seed(0)
+    config = small.changed(box_thresh=0.0, thresh=0.5)
+    dataset = TextDataset(config, "val", train=False)
+    network = Ensemble.of(DBNet(config), config, torch.device("cpu"))
+    network.threads = 1
+    alone = list(Pipeline(dataset, config, "cpu").detect(network))
+    network.threads = 3
+    for several in (network, Crowded(network)):
+        found = list(Pipeline(dataset, config, "cpu").detect(several))
+        assert [each.index for each in found] == list(range(len(dataset)))
+        for ours, theirs in zip(found, alone, strict=True):
+            assert np.array_equal(ours.prob_map, theirs.prob_map) and ours.scores == theirs.scores
+
+
+def test_a_compiled_network_is_frozen_and_kept_in_the_users_cache_folder(small, tmp_path, monkeypatch):
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler")
+    asked = {}
+    monkeypatch.setattr(DBNet, "compile", lambda _, **how: asked.update(how))  # compiling takes a minute
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    save_checkpoint(tmp_path / "best.pt", small, DBNet(small))
+    network = Ensemble.load([tmp_path / "best.pt"], {"compile": True, "device": "cpu"})
+    assert asked == {"dynamic": True, "options": {"freezing": True}} and network.threads == 1
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "dbnet" / "inductor")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
 
 
 def test_a_checkpoint_of_half_the_size_computes_nearly_the_same(small, tmp_path):

@@ -57,11 +57,33 @@ def test_a_file_takes_batches_of_any_size_and_holds_the_configuration(exported):
     model, config, _ = load_model(exported / "best.pt", {})
     network = OnnxNetwork(exported / "best.onnx", {"min_size": 5.0})
     assert network.config == config.changed(box_thresh=0.1, min_size=5.0)
-    for shape in ((1, 32, 32, 3), (3, 64, 160, 3)):
+    for shape in ((1, 32, 32, 3), (3, 64, 160, 3), (2, 50, 75, 3), (1, 7, 97, 3)):
         images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        height, width = shape[1:3]
+        filled_up = np.pad(images, ((0, 0), (0, -height % 32), (0, -width % 32), (0, 0)))
         with torch.inference_mode():
-            expected = model(torch.from_numpy(images)).numpy()
+            expected = model(torch.from_numpy(filled_up)).numpy()[:, :height, :width]
         assert np.abs(network.probabilities(images) - expected).max() < 1e-4
+
+
+def test_a_file_of_half_the_size_computes_what_its_rounded_kernels_say(exported):
+    result = run("export.py", "best.pt", "--half", "half.onnx", cwd=exported)
+    assert result.returncode == 0, result.stderr
+    assert "checked: probabilities within" in result.stdout
+    whole, half = exported / "best.onnx", exported / "half.onnx"
+    assert half.stat().st_size < 0.6 * whole.stat().st_size
+    images = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 3), dtype=np.uint8)
+    maps = [OnnxNetwork(path, {}).probabilities(images) for path in (whole, half)]
+    assert 0 < np.abs(maps[0] - maps[1]).max() < 0.01
+
+
+def test_a_file_runs_on_the_provider_of_onnx_runtime_that_is_named(exported):
+    import onnxruntime
+
+    names = [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
+    assert OnnxNetwork(exported / "best.onnx", {"device": "cpu"}).session.get_providers() == ["CPUExecutionProvider"]
+    with pytest.raises(UserError, match=", ".join(names).lower()):
+        OnnxNetwork(exported / "best.onnx", {"device": "openvino:0" if "OpenVINO" not in names else "cuda"})
 
 
 def test_predict_and_evaluate_run_without_torch(exported, rendered):
@@ -115,7 +137,7 @@ def test_what_a_file_cannot_do_is_said(exported, tmp_path):
     (tmp_path / "a.onnx").write_bytes(path.read_bytes()[:5000])
     for paths, changes, words in (
         ([path], {"tta": True}, "--tta needs the checkpoint"),
-        ([path], {"device": "cuda"}, r"--device cuda: .*runs on the CPU"),
+        ([path], {"device": "cuda"}, r"--device cuda: .*best\.onnx runs on .*cpu"),
         ([path], {"backbone": "resnet18"}, r"--backbone: cannot change the network of .*"),
         ([path, exported / "best.pt"], {}, "runs alone"),
         ([tmp_path / "absent.onnx"], {}, r"absent\.onnx: no such file"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from dbnet.errors import ImageError, UserError
 from dbnet.images import DPI, list_pages, name_stem, read_image, read_size
 from dbnet.splits import find_images_at, read_split
 
+ROOT = Path(__file__).resolve().parents[1]
 WIDTH, HEIGHT = 300, 200
 
 
@@ -280,3 +282,22 @@ def test_pages_are_trained_on_and_scored_like_images(tmp_path, pdf, tiff):
     for _ in range(2):  # decoded, then from the cache
         assert [dataset[i]["image"][10, 10].argmax() for i in (1, 2)] == [1, 0]
         assert all(dataset[i]["prob_map"].any() for i in range(3))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of a process is not known here")
+def test_a_page_that_the_users_memory_limit_keeps_from_rendering_is_a_lack_of_memory(tmp_path):
+    """Such a limit holds for the process that renders too."""
+    Image.new("L", (9000, 9000), 128).save(tmp_path / "large.pdf", resolution=DPI)
+    code = f"""
+import resource
+from pathlib import Path
+from dbnet import images
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20),) * 2)
+try:
+    images.read_image(Path({str(tmp_path)!r}) / "large.pdf#page=1")
+except MemoryError as error:
+    print("no memory")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout == "no memory\n", result.stderr
