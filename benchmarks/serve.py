@@ -18,7 +18,7 @@ from typing import Any
 
 KIND, CORES, *FILES = sys.argv[1:]
 if hasattr(os, "sched_setaffinity"):  # before anything counts the cores
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(CORES)])
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-int(CORES) :])
 os.environ["OMP_NUM_THREADS"] = CORES
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

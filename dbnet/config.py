@@ -171,7 +171,8 @@ class Config:
 
     # device
     device: str = "auto"
-    """device of the network: auto (the GPU where there is one), cpu, cuda or cuda:N"""
+    """device of the network: auto (the GPU where there is one), cpu, cuda or cuda:N; for a .onnx file also what else
+    its ONNX Runtime runs on (openvino, coreml, ...)"""
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
     """mixed precision: auto is bf16 on GPUs that have it, else fp16; on a CPU that has it bf16 for detection"""
     compile: bool = False

@@ -11,6 +11,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -52,17 +53,10 @@ _WAITING_IMAGES = 64  # on a GPU, more maps than this do not wait for their poly
 class Network(Protocol):
     """What makes probability maps: an `ensemble.Ensemble` of checkpoints, or an `OnnxNetwork`."""
 
-    config: Config
-    """the configuration that it was trained with, as the user changed it"""
-
-    device: Any
-    """where it runs; `str` of it begins with cuda where it works beside the CPU"""
-
-    sides: tuple[int, ...]
-    """the image sizes that it looks at, config.image_size first"""
-
-    threads: int
-    """how many threads of a CPU may call it at once, each with its share of the cores after `begin_thread`"""
+    config: Config  # that it was trained with, as the user changed it
+    device: Any  # `str` of it begins with cuda where the network works beside the CPU
+    sides: tuple[int, ...]  # the image sizes that it looks at, config.image_size first
+    threads: int  # that may call it at once on a CPU, each with its share of the cores after `begin_thread`
 
     def begin_thread(self) -> None:
         """Prepare a thread that calls `infer` beside others."""
@@ -83,8 +77,8 @@ class OnnxNetwork:
     def __init__(self, path: Path, changes: dict[str, Any]) -> None:
         """Load `path`, with `changes` made to the configuration that it holds.
 
-        Raises UserError where the file is missing, damaged, or not one that `export.py` wrote, where `changes` ask for
-        what it cannot do, or ONNX Runtime is not installed.
+        Raises UserError where the file is not one that `export.py` wrote, where `changes` ask for what it cannot do, or
+        ONNX Runtime is not installed.
         """
         onnxruntime = _import("onnxruntime")
         self.path = path
@@ -251,11 +245,9 @@ def _import(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Detection:
-    """What was found in one image."""
+    """What was found in the image at a place of the data set: nothing but `error`, a line, where it is unreadable."""
 
     index: int
-    """place of the image in the data set"""
-
     polygons: list[np.ndarray]
     """(n, 2) int arrays, x and y in pixels of the upright original"""
 
@@ -263,13 +255,11 @@ class Detection:
     """mean probability inside each polygon's region, 0..1"""
 
     prob_map: np.ndarray | None
-    """(height, width) uint8, probability x 255, of the resized image without its padding; None where there is none"""
+    """(height, width) uint8, probability x 255, of the resized image without its padding"""
 
     error: str | None
-    """one line, where the image could not be read"""
-
     size: tuple[int, int] | None = None
-    """(width, height) in pixels of the upright original; None where it could not be read"""
+    """(width, height) in pixels of the upright original"""
 
 
 def load_network(paths: Sequence[Path], changes: dict[str, Any]) -> Network:
@@ -279,21 +269,17 @@ def load_network(paths: Sequence[Path], changes: dict[str, Any]) -> Network:
 
     Raises UserError where a file cannot be used.
     """
-    if not any(path.suffix.lower() == ".onnx" for path in paths):
-        try:
-            from dbnet.ensemble import Ensemble
-        except ModuleNotFoundError as error:
-            if error.name not in ("torch", "torchvision"):
-                raise
-            raise UserError(
-                f"{paths[0]}: needs PyTorch: pip install torch torchvision; or export it where PyTorch is, and use "
-                "the .onnx file"
-            ) from None
-        return Ensemble.load(paths, changes)
-    if len(paths) > 1:
-        names = f"{paths[0]} {paths[1]}"
-        raise UserError(f"{names}: a .onnx file runs alone; name its checkpoint to average it with others")
-    return OnnxNetwork(paths[0], changes)
+    if any(path.suffix.lower() == ".onnx" for path in paths):
+        if len(paths) > 1:
+            names = f"{paths[0]} {paths[1]}"
+            raise UserError(f"{names}: a .onnx file runs alone; name its checkpoint to average it with others")
+        return OnnxNetwork(paths[0], changes)
+    if not find_spec("torch") or not find_spec("torchvision"):
+        way = "pip install torch torchvision; or export it where PyTorch is, and use the .onnx file"
+        raise UserError(f"{paths[0]}: needs PyTorch: {way}")
+    from dbnet.ensemble import Ensemble
+
+    return Ensemble.load(paths, changes)
 
 
 def shipped_weights() -> Path:
@@ -409,12 +395,7 @@ class Pipeline:
 
 
 def polygons_of(prob_map: np.ndarray, size: tuple[int, int], config: Config) -> tuple[list[np.ndarray], list[float]]:
-    """Polygons in pixels of the original image and their scores.
-
-    Args:
-        prob_map: (height, width) uint8, probability x 255, of the resized image without its padding.
-        size: (width, height) of the original image.
-    """
+    """Polygons in pixels of the original of this (width, height), and their scores. `prob_map` as in Detection."""
     width, height = size
     letterbox = resized_as(size, config)
     looks = len(windows(letterbox.side, config.image_size))  # of a long image as many candidates in each window
@@ -490,8 +471,7 @@ class Detector:
     def detect(self, image: Picture, bgr: bool = False, **thresholds: Any) -> list[Text]:
         """Text in an image, best first. Of THRESHOLDS, the call may change any: `detect(image, box_thresh=0.5)`.
 
-        Raises UserError for what cannot be read as an image, and for a threshold that does not exist or is out of
-        range.
+        Raises UserError for what cannot be read as an image, and for a threshold out of range.
         """
         return self.detect_batch([image], bgr, **thresholds)[0]
 
@@ -525,10 +505,7 @@ class Detector:
                 on_error(error)
 
     def prob_map(self, image: Picture, bgr: bool = False) -> np.ndarray:
-        """(height, width) uint8, the probability of text x 255, of the image resized to image_size at its longer side.
-
-        Raises as `detect` does.
-        """
+        """(height, width) uint8, the probability of text x 255, of the image resized to image_size."""
         [detection] = self._run([image], bgr, {})
         assert detection.prob_map is not None  # as an image that cannot be read raises
         return detection.prob_map.copy()
@@ -574,10 +551,8 @@ def _pixels(image: Any, bgr: bool) -> np.ndarray:
     channels = (image.shape[2] if image.ndim == 3 else 1) if is_image else 0
     if channels not in (1, 3, 4):
         kind = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise UserError(
-            f"takes a file, its bytes, a Pillow image, or uint8 pixels that are (height, width) grey, "
-            f"(height, width, 3) RGB or (height, width, 4) RGBA, not {kind}"
-        )
+        pixels = "(height, width) grey, (height, width, 3) RGB or (height, width, 4) RGBA"
+        raise UserError(f"takes a file, its bytes, a Pillow image, or uint8 pixels that are {pixels}, not {kind}")
     if not image.size:
         raise UserError(f"takes an image with pixels in it, not {image.shape}")
     if channels == 1:
