@@ -42,12 +42,8 @@ def main() -> None:
         metavar="CKPT",
         help="checkpoint to score, several whose probability maps are averaged, or a .onnx file",
     )
-    parser.add_argument(
-        "--submission",
-        type=Path,
-        metavar="FILE",
-        help="submission to score in place of it, in any format that predict.py writes",
-    )
+    submission_help = "submission to score in place of it, in any format that predict.py writes"
+    parser.add_argument("--submission", type=Path, metavar="FILE", help=submission_help)
     parser.add_argument("--split", default="val", help="split of the data set (val)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all scores as JSON")
     parser.add_argument("--report", type=Path, metavar="FILE.html", help="write a page that shows every image")
@@ -79,9 +75,9 @@ def check_tuning_flags(args: argparse.Namespace, changes: dict[str, Any]) -> Non
         raise UserError(f"--tune-picture {args.tune_picture}: the picture is a PNG; name a FILE.png")
     others = sorted(changes.keys() - FREE_TO_SAVE)
     if args.save and others:
+        other = f"another --{others[0].replace('_', '-')} than its own"
         raise UserError(
-            f"--save: the checkpoint would get values that were tuned with another --{others[0].replace('_', '-')} "
-            f"than its own; leave one of the two out"
+            f"--save: the checkpoint would get values that were tuned with {other}; leave one of the two out"
         )
     if args.save and (len(args.checkpoints) > 1 or args.checkpoints[0].suffix.lower() == ".onnx"):
         raise UserError("--save: writes into a checkpoint; name one, and no .onnx file")

@@ -22,16 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dbnet.config import NETWORK_FIELDS, Config
-from dbnet.dataset import (
-    ArrayLoader,
-    Batches,
-    Draw,
-    ImageDataset,
-    count_cores,
-    count_workers,
-    load_batches,
-    make_loader,
-)
+from dbnet.dataset import ArrayLoader, Batches, ImageDataset, count_cores, count_workers, load_batches, make_loader
 from dbnet.errors import ImageError, UserError, is_out_of_memory, library_errors
 from dbnet.files import check_regular, write_whole
 from dbnet.geometry import Letterbox, in_windows, inference_side, windows
@@ -329,7 +320,7 @@ class Pipeline:
             for draws in batches:
                 yield from run_until_it_fits(partial(look, draws, plan), plan)
             return
-        waiting: deque[tuple[list[Draw], Future[list[Detection]]]] = deque()
+        waiting: deque[tuple[Any, Future[list[Detection]]]] = deque()
         with ThreadPoolExecutor(threads, initializer=network.begin_thread) as pool:
             ahead = iter(batches)
             waiting.extend((draws, pool.submit(look, draws, plan)) for draws in islice(ahead, 2 * threads))
@@ -345,7 +336,7 @@ class Pipeline:
                 waiting.extend((draws, pool.submit(look, draws, plan)) for draws in islice(ahead, 1))
                 yield from found
 
-    def _look(self, network: Network, loader: ArrayLoader, draws: list[Draw], plan: BatchPlan) -> list[Detection]:
+    def _look(self, network: Network, loader: ArrayLoader, draws: list[Any], plan: BatchPlan) -> list[Detection]:
         """What is found in a batch, all of it by this thread."""
         [batch] = load_batches(map(loader.load, [draws]))
         found = self._unreadable(batch)
@@ -354,9 +345,7 @@ class Pipeline:
                 found.append(Detection(index, *polygons_of(prob_map, size, self.config), prob_map, None, size))
         return found
 
-    def _beside_device(
-        self, network: Network, loader: Iterable[dict[str, Any]], plan: BatchPlan
-    ) -> Iterator[Detection]:
+    def _beside_device(self, network: Network, loader: Iterable[Any], plan: BatchPlan) -> Iterator[Detection]:
         """What is found in the batches of a loader, while the device works on the next one."""
         waiting: deque[tuple[partial[Detection], Future[Any]]] = deque()
         launched: tuple[dict[str, Any], Callable[[], np.ndarray]] | None = None

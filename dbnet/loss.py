@@ -32,8 +32,6 @@ def db_loss(maps: Maps, prob_map: Tensor, thresh_levels: Tensor, mask: Tensor, c
         thresh_levels: (N, H, W), 0 to 255 for config.thresh_min to config.thresh_max; the L1 distance counts inside the
             dilated polygons (`dbnet.targets.thresh_mask`).
         mask: (N, H, W), 0 on don't-care text and 1 elsewhere.
-
-    Nothing here waits for the device.
     """
     with torch.autocast(maps.prob_logits.device.type, enabled=False):
         prob_logits, thresh_logits = maps.prob_logits.float(), maps.thresh_logits.float()
@@ -56,14 +54,9 @@ def db_loss(maps: Maps, prob_map: Tensor, thresh_levels: Tensor, mask: Tensor, c
 def balanced_cross_entropy(logits: Tensor, target: Tensor, mask: Tensor, negative_ratio: float) -> Tensor:
     """Mean cross entropy of the positives and, for each of them, the `negative_ratio` hardest negatives.
 
-    Args:
-        logits: (N, H, W) float32.
-        target: (N, H, W) float32, 0 or 1.
-        mask: (N, H, W) float32, 0 where a pixel does not count.
-        negative_ratio: negatives for a positive; with fewer in the batch, all count. Without any positive the loss
-            is 0.
-
-    Negatives that tie at the border share the places left, so that the result does not depend on their order.
+    All maps are (N, H, W) float32; `target` is 0 or 1, `mask` 0 where a pixel does not count. With fewer negatives in
+    the batch, all count; without any positive the loss is 0. Negatives that tie at the border share the places left, so
+    that the result does not depend on their order.
     """
     losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     positive = target * mask
