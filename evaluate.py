@@ -75,10 +75,8 @@ def check_tuning_flags(args: argparse.Namespace, changes: dict[str, Any]) -> Non
         raise UserError(f"--tune-picture {args.tune_picture}: the picture is a PNG; name a FILE.png")
     others = sorted(changes.keys() - FREE_TO_SAVE)
     if args.save and others:
-        other = f"another --{others[0].replace('_', '-')} than its own"
-        raise UserError(
-            f"--save: the checkpoint would get values that were tuned with {other}; leave one of the two out"
-        )
+        values = f"values that were tuned with another --{others[0].replace('_', '-')} than its own"
+        raise UserError(f"--save: the checkpoint would get {values}; leave one of the two out")
     if args.save and (len(args.checkpoints) > 1 or args.checkpoints[0].suffix.lower() == ".onnx"):
         raise UserError("--save: writes into a checkpoint; name one, and no .onnx file")
 

@@ -11,7 +11,7 @@ onnxruntime is installed the file is checked: it must find the same polygons as 
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dbnet.config import ArgumentParser, Config
 from dbnet.errors import UserError, run_script
@@ -43,10 +43,10 @@ def main() -> None:
     marks = ["dbnet_config" if is_onnx(path) else "pyramid_channels" for path in outputs]
     check_outputs(*zip(outputs, marks, strict=True), inputs=[args.checkpoint])
     for path in outputs:
-        model, config, _ = load_model(args.checkpoint, changes)  # raises where the weights are not of this network
         if is_onnx(path):
-            export_onnx(path, model, config, half=path == args.half)
+            export_onnx(args.checkpoint, path, changes, half=path == args.half)
         else:
+            load_model(args.checkpoint, changes)  # raises where the weights are not of this network
             write_half(args.checkpoint, path, changes)
             print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
@@ -56,10 +56,12 @@ def is_onnx(path: Path) -> bool:
     return path.suffix.lower() == ".onnx"
 
 
-def export_onnx(path: Path, model: "DBNet", config: Config, half: bool) -> None:
-    """Write a network in the ONNX format and, where that is possible, check it."""
+def export_onnx(checkpoint: Path, path: Path, changes: dict[str, Any], half: bool) -> None:
+    """Write the network of a checkpoint in the ONNX format and, where that is possible, check it."""
+    from dbnet.checkpoint import load_model
     from dbnet.inference import write_onnx
 
+    model, config, _ = load_model(checkpoint, changes)
     if config.tta:
         print("a .onnx file has one view of an image: test-time augmentation is left out")
         config = config.changed(tta=False)
