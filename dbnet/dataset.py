@@ -509,9 +509,6 @@ def _prepare_process(_: int = 0) -> None:
     torch.multiprocessing.set_sharing_strategy("file_system")
 
 
-_WORKER_LOST = re.compile(r"DataLoader worker \(pid|shared memory|torch_shm|/torch_|Too many open files")
-
-
 def load_batches(loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The batches of a loader. Raises UserError where its workers have died or memory is short, with what to do."""
     try:
@@ -523,7 +520,9 @@ def load_batches(loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield from batches
     except (RuntimeError, OSError, MemoryError) as error:
         text = str(error)
-        if re.search("Bus error|shared memory|torch_shm|/torch_", text):
+        if "Shared memory manager connection has timed out" in text:
+            reason = "a data worker waited too long for shared memory, on a machine with too much to do; go on later"
+        elif re.search("Bus error|shared memory|torch_shm|/torch_", text):
             reason = "the data workers have no shared memory left; in Docker give the container more (--shm-size 8g)"
         elif is_out_of_memory(error):
             reason = "not enough memory to read images; close other programs, lower --workers"

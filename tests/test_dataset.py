@@ -305,6 +305,13 @@ def test_batches_that_wait_hold_no_descriptors(rendered):
     ("error", "message"),
     [
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible"), "--shm-size"),
+        (
+            RuntimeError(
+                "Caught RuntimeError in DataLoader worker process 0.\n"
+                "RuntimeError: Shared memory manager connection has timed out\nframe #1: c10::Error\n"
+            ),
+            "machine with too much to do",
+        ),
         (RuntimeError("Caught RuntimeError\nunable to write to file </torch_1_2_3>: No space left"), "--workers 0"),
         (
             MemoryError("Caught MemoryError in DataLoader worker process 0.\nOriginal Traceback"),
