@@ -88,12 +88,13 @@ def run(args: argparse.Namespace, changes: dict[str, Any]) -> None:
     from dbnet.device import init_process_group, is_first, print0
     from dbnet.evaluation import SCORES_MARK, Comparison, advise_on_collapse, evaluate, evaluate_submission
     from dbnet.files import check_outputs, write_json
-    from dbnet.inference import Pipeline, load_network
+    from dbnet.inference import Pipeline, find_weights, load_network
     from dbnet.pictures import PICTURE_MARK
     from dbnet.report import REPORT_MARK, picture_of, write_report
     from dbnet.tuning import tune_checkpoint
 
     init_process_group()
+    args.checkpoints = [find_weights(path) for path in args.checkpoints]
     search = args.tune_picture or args.checkpoints[0].with_name("tuning.png") if args.tune else None
     inputs = [path for path in (*args.checkpoints, args.submission, args.compare) if path]
     outputs = ((args.json, SCORES_MARK), (args.report, REPORT_MARK), (search, PICTURE_MARK))

@@ -38,9 +38,11 @@ def main() -> None:
     # Imported here, so that --help and a mistaken command line answer at once.
     from dbnet.checkpoint import load_model, write_half
     from dbnet.files import check_outputs
+    from dbnet.inference import find_weights
 
     outputs = [path for path in (args.onnx, args.half) if path]
     marks = ["dbnet_config" if is_onnx(path) else "pyramid_channels" for path in outputs]
+    args.checkpoint = find_weights(args.checkpoint)
     check_outputs(*zip(outputs, marks, strict=True), inputs=[args.checkpoint])
     for path in outputs:
         if is_onnx(path):

@@ -53,8 +53,8 @@ def main() -> None:
         nargs="*",
         type=Path,
         metavar="CKPT",
-        help="checkpoint, several whose probability maps are averaged, or a .onnx file (newest runs/*/best.pt, else "
-        "weights/lite.pt)",
+        help="checkpoint, several whose probability maps are averaged, a .onnx file, or lite (finds lines) or "
+        "lite-words, which come with the program (newest runs/*/best.pt, else lite)",
     )
     images_help = "folders, images, PDFs, quoted patterns (DATA/images/test)"
     parser.add_argument("--images", nargs="+", type=Path, metavar="PLACE", help=images_help)
@@ -83,12 +83,12 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
     from dbnet.device import all_gather, from_first, init_process_group, is_first, print0, rank
     from dbnet.files import Journal, check_outputs, make_folder, stamp
     from dbnet.images import file_of
-    from dbnet.inference import load_network
+    from dbnet.inference import find_weights, load_network
     from dbnet.pictures import ImagePictures
     from dbnet.splits import find_images_at, read_images
 
     init_process_group()
-    checkpoints = args.checkpoints or [from_first(default_checkpoint)]
+    checkpoints = [find_weights(path) for path in args.checkpoints] or [from_first(default_checkpoint)]
     network = load_network(checkpoints, changes)
     config = network.config
     images = find_images_at(args.images) if args.images else read_images(config.data, "test", config.format)
@@ -182,9 +182,9 @@ def default_checkpoint() -> Path:
     found = sorted(Path("runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
     if found:
         return found[-1]
-    from dbnet.inference import shipped_weights
+    from dbnet.inference import find_weights
 
-    weights = shipped_weights()
+    weights = find_weights(Path("lite"))
     print(f"no run in runs/: the weights that come with dbnet are used, {weights}")
     return weights
 

@@ -273,13 +273,21 @@ def load_network(paths: Sequence[Path], changes: dict[str, Any]) -> Network:
     return Ensemble.load(paths, changes)
 
 
-def shipped_weights() -> Path:
-    """The trained `lite` that comes with the program. Raises UserError where it does not."""
+SHIPPED = ("lite", "lite-words")
+
+
+def find_weights(path: Path) -> Path:
+    """The file of a checkpoint. `lite` and `lite-words` name the weights that come with the program.
+
+    Raises UserError where these are missing from this copy of it.
+    """
+    if str(path) not in SHIPPED or path.exists():
+        return path
     package = Path(__file__).resolve().parent
     for folder in (package / "weights", package.parent / "weights"):  # installed, and in a checkout
-        if (folder / "lite.pt").is_file():
-            return folder / "lite.pt"
-    raise UserError("weights/lite.pt: is missing from this copy of dbnet; name a checkpoint, or train one")
+        if (folder / f"{path}.pt").is_file():
+            return folder / f"{path}.pt"
+    raise UserError(f"weights/{path}.pt: is missing from this copy of dbnet; name a checkpoint, or train one")
 
 
 class Pipeline:
@@ -442,20 +450,16 @@ class Detector:
         self.config = network.config
 
     @classmethod
-    def load(
-        cls, path: str | Path | Sequence[str | Path] | None = None, device: str | None = None, **changes: Any
-    ) -> Self:
+    def load(cls, path: str | Path | Sequence[str | Path] = "lite", device: str | None = None, **changes: Any) -> Self:
         """Load a checkpoint or an exported .onnx file; of several checkpoints, the probability maps are averaged.
 
-        Without a path, the weights that come with the program. `device` is auto, cpu, cuda or cuda:N (auto); fields of
-        the configuration are changed by keyword, e.g. `box_thresh=0.4, tta=True`.
+        `lite` (finds lines) and `lite-words` name the weights that come with the program. `device` is auto, cpu, cuda
+        or cuda:N (auto); fields of the configuration are changed by keyword, e.g. `box_thresh=0.4, tta=True`.
 
         Raises UserError where a file is no checkpoint, the device does not exist, or a field does not take the value.
         """
-        if path is None:
-            path = shipped_weights()
         paths = [path] if isinstance(path, str | Path) else path
-        return cls(load_network([Path(each) for each in paths], changes | {"device": device or "auto"}))
+        return cls(load_network([find_weights(Path(each)) for each in paths], changes | {"device": device or "auto"}))
 
     def detect(self, image: Picture, bgr: bool = False, **thresholds: Any) -> list[Text]:
         """Text in an image, best first. Of THRESHOLDS, the call may change any: `detect(image, box_thresh=0.5)`.

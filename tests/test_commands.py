@@ -253,6 +253,11 @@ def test_without_a_run_the_weights_that_ship_are_taken(place, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("no run in runs/") and "weights/lite.pt" in result.stdout
     assert len(read_submission(tmp_path / "submission.csv")) == 2
+    arguments[2:2] = ["lite"]
+    result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout.startswith(f"{tmp_path}/weights/lite.pt ("), result.stderr
+    arguments[2] = "lite-words"
+    rejected(subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True), "weights/lite-words.pt")
 
 
 def test_detections_score_alike_in_every_format(place, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from dbnet.ensemble import Ensemble
 from dbnet.errors import UserError
 from dbnet.geometry import windows
 from dbnet.images import read_image
-from dbnet.inference import Pipeline, shipped_weights
+from dbnet.inference import Pipeline
 from dbnet.model import DBNet
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,7 +193,7 @@ def test_an_image_has_the_same_result_whatever_the_batch(receipts, tmp_path):
 
 
 def test_a_long_strip_is_seen_in_windows_and_a_small_image_is_not_blown_up(receipts):
-    detector = Detector.load(shipped_weights(), device="cpu")
+    detector = Detector.load("lite", device="cpu")
     pages = [read_image(path)[0] for path in sorted((receipts / "images/val").iterdir())[:4]]
     pages = [cv2.resize(page, (1000, round(1000 * page.shape[0] / page.shape[1]))) for page in pages]
     strip = np.concatenate(pages)

@@ -19,7 +19,7 @@ from dbnet.dataset import TextDataset
 from dbnet.ensemble import Ensemble
 from dbnet.errors import UserError
 from dbnet.formats import read_submission
-from dbnet.inference import OnnxNetwork, Pipeline, load_network, shipped_weights, write_onnx
+from dbnet.inference import OnnxNetwork, Pipeline, find_weights, load_network, write_onnx
 from dbnet.model import DBNet
 
 pytest.importorskip("onnxruntime")
@@ -116,7 +116,7 @@ def test_other_backbones_can_be_exported(backbone, tmp_path):
 
 def test_onnx_and_pytorch_find_the_same_polygons_on_real_receipts(receipts, tmp_path):
     try:
-        weights = shipped_weights()
+        weights = find_weights(Path("lite"))
     except UserError as error:
         pytest.skip(str(error))
     model, config, _ = load_model(weights, {"data": str(receipts), "tta": False})
