@@ -514,8 +514,8 @@ def load_batches(loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     try:
         batches = iter(loader)
         if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-            # PyTorch raises an error in the main thread when a worker dies, whatever that thread is at. It also
-            # notices the death here, where it waits for the next batch.
+            # When a worker dies, PyTorch's handler raises an error at any place in the main thread. Without the
+            # handler, the death is noticed here, where the loader waits for the next batch.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         yield from batches
     except (RuntimeError, OSError, MemoryError) as error:

@@ -265,6 +265,9 @@ def test_flags_that_the_pages_name_exist(place, monkeypatch, capsys):
     for script in (*(name for name in MODULES if name.endswith(".py")), "docs/make_pictures.py"):
         run_python([script, "--help"])
     run_python(["-m", "dbnet.synth", "--help"])
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    for name in ("accuracy", "weights"):
+        run_python([str(ROOT / "benchmarks" / f"{name}.py"), "--help"])
     known = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", capsys.readouterr().out))
     for page in (*PAGES, "README.ko.md", "docs/service.md", "weights/README.md"):
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text_of(page)))
