@@ -182,6 +182,8 @@ class Config:
     tta: bool = False
     """test-time augmentation: the mean map of the image at several sizes, and mirrored for networks trained with
     flips; a little more accurate, three to six times the time"""
+    sideways: bool = True
+    """look again, turned by a quarter, at an image whose lines run up or down"""
     use_polygon: bool = False
     """polygons that follow the contour; false gives minimum-area rectangles"""
     thresh: Fraction = 0.3
@@ -254,8 +256,9 @@ NETWORK_FIELDS = ("backbone", "weights", "pyramid_channels", "fusion", "binariza
 """Fields that decide the shape of the network: fixed in a checkpoint."""
 
 _READING_FIELDS = {
-    *("data", "format", "image_size", "enlarge", "workers", "strict", "batch_size", "device", "amp", "compile", "tta"),
-    *("use_polygon", "thresh", "box_thresh", "max_candidates", "min_size", "box_unclip_ratio", "polygon_unclip_ratio"),
+    *("data", "format", "image_size", "enlarge", "workers", "strict", "batch_size", "device", "amp", "compile"),
+    *("tta", "sideways", "use_polygon", "thresh", "box_thresh", "max_candidates", "min_size"),
+    *("box_unclip_ratio", "polygon_unclip_ratio"),
 }
 """Fields that matter where a checkpoint is used: what the help of evaluate.py, predict.py and export.py shows."""
 

@@ -668,3 +668,11 @@ def is_turned(quads: np.ndarray) -> bool:
     width, height = _sides(quads)
     tall, wide = np.count_nonzero(height > ELONGATED * width), np.count_nonzero(width > ELONGATED * height)
     return bool(tall > 2 * wide)
+
+
+def lies_on_side(polygons: list[np.ndarray]) -> bool:
+    """Whether most of the elongated ones among (n, 2) int32 polygons are higher than long, as on a page turned by a
+    quarter."""
+    sizes = [cv2.boundingRect(polygon)[2:] for polygon in polygons]
+    tall = sum(height > ELONGATED * width for width, height in sizes)
+    return tall > 2 * sum(width > ELONGATED * height for width, height in sizes)

@@ -25,7 +25,7 @@ from dbnet.config import NETWORK_FIELDS, Config
 from dbnet.dataset import ArrayLoader, Batches, ImageDataset, count_cores, count_workers, load_batches, make_loader
 from dbnet.errors import ImageError, UserError, is_out_of_memory, library_errors
 from dbnet.files import check_regular, write_whole
-from dbnet.geometry import Letterbox, in_windows, inference_side, windows
+from dbnet.geometry import Letterbox, in_windows, inference_side, lies_on_side, padded, windows
 from dbnet.images import list_pages, read_image, read_size, to_rgb
 from dbnet.memory import BatchPlan, run_until_it_fits
 from dbnet.postprocess import corners, extract_polygons
@@ -290,6 +290,17 @@ def find_weights(path: Path) -> Path:
     raise UserError(f"weights/{path}.pt: is missing from this copy of dbnet; name a checkpoint, or train one")
 
 
+class _Mapped(NamedTuple):
+    """An image of a batch."""
+
+    batch: dict[str, Any]
+    place: int
+    size: tuple[int, int]
+    """(width, height) in pixels of the upright original"""
+    prob_map: np.ndarray
+    """(height, width) uint8, without its padding"""
+
+
 class Pipeline:
     """Detect text in the images of a data set, as often as asked: reading, network and post-processing overlap.
 
@@ -349,13 +360,14 @@ class Pipeline:
         [batch] = load_batches(map(loader.load, [draws]))
         found = self._unreadable(batch)
         if "image" in batch:
-            for index, size, prob_map in self._cropped(batch, self._launch(network, batch, plan)()):
-                found.append(Detection(index, *polygons_of(prob_map, size, self.config), prob_map, None, size))
+            for image in self._mapped(batch, self._launch(network, batch, plan)()):
+                polygons = polygons_of(image.prob_map, image.size, self.config)
+                found.append(self._detection(network, plan, image, polygons))
         return found
 
     def _beside_device(self, network: Network, loader: Iterable[Any], plan: BatchPlan) -> Iterator[Detection]:
         """What is found in the batches of a loader, while the device works on the next one."""
-        waiting: deque[tuple[partial[Detection], Future[Any]]] = deque()
+        waiting: deque[tuple[_Mapped, Future[Any]]] = deque()
         launched: tuple[dict[str, Any], Callable[[], np.ndarray]] | None = None
         extractors = self.extractors or ThreadPoolExecutor(1)
         for batch in chain(load_batches(loader), [None]):
@@ -365,18 +377,37 @@ class Pipeline:
                     launched = batch, run_until_it_fits(partial(self._launch, network, batch, plan), plan)
                 yield from self._unreadable(batch)
             if last:  # its maps have arrived while the device was busy with those of this batch
-                for index, size, prob_map in self._cropped(last[0], last[1]()):
-                    make = partial(Detection, index, prob_map=prob_map, error=None, size=size)
-                    waiting.append((make, extractors.submit(polygons_of, prob_map, size, self.config)))
+                for image in self._mapped(last[0], last[1]()):
+                    waiting.append((image, extractors.submit(polygons_of, image.prob_map, image.size, self.config)))
             while waiting and (not batch or len(waiting) > _WAITING_IMAGES or waiting[0][1].done()):
-                make, future = waiting.popleft()
-                polygons, scores = future.result()
-                yield make(polygons=polygons, scores=scores)
+                image, polygons = waiting.popleft()
+                look = partial(self._detection, network, plan, image, polygons.result())
+                yield run_until_it_fits(look, plan)
 
     def _launch(self, network: Network, batch: dict[str, Any], plan: BatchPlan) -> Callable[[], np.ndarray]:
         """Start on the maps of a batch; the function that waits for them."""
         images = [batch["image"], *(batch[f"image_{side}"] for side in network.sides[1:])]
         return network.infer(images, batch["size"].tolist(), plan)
+
+    def _detection(
+        self, network: Network, plan: BatchPlan, image: _Mapped, found: tuple[list[np.ndarray], list[float]]
+    ) -> Detection:
+        """What is found in an image: the polygons and scores of its map or, where the page lies on its side, those of a
+        look at it turned by a quarter."""
+        batch, place, size, prob_map = image
+        if self.config.sideways and lies_on_side(found[0]):
+            views = []
+            for side in network.sides:
+                pixels = np.asarray(batch["image" if side == network.sides[0] else f"image_{side}"][place])
+                width, height = resized_as(size, self.config.changed(image_size=side)).resized
+                view = np.zeros((1, padded(width), padded(height), 3), np.uint8)
+                view[0, :width, :height] = np.rot90(pixels[:height, :width])
+                views.append(view)
+            height, width = prob_map.shape
+            turned = network.infer(views, [size[::-1]], plan)()[0, :width, :height]
+            prob_map = np.ascontiguousarray(np.rot90(turned, -1))
+            found = polygons_of(prob_map, size, self.config)
+        return Detection(int(batch["index"][place]), *found, prob_map, None, size)
 
     def _unreadable(self, batch: dict[str, Any]) -> list[Detection]:
         """A Detection for each image of a batch that could not be read."""
@@ -384,11 +415,11 @@ class Pipeline:
             raise ImageError(error)
         return [Detection(index, [], [], None, error) for index, error in batch["failed"]]
 
-    def _cropped(self, batch: dict[str, Any], prob_maps: np.ndarray) -> Iterator[tuple[int, Any, np.ndarray]]:
-        """Index, (width, height) in pixels and map without its padding of each image of a batch."""
-        for index, size, prob_map in zip(batch["index"].tolist(), batch["size"].tolist(), prob_maps, strict=True):
+    def _mapped(self, batch: dict[str, Any], prob_maps: np.ndarray) -> Iterator[_Mapped]:
+        """The images of a batch with their maps."""
+        for place, (size, prob_map) in enumerate(zip(batch["size"].tolist(), prob_maps, strict=True)):
             width, height = resized_as(size, self.config).resized
-            yield index, tuple(size), prob_map[:height, :width]
+            yield _Mapped(batch, place, tuple(size), prob_map[:height, :width])
 
 
 def polygons_of(prob_map: np.ndarray, size: tuple[int, int], config: Config) -> tuple[list[np.ndarray], list[float]]:

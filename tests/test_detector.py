@@ -17,13 +17,15 @@ import dbnet
 from dbnet import Detector
 from dbnet.checkpoint import save_checkpoint
 from dbnet.config import Config
-from dbnet.dataset import Draw, ImageDataset
+from dbnet.dataset import Batches, Draw, ImageDataset, make_loader
 from dbnet.ensemble import Ensemble
 from dbnet.errors import UserError
 from dbnet.geometry import windows
 from dbnet.images import read_image
 from dbnet.inference import Pipeline
+from dbnet.metric import score_image
 from dbnet.model import DBNet
+from dbnet.synth.scene import render_receipt
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -204,6 +206,30 @@ def test_a_long_strip_is_seen_in_windows_and_a_small_image_is_not_blown_up(recei
     turned = detector.detect(np.ascontiguousarray(strip.transpose(1, 0, 2)))
     assert max(text.polygon[:, 0].max() for text in turned) <= strip.shape[0]
     assert detector.prob_map(pages[0][:100, :150]).shape == (200, 300)
+
+
+@pytest.mark.parametrize("tta", [False, True])
+def test_a_page_on_its_side_is_found_as_well_as_an_upright_one(tmp_path, tta):
+    page, words = render_receipt(np.random.default_rng(1), 640, lines=True)
+    lines = [line[0] for line in words]
+    height, width = page.shape[:2]
+    detector = Detector.load("lite", device="cpu", tta=tta)
+    upright = score_image(lines, [text.polygon for text in detector.detect(page)]).hmean
+    for quarters, turn, corner in ((1, [[0, -1], [1, 0]], (0, width)), (3, [[0, 1], [-1, 0]], (height, 0))):
+        turned = np.ascontiguousarray(np.rot90(page, quarters))
+        polygons = [word @ np.array(turn) + corner for word in lines]
+        found = detector.detect(turned)
+        assert score_image(polygons, [text.polygon for text in found]).hmean > upright - 0.02
+        assert detector.prob_map(turned).shape[::-1] == detector.prob_map(page).shape
+        cv2.imwrite(str(tmp_path / "turned.png"), turned[..., ::-1])
+        config = detector.config.changed(batch_size=1, workers=0)
+        dataset = ImageDataset([tmp_path / "turned.png"], config)
+        pipeline = Pipeline(dataset, config, "cpu")
+        pipeline.on_gpu = True  # what runs beside one, here beside a CPU
+        dataset.further_sizes = detector.network.sides[1:]
+        pipeline.loader = make_loader(Batches(dataset, 1), workers=0, pin_memory=False)
+        [detection] = pipeline.detect(detector.network)
+        assert all(map(np.array_equal, detection.polygons, [text.polygon for text in found]))
 
 
 @pytest.mark.parametrize("length", [32, 800, 832, 1600, 7168])
