@@ -670,9 +670,9 @@ def is_turned(quads: np.ndarray) -> bool:
     return bool(tall > 2 * wide)
 
 
-def lies_on_side(polygons: list[np.ndarray]) -> bool:
-    """Whether most of the elongated ones among (n, 2) int32 polygons are higher than long, as on a page turned by a
-    quarter."""
+def tall_share(polygons: list[np.ndarray]) -> float:
+    """Share of those that are higher than long among the elongated of (n, 2) int32 polygons; 0 without any."""
     sizes = [cv2.boundingRect(polygon)[2:] for polygon in polygons]
     tall = sum(height > ELONGATED * width for width, height in sizes)
-    return tall > 2 * sum(width > ELONGATED * height for width, height in sizes)
+    wide = sum(width > ELONGATED * height for width, height in sizes)
+    return tall / max(tall + wide, 1)

@@ -25,7 +25,7 @@ from dbnet.config import NETWORK_FIELDS, Config
 from dbnet.dataset import ArrayLoader, Batches, ImageDataset, count_cores, count_workers, load_batches, make_loader
 from dbnet.errors import ImageError, UserError, is_out_of_memory, library_errors
 from dbnet.files import check_regular, write_whole
-from dbnet.geometry import Letterbox, in_windows, inference_side, lies_on_side, padded, windows
+from dbnet.geometry import Letterbox, in_windows, inference_side, padded, tall_share, windows
 from dbnet.images import list_pages, read_image, read_size, to_rgb
 from dbnet.memory import BatchPlan, run_until_it_fits
 from dbnet.postprocess import corners, extract_polygons
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 OPSET = 17
 CONFIG_KEY = "dbnet_config"
 _EXPORT_ANEW = "export it with export.py"
+SOME_TALL, MOST_TALL = 0.1, 0.67  # shares of tall words: a page may lie on its side, and does. Upright pages have 0.03
 _WAITING_IMAGES = 64  # on a GPU, more maps than this do not wait for their polygons; then the network does
 
 
@@ -395,7 +396,7 @@ class Pipeline:
         """What is found in an image: the polygons and scores of its map or, where the page lies on its side, those of a
         look at it turned by a quarter."""
         batch, place, size, prob_map = image
-        if self.config.sideways and lies_on_side(found[0]):
+        if self.config.sideways and tall_share(found[0]) > SOME_TALL:
             views = []
             for side in network.sides:
                 pixels = np.asarray(batch["image" if side == network.sides[0] else f"image_{side}"][place])
@@ -405,8 +406,10 @@ class Pipeline:
                 views.append(view)
             height, width = prob_map.shape
             turned = network.infer(views, [size[::-1]], plan)()[0, :width, :height]
-            prob_map = np.ascontiguousarray(np.rot90(turned, -1))
-            found = polygons_of(prob_map, size, self.config)
+            turned = np.ascontiguousarray(np.rot90(turned, -1))
+            found_turned = polygons_of(turned, size, self.config)
+            if tall_share(found_turned[0]) > MOST_TALL:
+                prob_map, found = turned, found_turned
         return Detection(int(batch["index"][place]), *found, prob_map, None, size)
 
     def _unreadable(self, batch: dict[str, Any]) -> list[Detection]:
