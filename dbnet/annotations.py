@@ -8,18 +8,19 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
+import cv2
 import numpy as np
 import shapely
 from numpy.typing import ArrayLike
 
 from dbnet.errors import ImageError, UserError
 from dbnet.files import make_folder, write_whole
-from dbnet.geometry import areas, fit_outline, order_outlines, reading_order
+from dbnet.geometry import fit_outline, order_outlines, reading_order
 from dbnet.images import name_stem, read_size
 
 
@@ -27,16 +28,11 @@ from dbnet.images import name_stem, read_size
 class Annotation:
     """The words of one image, in pixels of the upright original."""
 
-    polygons: list[np.ndarray] = field(default_factory=list)
-    """(n, 2) arrays of points (x, y): float64 where they were read, n as in the file"""
-    dont_care: list[bool] = field(default_factory=list)
-    """for each polygon, whether the losses and the metric leave it out"""
-    scores: list[float] | None = None
-    """confidence of each polygon, 0..1, for detections"""
-    size: tuple[int, int] | None = None
-    """(width, height) of the image as the file says, or to be written there"""
-    lines: list[int] | None = None
-    """line number of each polygon, from 1; only where the polygons are in reading order"""
+    polygons: list[np.ndarray] = field(default_factory=list)  # (n, 2) points (x, y): float64 where they were read
+    dont_care: list[bool] = field(default_factory=list)  # whether the losses and the metric leave the polygon out
+    scores: list[float] | None = None  # confidence of each polygon, 0..1, for detections
+    size: tuple[int, int] | None = None  # (width, height) of the image as the file says, or to be written there
+    lines: list[int] | None = None  # of each polygon, from 1; only where the polygons are in reading order
 
     @classmethod
     def detected(
@@ -62,24 +58,23 @@ def check_sizes(source: Path, annotations: dict[str, Annotation], images: dict[s
     A file may have the size as stored, before the turn that EXIF asks for, if its points fit the upright image alone.
     """
     for name, annotation in annotations.items():
-        farthest = np.max([polygon.max(axis=0, initial=0) for polygon in annotation.polygons] or [(2, 2)], axis=0)
-        if farthest.max() <= 1:
+        farthest = np.concatenate([np.zeros((1, 2)), *annotation.polygons]).max(axis=0)
+        if annotation.polygons and farthest.max() <= 1:
             raise UserError(f"{source}: {name}: coordinates are shares of the image, from 0 to 1; write them in pixels")
-        if not annotation.size:
-            continue
+        stated = annotation.size
         try:
-            width, height = read_size(images[name])
+            size = read_size(images[name]) if stated else None
         except ImageError:  # a submission can be scored without the images
             continue
-        is_as_stored = annotation.size == (height, width)
-        fits, fits_stored = ((farthest <= np.add(size, 2)).all() for size in ((width, height), (height, width)))
-        if annotation.size == (width, height) or (is_as_stored and fits and not fits_stored):
+        if not stated or not size or stated == size:
             continue
         advice = "put the image that was labelled there, or scale the labels"
-        if is_as_stored:
-            advice = "the tool ignored that EXIF turns the image; turn its pixels (mogrify -auto-orient) and label that"
-        shown, upright = " x ".join(map(str, annotation.size)), f"{width} x {height} px"
-        raise UserError(f"{source}: {name}: was labelled at {shown} px, but the image has {upright}; {advice}")
+        if stated == size[::-1]:
+            if (farthest <= np.add(size, 2)).all() and (farthest > np.add(stated, 2)).any():
+                continue
+            advice = "the tool ignored that EXIF turns the image; turn it (mogrify -auto-orient) and label that"
+        labelled, upright = (f"{width} x {height} px" for width, height in (stated, size))
+        raise UserError(f"{source}: {name}: was labelled at {labelled}, but the image has {upright}; {advice}")
 
 
 def put_in_order(annotations: dict[str, Annotation]) -> list[str]:
@@ -127,24 +122,17 @@ def choose_format(path: Path, form: str, names: list[str]) -> str:
         raise UserError(f"{path}: its suffix names no format; end it in .csv, .json or .zip, or say --out-format")
     if form == "ppocrlabel" and path.is_dir():
         raise UserError(f"{path}: is a folder; name the file, {path / 'Label.txt'}")
-    if form in ("icdar", "labelme"):
-        check_stems(names)
-    for name in names:
-        if form == "ppocrlabel" and re.search(r"[\t\r\n]", name):
-            raise UserError(f"{name!a}: a line of Label.txt cannot hold this file name; rename it")
-        if form == "labelme" and labelme_file(path, name).exists():
-            there = labelme_file(path, name)
-            raise UserError(f"{there}: is there already, and may be corrected; move it away or name another folder")
-    return form
-
-
-def check_stems(names: Iterable[str]) -> None:
-    """Raise UserError where files that are named after images would get the same name for two of them."""
     seen: dict[str, str] = {}
     for name in names:
+        label = path / f"{name_stem(name)}.json"
         other = seen.setdefault(name_stem(name), name)
-        if other != name:
-            raise UserError(f"{name}: its label file would have the same name as {other}'s; rename one of the images")
+        if form in ("icdar", "labelme") and other != name:
+            raise UserError(f"{name}: would have the same label file as {other}; rename one of the images")
+        if form == "ppocrlabel" and re.search(r"[\t\r\n]", name):
+            raise UserError(f"{name!a}: a line of Label.txt cannot hold this file name; rename it")
+        if form == "labelme" and label.exists():
+            raise UserError(f"{label}: is there already, and may be corrected; move it away or name another folder")
+    return form
 
 
 def uncertainty(annotation: Annotation) -> float:
@@ -158,27 +146,22 @@ def uncertainty(annotation: Annotation) -> float:
 def as_labels(annotation: Annotation) -> Annotation:
     """Detections as labels: outlines of 4 or 8 whole points (`fit_outline`), in reading order with line numbers.
 
-    Two of which one covers much of the other are don't care, until a person has decided which of them is text.
+    Two of which one covers more than MAX_OVERLAP of the other are don't care, until a person has decided which of them
+    is text.
     """
     outlines = [np.rint(fit_outline(polygon)).astype(np.int64) for polygon in annotation.polygons]
     order, lines = reading_order(outlines)
-    overlaps = _overlaps(annotation.polygons)
+    shapes = shapely.make_valid(np.array([shapely.Polygon(polygon) for polygon in annotation.polygons], object))
+    some, others = shapely.STRtree(shapes).query(shapes, predicate="intersects")
+    shared, areas = shapely.area(shapely.intersection(shapes[some], shapes[others])), shapely.area(shapes)
+    doubtful = some[(some != others) & (shared > MAX_OVERLAP * np.minimum(areas[some], areas[others]))]
     return Annotation(
         [outlines[index] for index in order],
-        [annotation.dont_care[index] or overlaps[index] for index in order],
+        [annotation.dont_care[index] or index in doubtful for index in order],
         None if annotation.scores is None else [annotation.scores[index] for index in order],
         annotation.size,
         [lines[index] for index in order],
     )
-
-
-def _overlaps(polygons: list[np.ndarray]) -> list[bool]:
-    """For each polygon, whether it shares more than MAX_OVERLAP of the smaller area with another."""
-    shapes = shapely.make_valid(np.array([shapely.Polygon(polygon) for polygon in polygons], object))
-    some, others = shapely.STRtree(shapes).query(shapes, predicate="intersects")
-    shared, areas = shapely.area(shapely.intersection(shapes[some], shapes[others])), shapely.area(shapes)
-    pairs = (some != others) & (shared > MAX_OVERLAP * np.minimum(areas[some], areas[others]))
-    return np.isin(np.arange(len(polygons)), some[pairs]).tolist()
 
 
 def write_detections(
@@ -188,43 +171,38 @@ def write_detections(
 
     `images` are their files by name, to which LabelMe and PPOCRLabel refer. Prints how many overlap. Raises UserError.
     """
-    if form == "csv":
-        write_submission(path, {name: annotation.polygons for name, annotation in found.items()})
-        return
-    labels = {name: as_labels(annotation) for name, annotation in found.items()}
+    if form != "csv":
+        found = {name: as_labels(annotation) for name, annotation in found.items()}
     if form == "icdar":  # for an upload, where nothing is don't care
-        labels = {name: replace(label, dont_care=found[name].dont_care) for name, label in labels.items()}
-    doubtful = sum(sum(label.dont_care) for label in labels.values())
+        for annotation in found.values():
+            annotation.dont_care = [False] * len(annotation.polygons)
+    doubtful = sum(sum(annotation.dont_care) for annotation in found.values())
     if doubtful:
         print(f"{path}: {doubtful} outlines overlap others by much and are marked as don't care; look at these first")
-    write_labels(path, form, labels, images)
-
-
-def write_submission(path: Path, rows: dict[str, list[np.ndarray]]) -> None:
-    """Write a row for each file name and its (n, 2) int polygons, in order."""
-    with write_whole(path, "w") as file:
-        writer = csv.writer(file)
-        writer.writerow(HEADER)
-        for name, polygons in rows.items():
-            writer.writerow([name, "|".join(" ".join(map(str, polygon.ravel())) for polygon in polygons)])
+    write_labels(path, form, found, images)
 
 
 def write_labels(path: Path, form: str, found: dict[str, Annotation], images: dict[str, Path] | None = None) -> None:
-    """Write annotations as they are, in a format other than csv; arguments and errors as of `write_detections`."""
+    """Write annotations as they are; arguments and errors as of `write_detections`."""
     files = {name: Path(name) for name in found} | (images or {})
     if form == "labelme":
         for name, annotation in found.items():
-            label = labelme_file(path, name)
+            label = path / f"{name_stem(name)}.json"
             make_folder(label.parent)
             with write_whole(label, "w") as file:
                 json.dump(_labelme_content(label.parent, files[name], annotation), file, ensure_ascii=False)
-    elif form == "ppocrlabel":
-        with write_whole(path, "w") as file:
+        return
+    with write_whole(path, "wb" if form == "icdar" else "w") as file:
+        if form == "icdar":
+            _write_icdar_zip(file, found)
+        elif form == "ppocrlabel":
             file.writelines(_ppocrlabel_line(files[name], annotation) for name, annotation in found.items())
-    elif form == "icdar":
-        _write_icdar_zip(path, found)
-    else:
-        with write_whole(path, "w") as file:
+        elif form == "csv":
+            rows = csv.writer(file)
+            rows.writerow(HEADER)
+            for name, annotation in found.items():
+                rows.writerow([name, "|".join(" ".join(map(str, points.ravel())) for points in annotation.polygons)])
+        else:
             content = _coco_content(found) if form == "coco" else _competition_content(found)
             json.dump(content, file, ensure_ascii=False)
 
@@ -248,23 +226,21 @@ def _competition_content(found: dict[str, Annotation]) -> dict[str, Any]:
 
 def _coco_content(found: dict[str, Annotation]) -> dict[str, Any]:
     """Images, annotations and the one category `text`: COCO's annotations and, under "annotations", its results."""
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    images, words = list[dict[str, Any]](), list[dict[str, Any]]()
     for image_id, (name, annotation) in enumerate(found.items(), start=1):
         images.append({"id": image_id, "file_name": name, **_sized(annotation, "width", "height")})
         for polygon, ignore, extras in annotation.words():
             (left, top), (right, bottom) = polygon.min(axis=0).tolist(), polygon.max(axis=0).tolist()
-            word: dict[str, Any] = {"id": len(annotations) + 1, "image_id": image_id, "category_id": 1}
-            word |= {"iscrowd": int(ignore), "segmentation": [polygon.ravel().tolist()]}
-            word["bbox"] = [left, top, right - left, bottom - top]
-            word["area"] = float(areas(polygon.astype(np.float64), np.array([len(polygon)]))[0])
-            annotations.append(word | extras)
+            word: dict[str, Any] = {
+                "id": len(words) + 1,
+                "image_id": image_id,
+                "category_id": 1,
+                "iscrowd": int(ignore),
+            }
+            word |= {"segmentation": [polygon.ravel().tolist()], "bbox": [left, top, right - left, bottom - top]}
+            words.append({**word, "area": cv2.contourArea(polygon.astype(np.float32)), **extras})
     kinds = {"info": {"description": RESULT_MARK}, "categories": [{"id": 1, "name": "text"}]}
-    return {**kinds, "images": images, "annotations": annotations}
-
-
-def labelme_file(folder: Path, name: str) -> Path:
-    return folder / f"{name_stem(name)}.json"
+    return {**kinds, "images": images, "annotations": words}
 
 
 def _labelme_content(folder: Path, image: Path, annotation: Annotation) -> dict[str, Any]:
@@ -291,17 +267,15 @@ def _ppocrlabel_line(image: Path, annotation: Annotation) -> str:
     return f"{image.absolute().parent.name}/{image.name}\t{json.dumps(words, ensure_ascii=False)}\n"
 
 
-def _write_icdar_zip(path: Path, found: dict[str, Annotation]) -> None:
+def _write_icdar_zip(file: IO[bytes], found: dict[str, Annotation]) -> None:
     """A zip of `res_NAME.txt` for each image, as ICDAR's upload forms want it: lines of `x1,y1,...,xn,yn`, and `,###`
     for don't care."""
-    check_stems(found)
-    with write_whole(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.comment = RESULT_MARK.encode()
         for name, annotation in found.items():
+            lines = ""
+            for polygon, ignore, _ in annotation.words():
+                numbers = (np.format_float_positional(value, trim="-") for value in polygon.ravel().tolist())
+                lines += ",".join(numbers) + (",###\r\n" if ignore else "\r\n")
             folder, slash, stem = name_stem(name).rpartition("/")
-            lines = [
-                ",".join(np.format_float_positional(value, trim="-") for value in polygon.ravel().tolist())
-                + (",###\r\n" if ignore else "\r\n")
-                for polygon, ignore, _ in annotation.words()
-            ]
-            archive.writestr(f"{folder}{slash}res_{stem}.txt", "".join(lines))
+            archive.writestr(f"{folder}{slash}res_{stem}.txt", lines)

@@ -37,8 +37,9 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The reason that an exception of a library gives, on one line of at most 200 characters; else its class."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """The reason that an exception of a library or the system gives, in at most 200 characters; else its class."""
+    reason = (isinstance(error, OSError) and error.strerror) or str(error)
+    return " ".join(reason.split())[:200] or type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -48,16 +49,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def library_errors(message: str, fix: str = "", kind: type[UserError] = UserError) -> Iterator[None]:
-    """Turn what a library raises on bad input into `kind`: the message, the reason in brackets, and the fix.
+def library_errors(
+    message: str, fix: str = "", kind: type[UserError] = UserError, of: type[Exception] = Exception
+) -> Iterator[None]:
+    """Turn errors `of` a library or the system into `kind`: the message, the reason in brackets, and the fix.
 
-    UserError passes; a shortage of memory becomes MemoryError, because it says nothing about the input.
+    UserError passes; a lack of memory becomes MemoryError, because it says nothing about the input.
     """
     try:
         yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:
+    except of as error:
+        if isinstance(error, UserError | MemoryError):
+            raise
         if is_out_of_memory(error):
             raise MemoryError(one_line(error)) from error
         raise kind(f"{message} ({one_line(error)})" + (f"; {fix}" if fix else "")) from None
@@ -126,20 +129,20 @@ def one_line_errors() -> Iterator[None]:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        explanation, reason = "", printable(one_line(error))
+        reason = printable(one_line(error))
         if isinstance(error, UserError):
-            explanation = str(error)
+            reason = str(error)
         elif isinstance(error, ModuleNotFoundError) and error.name in ("torch", "torchvision"):
-            explanation = "PyTorch is not installed: pip install torch torchvision"
+            reason = "PyTorch is not installed: pip install torch torchvision"
         elif is_out_of_memory(error):
             fix = "close other programs, or lower --batch-size, --image-size or --workers"
-            explanation = f"not enough memory ({reason}); {fix}"
+            reason = f"not enough memory ({reason}); {fix}"
         elif isinstance(error, ImportError) and ".so" in reason:  # OpenCV's wheel on a machine without a screen
             fix = "pip install opencv-python-headless in place of opencv-python, or apt install libgl1 libglib2.0-0"
-            explanation = f"a library is missing ({reason}); for OpenCV: {fix}"
-        if not explanation:
+            reason = f"a library is missing ({reason}); for OpenCV: {fix}"
+        else:
             raise
-        print(f"error: {explanation}", file=sys.stderr)
+        print(f"error: {reason}", file=sys.stderr)
         sys.exit(2)
 
 

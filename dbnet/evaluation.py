@@ -23,7 +23,7 @@ from dbnet.geometry import Polygons, common_areas, near_pairs
 from dbnet.images import read_size
 from dbnet.inference import Network, Pipeline
 from dbnet.metric import MAX_DETECTIONS, CLEval, DatasetScore, ImageScore, match_image
-from dbnet.splits import match_names, read_split
+from dbnet.splits import read_split
 
 IOU_MIN_POINTS = 3  # polygons with fewer have no area
 MIN_IOU = 0.5  # a match has more than this
@@ -438,15 +438,13 @@ def evaluate_submission(
     `picture` is as for `evaluate`. Raises UserError where the file or the `comparison` is not of this split.
     """
     images, annotations, _ = read_split(config.data, split, config.format, need_images=False)
-    rows = read_detections(path, list(annotations))
-    name_of = match_names(rows, images)
-    unknown = [name for name in rows if name not in name_of]
+    submission = read_detections(path, list(annotations))
+    unknown = [name for name in submission if name not in images]
     if unknown:
         raise UserError(
             f"{path}: {unknown[0]} is not in the split {split} of {config.data} (nor are {len(unknown) - 1} others); "
             f"choose the split with --split and the data set with --data"
         )
-    submission = {name_of[name]: row for name, row in rows.items()}
     if comparison:
         comparison.check_shares(annotations)
     print(f"{path} on {split} of {config.data}")

@@ -10,9 +10,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
-from dbnet.errors import UserError
+from dbnet.errors import UserError, library_errors
 
 _MARKED_BYTES = 1 << 16
+_KINDS = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFBLK: "disk", stat.S_IFCHR: "device"}
 
 
 @contextmanager
@@ -25,7 +26,7 @@ def write_whole(path: Path, mode: str = "wb", keep: Path | None = None) -> Itera
     Raises UserError, with the old file kept, where it cannot be written.
     """
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
-    with _one_line(path, "name another place or make room"):
+    with library_errors(f"{path}: cannot be written", "name another place or make room", of=OSError):
         if _is_written_through(path):
             with path.open(mode, encoding=encoding, newline=newline) as file:
                 yield file
@@ -50,14 +51,6 @@ def write_whole(path: Path, mode: str = "wb", keep: Path | None = None) -> Itera
 
 
 @contextmanager
-def _one_line(path: Path, fix: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); {fix}") from None
-
-
-@contextmanager
 def locked(path: Path, message: str) -> Iterator[None]:
     """Hold a lock on the file `path`. At the end of the block it goes, and its folder too where nothing else is in it.
 
@@ -69,16 +62,15 @@ def locked(path: Path, message: str) -> Iterator[None]:
             import fcntl
 
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forked workers have no part in it
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         except (BlockingIOError, PermissionError):  # systems differ
             file.seek(0)
             process = file.read().strip() or "of another machine"
             raise UserError(f"{message} by process {process}; wait for its end, or stop it") from None
         except (OSError, ImportError):
             pass
-        else:
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
         try:
             yield
         finally:
@@ -114,36 +106,34 @@ def write_json(path: Path, content: Any) -> None:
         file.write("\n")
 
 
+# ---- checks
+
+
 def check_outputs(*outputs: tuple[Path | None, str], inputs: Iterable[Path] = ()) -> None:
     """Raise UserError unless each result can be written and overwrites nothing but an earlier result.
 
     Each output is a path, or None, and a mark: words near the beginning or end of every result of its kind. An output
     must not be one of `inputs`, nor another output, nor where the command prints.
     """
-    read = {(file.st_dev, file.st_ino) for path in inputs if (file := _stat(path))}
-    streams = [file for stream in (1, 2) if (file := _stat(stream)) and not stat.S_ISCHR(file.st_mode)]
-    printed = {(file.st_dev, file.st_ino) for file in streams}
-    seen: set[str] = set()
+    taken = {_identity(path): "is an input of this command; name another file for the result" for path in inputs}
+    for stream in (1, 2):
+        printed = _stat(stream)
+        if printed and not stat.S_ISCHR(printed.st_mode):
+            taken[_identity(stream)] = "what the command prints would be mixed into it; name a file"
     folders: set[Path] = set()
     for path, mark in outputs:
         if not path:
             continue
-        there = _stat(path)
-        place = (there.st_dev, there.st_ino) if there else None
-        if place in read:
-            raise UserError(f"{path}: is an input of this command; name another file for the result")
-        if place in printed:
-            raise UserError(f"{path}: what the command prints would be mixed into it; name a file")
+        identity, there = _identity(path), _stat(path)
+        if identity in taken:
+            raise UserError(f"{path}: {taken[identity]}")
         if there and stat.S_ISREG(there.st_mode) and there.st_size and not _has_mark(path, mark):
             raise UserError(f"{path}: exists, and is not an earlier result of this kind; name another or remove it")
-        if _is_written_through(path):
-            continue
-        if os.path.realpath(path) in seen:
-            raise UserError(f"{path}: is named for two results; name another file for one of them")
-        seen.add(os.path.realpath(path))
-        if there or path.parent not in folders:
-            check_writable(path)
-            folders.add(path.parent)
+        if not _is_written_through(path):
+            taken[identity] = "is named for two results; name another file for one of them"
+            if there or path.parent not in folders:
+                check_writable(path)
+                folders.add(path.parent)
 
 
 def check_regular(path: Path, error: type[UserError] = UserError) -> None:
@@ -151,10 +141,27 @@ def check_regular(path: Path, error: type[UserError] = UserError) -> None:
 
     Passes a path that does not exist or cannot be looked at: opening it gives the system's own reason.
     """
-    there = _stat(path)
-    if there and not (stat.S_ISREG(there.st_mode) or stat.S_ISDIR(there.st_mode)):
-        kind = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(there.st_mode), "device")
+    kind = _special_kind(path)
+    if kind:
         raise error(f"{path}: is a {kind}, not a file; save its content to a file and name that")
+
+
+def _is_written_through(path: Path) -> bool:
+    """Whether a path is a character device, or a pipe that the shell has opened, such as `>(gzip)`.
+
+    Raises UserError for what else is no file: writing into a named pipe might never end, into a disk destroys it.
+    """
+    kind = _special_kind(path)
+    of_shell = path.parts[:2] in (("/", "dev"), ("/", "proc"))
+    if kind and kind != "device" and not (kind == "pipe" and of_shell):
+        raise UserError(f"{path}: is a {kind}; name a file")
+    return kind is not None
+
+
+def _special_kind(path: Path) -> str | None:
+    """What a path is that is neither a file nor a folder."""
+    there = _stat(path)
+    return _KINDS.get(stat.S_IFMT(there.st_mode)) if there else None
 
 
 def _stat(path: Path | int) -> os.stat_result | None:
@@ -163,18 +170,10 @@ def _stat(path: Path | int) -> os.stat_result | None:
     return None
 
 
-def _is_written_through(path: Path) -> bool:
-    """Whether a path is a character device, or a pipe that the shell has opened, such as `>(gzip)`.
-
-    Raises UserError for what else is no file: writing into a named pipe might never end, into a disk destroys it.
-    """
+def _identity(path: Path | int) -> object:
+    """The same for all names of a file."""
     there = _stat(path)
-    if not there or stat.S_ISREG(there.st_mode) or stat.S_ISDIR(there.st_mode):
-        return False
-    of_shell = path.parts[:2] in (("/", "dev"), ("/", "proc"))
-    if stat.S_ISCHR(there.st_mode) or (of_shell and stat.S_ISFIFO(there.st_mode)):
-        return True
-    raise UserError(f"{path}: is a pipe, a socket or a disk; name a file")
+    return (there.st_dev, there.st_ino) if there else os.path.realpath(str(path))
 
 
 def _has_mark(path: Path, mark: str) -> bool:
@@ -191,7 +190,7 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file")
     probe = _beside(Path(os.path.realpath(path)))
-    with _one_line(path, "name another place"):
+    with library_errors(f"{path}: cannot be written", "name another place", of=OSError):
         probe.touch()
         probe.unlink()
 
@@ -208,7 +207,7 @@ def cut_name(path: Path) -> str:
 
 def make_folder(folder: Path) -> None:
     """Create a folder where there is none. Raises UserError where files cannot be written in it."""
-    with _one_line(folder, "name another folder"):
+    with library_errors(f"{folder}: cannot be written", "name another folder", of=OSError):
         folder.mkdir(parents=True, exist_ok=True)
     check_writable(folder / "probe")
 
@@ -228,14 +227,15 @@ class Journal:
 
     def __init__(self, out: Path, rank: int, made_by: Any, resume: bool) -> None:
         """`made_by`: plain values that results depend on; `resume`: whether earlier ones are read or dropped."""
-        self._out = Path(os.path.abspath(out))  # a folder of label files may be called .
-        self._made_by = made_by
-        self._path = self._out.with_name(f"{cut_name(self._out)}.rank{rank}.partial")
-        self._is_kept = self._out.is_dir() or not _is_written_through(self._out)
+        out = Path(os.path.abspath(out))  # a folder of label files may be called .
+        self._made_by, self._is_kept = made_by, out.is_dir() or not _is_written_through(out)
+        self._path = out.with_name(f"{cut_name(out)}.rank{rank}.partial")
+        self._all = f"{glob.escape(cut_name(out))}.rank*.partial"
         self.done: dict[str, Any] = {}
         if not resume:
             self._path.unlink(missing_ok=True)
-        for path in self._files() if resume else []:
+            return
+        for path in sorted(out.parent.glob(self._all)):
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with suppress(ValueError, TypeError):
                     key, result = json.loads(line)
@@ -248,13 +248,13 @@ class Journal:
     def add(self, key: str, result: Any) -> None:
         """Keep a result of plain values; from here on it outlives the process."""
         if self._is_kept:
-            with _one_line(self._path, "make room, then --resume"), self._path.open("a", encoding="utf-8") as file:
+            with (
+                library_errors(f"{self._path}: cannot be written", "make room, then --resume", of=OSError),
+                self._path.open("a", encoding="utf-8") as file,
+            ):
                 file.write(f"\n{json.dumps([key, result])}")  # the newline ends a line that was cut short
 
     def remove(self) -> None:
         """Remove the results of all processes, when the output is whole."""
-        for path in self._files():
+        for path in self._path.parent.glob(self._all):
             path.unlink(missing_ok=True)
-
-    def _files(self) -> list[Path]:
-        return sorted(self._out.parent.glob(f"{glob.escape(cut_name(self._out))}.rank*.partial"))

@@ -18,14 +18,15 @@ import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
-from pathlib import Path
+from itertools import takewhile
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
 
 from dbnet.annotations import HEADER, Annotation
-from dbnet.errors import UserError, library_errors
+from dbnet.errors import UserError, library_errors, one_line
 from dbnet.files import check_regular
 from dbnet.geometry import fault_of
 from dbnet.images import list_files, name_stem
@@ -36,64 +37,46 @@ from dbnet.images import list_files, name_stem
 class TextFile(NamedTuple):
     """A text file in a folder or in a zip."""
 
-    where: str
-    """its path, for messages"""
-    path: str
-    """its path within the folder or zip, with /, without the suffix"""
-    read: Callable[[], str]
-    """returns its text; raises UserError"""
+    where: str  # its path, for messages
+    path: PurePosixPath  # within the folder or zip
+    load: Callable[[], bytes]
 
-    @property
-    def name(self) -> str:
-        return self.path.rpartition("/")[2]
+    def read(self) -> str:
+        """Its text, with newlines as they are there. Raises UserError."""
+        with library_errors(f"{self.where}: cannot be read"):
+            data = self.load()
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            kind = "text in UTF-16, not" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "not text in"
+            reason = f"{error.reason} at byte {error.start}"
+            raise UserError(f"{self.where}: {kind} UTF-8 ({reason}); save it as UTF-8") from None
 
 
 _MAX_ZIPPED = 1 << 28  # bytes that a file in a zip may unfold to
 
 
-def list_text_files(source: Path, suffix: str) -> list[TextFile]:
-    """Files of a folder and its sub-folders, or of a zip, that end in `suffix`, by path, without hidden ones."""
-    if source.is_dir():
-        paths = list_files(source)
-        files = [(path.relative_to(source).as_posix(), str(path), partial(read_file, path)) for path in paths]
-    else:
-        check_regular(source)
-        with library_errors(f"{source}: not a zip file that can be read"):
-            archive = zipfile.ZipFile(source)
-        files = [
-            (entry.filename, f"{source}: {entry.filename}", partial(_read_zipped, source, archive, entry))
-            for entry in sorted(archive.infolist(), key=lambda entry: entry.filename)
-            if not entry.filename.rpartition("/")[2].startswith(".")
-        ]
-    return [TextFile(where, path[: -len(suffix)], read) for path, where, read in files if path.lower().endswith(suffix)]
-
-
-def read_file(path: Path) -> str:
-    """The text of a file, with newlines as they are there. Raises UserError."""
+def text_file(path: Path, folder: Path | None = None) -> TextFile:
+    """A file on disk, in the folder. Raises UserError for a pipe or a device."""
     check_regular(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise UserError(f"{path}: {reason}") from None
-    return _decode(str(path), data)
+    return TextFile(str(path), PurePosixPath(path.relative_to(folder or path.parent).as_posix()), path.read_bytes)
 
 
-def _read_zipped(source: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> str:
-    where = f"{source}: {entry.filename}"
-    if entry.file_size > _MAX_ZIPPED:
-        raise UserError(f"{where}: unfolds to {entry.file_size} bytes, over the limit of {_MAX_ZIPPED}")
-    with library_errors(f"{where}: cannot be read from the zip"):
-        data = archive.read(entry)
-    return _decode(where, data)
-
-
-def _decode(where: str, data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        kind = "text in UTF-16, not" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "not text in"
-        raise UserError(f"{where}: {kind} UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+def list_text_files(source: Path, *suffixes: str) -> list[TextFile]:
+    """Files of a folder and its sub-folders, or of a zip, with one of these suffixes, by path, without hidden ones."""
+    if source.is_dir():
+        return [text_file(path, source) for path in list_files(source) if path.suffix.lower() in suffixes]
+    check_regular(source)
+    with library_errors(f"{source}: not a zip file that can be read"):
+        archive = zipfile.ZipFile(source)
+    files = []
+    for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
+        where, path = f"{source}: {entry.filename}", PurePosixPath(entry.filename)
+        if path.suffix.lower() in suffixes and not path.name.startswith("."):
+            if entry.file_size > _MAX_ZIPPED:
+                raise UserError(f"{where}: unfolds to {entry.file_size} bytes, over the limit of {_MAX_ZIPPED}")
+            files.append(TextFile(where, path, partial(archive.read, entry)))
+    return files
 
 
 def parse_json(where: str, text: str) -> Any:
@@ -102,53 +85,74 @@ def parse_json(where: str, text: str) -> Any:
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         content = dict(pairs)
         if len(content) < len(pairs):
-            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
             raise ValueError(f"{twice!r} is there twice in one object")
         return content
 
     try:
         return json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON in UTF-8 ({' '.join(str(error).split())})") from None
+        raise UserError(f"{where}: not JSON in UTF-8 ({one_line(error)})") from None
 
 
 # ---- names of images
 
+_nfc = partial(unicodedata.normalize, "NFC")  # the Unicode form of most systems; macOS takes letters apart
 
-def check_name(where: Path | str, name: str) -> str:
+
+def check_name(where: str, name: str) -> str:
     """The name, where it is that of a file in the folder of the images or in a sub-folder of it. Raises UserError."""
-    leads_out = name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/"))
+    leads_out = not {"", ".", ".."}.isdisjoint(name.split("/"))
     if leads_out or "\0" in name or name.encode(errors="ignore").decode() != name:  # a lone surrogate is no character
         raise UserError(f"{where}: {name!r} is not a plain file name, nor a path within the folder of the images")
     return name
 
 
-def nfc(name: str) -> str:
-    """The name in the Unicode form of most systems; macOS takes letters apart."""
-    return unicodedata.normalize("NFC", name)
-
-
-def _ends(parts: list[str]) -> Iterator[str]:
-    """The whole path of these parts, then what is left without its first folders."""
-    return ("/".join(parts[start:]) for start in range(len(parts)))
-
-
 class ImageNames:
-    """Finds which image a path in a file means: one whose name it ends in, also as in a URL or in another Unicode
-    form."""
+    """Finds the image that a name in a label file means, in any Unicode form.
 
-    def __init__(self, names: list[str]) -> None:
-        self._known = {nfc(name): name for name in names} | {name: name for name in names}
+    SUB/NAME.jpg may be called so, SUB/NAME, SUB_NAME, NAME.jpg or NAME, if no other image can be called so with more
+    right; and the first page of a file may be called as the file.
+    """
 
-    def find(self, where: str, written: str) -> str:
-        """The name of the image; the last part of the path for one that is not there. Raises UserError."""
-        parts = re.split(r"[/\\]", written)
-        for spelled in (written.split("/"), parts, [unquote(part) for part in parts]):
-            for name in _ends(spelled):
-                found = self._known.get(name) or self._known.get(nfc(name))
-                if found:
-                    return found
-        return check_name(where, parts[-1])
+    def __init__(self, names: Iterable[str]) -> None:
+        self._named: dict[str, list[str]] = {}
+        for key in (  # of two images that can be called the same, the later key decides
+            lambda name: name_stem(name).rpartition("/")[2],
+            lambda name: name.rpartition("/")[2],
+            lambda name: name_stem(name).replace("/", "_"),
+            lambda name: name.removesuffix("#page=1"),
+            name_stem,
+            str,
+        ):
+            group = defaultdict(list)
+            for name in names:
+                group[_nfc(key(name))].append(name)
+            self._named |= group
+
+    def find(self, written: str) -> list[str]:
+        """The images that can be meant: none, one, or several that are equally likely."""
+        found = self._named.get(_nfc(written), [])
+        return [written] if written in found else found
+
+    def find_end(self, path: str) -> list[str]:
+        """The same for a path in folders that may be another computer's: the longest end of it that names an image."""
+        parts = path.split("/")
+        ends = ("/".join(parts[start:]) for start in range(len(parts)))
+        return next(filter(None, map(self.find, ends)), [])
+
+    def name(self, where: str, written: str) -> str:
+        """The name of the image that is meant, else the name as it is written. Raises UserError."""
+        found = self.find(check_name(where, written))
+        return found[0] if len(found) == 1 else written
+
+    def name_at(self, where: str, path: str) -> str:
+        """The name of the image that a path of any system or a URL means, else the last part. Raises UserError."""
+        slashed = path.replace("\\", "/")
+        for found in map(self.find_end, (path, slashed, unquote(slashed))):
+            if len(found) == 1:
+                return found[0]
+        return check_name(where, slashed.rpartition("/")[2])
 
 
 # ---- points and flags
@@ -175,7 +179,7 @@ def check_polygon(where: str, polygon: np.ndarray) -> np.ndarray:
 
 def rectangle(x0: float, y0: float, x1: float, y1: float, degrees: float = 0) -> np.ndarray:
     """(4, 2) corners of a rectangle, clockwise from its upper left, turned clockwise about its centre."""
-    left, right, top, bottom = min(x0, x1), max(x0, x1), min(y0, y1), max(y0, y1)
+    (left, right), (top, bottom) = sorted((x0, x1)), sorted((y0, y1))
     corners = np.array([[left, top], [right, top], [right, bottom], [left, bottom]], np.float64)
     if not degrees:
         return corners
@@ -184,11 +188,12 @@ def rectangle(x0: float, y0: float, x1: float, y1: float, degrees: float = 0) ->
     return (corners - centre) @ np.array([[cosine, sine], [-sine, cosine]]) + centre
 
 
-_DONT_CARE = {"ignore", "ignored", "crowd", "illegible", "illegibility", "unreadable", "difficult"}
-_DONT_CARE |= {"dontcare", "donotcare", "legibilityillegible"}
+_DONT_CARE = {"ignore", "ignored", "crowd", "illegible", "illegibility", "unreadable", "difficult", "notlegible"}
+_DONT_CARE |= {"dontcare", "donotcare", "legibilityillegible", "notreadable"}
 _CARE = {"legible", "readable"}
 _CLASS = {"label", "class", "category", "categoryname"}
 _TRUE, _FALSE = {"true", "1", "1.0", "yes"}, {"false", "0", "0.0", "no", "none", "null", ""}
+_QUOTES = {"''", '""', "“”", "„“", "„”", "‘’", "«»", "「」", "『』", "＂＂", "＇＇"}
 
 
 @cache
@@ -197,8 +202,16 @@ def _letters(name: str) -> str:
 
 
 def is_hidden_text(text: object) -> bool:
-    """Whether a transcription is `###`, also in quotes."""
-    return isinstance(text, str) and re.fullmatch(r"\s*(['\"]?)###\1\s*", text) is not None
+    """Whether a transcription is `###`, with more hash marks, full-width ones or in quotes of any kind.
+
+    A lone `*` is a word: receipts have it beside prices, and no data set's definition takes it for don't care.
+    """
+    if not isinstance(text, str):
+        return False
+    text = text.strip()
+    while len(text) > 4 and text[0] + text[-1] in _QUOTES:
+        text = text[1:-1].strip()
+    return re.fullmatch("[#＃﹟]{3,}", text) is not None
 
 
 def is_dont_care_class(name: object) -> bool:
@@ -212,13 +225,12 @@ def is_dont_care(where: str, word: dict[str, Any]) -> bool:
     """Whether anything in a word, its flags, attributes or tags says don't care: a text `###`, a class that means it,
     or a flag such as `difficult`, `ignore`, `illegibility`. Raises UserError for a flag neither true nor false."""
     facts: list[tuple[Any, Any]] = [*word.items()]
-    for name in ("flags", "attributes", "tags"):
-        values = word.get(name)
+    for values in map(word.get, ("flags", "attributes", "tags")):
         if isinstance(values, dict):
-            facts.extend(values.items())
+            facts += values.items()
         elif isinstance(values, list):
-            facts.extend((tag, True) for tag in values if isinstance(tag, str))
-            facts.extend((tag.get("name"), tag.get("value")) for tag in values if isinstance(tag, dict))
+            facts += ((tag, True) for tag in values if isinstance(tag, str))
+            facts += ((tag.get("name"), tag.get("value")) for tag in values if isinstance(tag, dict))
     for name, value in facts:
         meaning = _letters(str(name))
         if is_hidden_text(value) or (meaning in _CLASS and is_dont_care_class(value)):
@@ -234,24 +246,22 @@ def is_dont_care(where: str, word: dict[str, Any]) -> bool:
     return False
 
 
-Word = tuple[np.ndarray, bool, object]
+Word = tuple[np.ndarray, bool, Any]
 """(n, 2) polygon, whether it is don't care, and what stands in the file for its score"""
 
 
 def _word(where: str, entry: object) -> Word:
-    """A word of the competition's JSON or of Label.txt."""
+    """A word of the competition's JSON, of LabelMe or of Label.txt."""
     if not isinstance(entry, dict):
         raise UserError(f'{where}: must be an object with "points"')
     return to_polygon(where, entry.get("points")), is_dont_care(where, entry), entry.get("score")
 
 
-def _annotation(words: Iterable[Word], size: tuple[int, int] | None = None) -> Annotation:
+def _annotation(words: list[Word], size: tuple[int, int] | None = None) -> Annotation:
     """The words of an image; their scores, if each word has one in 0..1."""
-    words = list(words)
-    scores = [score for *_, score in words if isinstance(score, int | float) and not isinstance(score, bool)]
-    is_scored = len(scores) == len(words) > 0 and all(0 <= score <= 1 for score in scores)
+    scores = [float(score) for *_, score in words if type(score) in (int, float) and 0 <= score <= 1]
     polygons, dont_care = [polygon for polygon, _, _ in words], [ignore for _, ignore, _ in words]
-    return Annotation(polygons, dont_care, [float(score) for score in scores] if is_scored else None, size)
+    return Annotation(polygons, dont_care, scores if len(scores) == len(words) > 0 else None, size)
 
 
 def size_of(entry: dict[str, Any], width: str, height: str) -> tuple[int, int] | None:
@@ -262,12 +272,12 @@ def size_of(entry: dict[str, Any], width: str, height: str) -> tuple[int, int] |
     return int(values[0]), int(values[1])
 
 
-# ---- text files, one for each image
+# ---- files for one image
 
 _NUMBER = re.compile(r"\s*[-+]?[0-9]{1,18}(\.[0-9]*)?\s*", re.ASCII)
 _MANY_NUMBERS = 12  # in a line: its format knows more than four points
 _CTW1500_NUMBERS = 32
-_RCTW17 = re.compile(r'([^,]*,){8}\s*[01]\s*,\s*".*"\s*')
+_FLAGGED = re.compile(r"(?:[^,]*,){8}\s*[01]\s*,\s*(.*?)\s*")
 
 LINE_FORMATS: dict[str, tuple[int, str, Callable[[np.ndarray], np.ndarray]]] = {
     "icdar": (8, "x1,y1,x2,y2,x3,y3,x4,y4", lambda points: points[:4]),
@@ -277,11 +287,11 @@ LINE_FORMATS: dict[str, tuple[int, str, Callable[[np.ndarray], np.ndarray]]] = {
 """How many numbers a line begins with at least, what they are called, and the outline that all of them make.
 
     icdar     ICDAR 2015 and MLT: four points and a transcription, which may hold commas or be missing; RCTW-17 has a
-              flag, 0 or 1 for don't care, before a transcription in quotes on every line
+              flag on every line before it, 0 or 1 for don't care (`_have_flags`)
     polygons  three or more points; a transcription after them must not begin with two numbers
     ctw1500   a box `left,top,right,bottom`, and 14 points as offsets from its upper left corner
 
-Don't care is the transcription `###`, also in quotes, or behind the name of a script as in MLT.
+Don't care is the transcription `###` (`is_hidden_text`), or that behind the name of a script as in MLT.
 """
 
 
@@ -289,7 +299,7 @@ def parse_lines(where: str, text: str, form: str) -> Annotation:
     """The words of a text file in one of LINE_FORMATS."""
     least, expected, outline = LINE_FORMATS[form]
     lines, words = list(_lines(text)), list[Word]()
-    has_flags = form == "icdar" and all(_RCTW17.fullmatch(line) for _, line in lines)
+    has_flags = form == "icdar" and _have_flags([line for _, line in lines])
     for number, line in lines:
         place, numbers = f"{where}: line {number}", _numbers(line)
         if len(numbers) < least:
@@ -303,6 +313,16 @@ def parse_lines(where: str, text: str, form: str) -> Annotation:
     return _annotation(words)
 
 
+def _have_flags(lines: list[str]) -> bool:
+    """Whether all lines have a flag before a text, as in RCTW-17: a text in quotes, or letters on one line at least.
+
+    For prices can look so: `1,500`, and `1,50 EUR`. Without such letters they are texts with a comma.
+    """
+    texts = [match[1] for match in map(_FLAGGED.fullmatch, lines) if match]
+    is_text = any(text[:1].isalpha() for text in texts) or all(re.fullmatch('".*"', text) for text in texts)
+    return is_text and len(texts) == len(lines)
+
+
 def _lines(text: str) -> Iterator[tuple[int, str]]:
     """Number and content of each line that is not blank."""
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
@@ -312,43 +332,34 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 
 def _numbers(line: str) -> np.ndarray:
     """The numbers, separated by commas, with which a line begins."""
-    fields = line.split(",")
-    count = next((i for i, field in enumerate(fields) if not _NUMBER.fullmatch(field)), len(fields))
-    return np.array(fields[:count], np.float64)
+    return np.array([*takewhile(_NUMBER.fullmatch, line.split(","))], np.float64)
 
 
-def recognize_text_files(files: list[TextFile]) -> str:
+def recognize_lines(files: list[TextFile]) -> str:
     """The format of text files, one for each image, of LINE_FORMATS.
 
     Names in `res_` are results, which have no transcriptions: polygons. Else one line in ten with six points or more
     makes the set polygons, unless the first four are a parallelogram: then the others are numbers in a transcription.
     """
-    if files and all(file.name.startswith("res_") for file in files):
+    if files and all(file.path.name.startswith("res_") for file in files):
         return "polygons"
-    lines = many = offsets = 0
-    for file in files:
-        for _, line in _lines(file.read()):
-            lines += 1
-            numbers = _numbers(line)
-            if len(numbers) >= _CTW1500_NUMBERS and _are_offsets(numbers[:_CTW1500_NUMBERS]):
-                offsets += 1
-            elif len(numbers) >= _MANY_NUMBERS and not _is_parallelogram(numbers[:8].reshape(4, 2)):
-                many += 1
-    if offsets > many:
+    counts = Counter(_shape(_numbers(line)) for file in files for _, line in _lines(file.read()))
+    if counts["ctw1500"] > counts["polygons"]:
         return "ctw1500"
-    return "polygons" if 0 < lines <= 10 * many else "icdar"
+    return "polygons" if 0 < counts.total() <= 10 * counts["polygons"] else "icdar"
 
 
-def _are_offsets(numbers: np.ndarray) -> bool:
-    """Whether numbers are those of CTW1500: two corners of a box, and offsets within it."""
-    box, offsets = numbers[2:4] - numbers[:2], numbers[4:].reshape(-1, 2)
-    return bool((box > 0).all() and (offsets >= -2).all() and (offsets <= box + 2).all())
-
-
-def _is_parallelogram(quad: np.ndarray) -> bool:
-    """Whether the diagonals of the (4, 2) points have the same middle, to an eighth of their length."""
-    middles, diagonals = (quad[0] + quad[2] - quad[1] - quad[3]) / 2, (quad[2] - quad[0], quad[3] - quad[1])
-    return math.hypot(*middles) < min(math.hypot(*diagonal) for diagonal in diagonals) / 8
+def _shape(numbers: np.ndarray) -> str:
+    """The format of LINE_FORMATS that a line of these numbers looks like."""
+    if len(numbers) >= _CTW1500_NUMBERS:  # two corners of a box, and offsets within it
+        box, offsets = numbers[2:4] - numbers[:2], numbers[4:_CTW1500_NUMBERS].reshape(-1, 2)
+        if (box > 0).all() and (offsets >= -2).all() and (offsets <= box + 2).all():
+            return "ctw1500"
+    if len(numbers) < _MANY_NUMBERS:
+        return "icdar"
+    a, b, c, d = numbers[:8].reshape(4, 2)
+    shift = math.dist(a + c, b + d) / 2  # between the middles of the diagonals: none in a parallelogram
+    return "icdar" if shift < min(math.dist(a, c), math.dist(b, d)) / 8 else "polygons"
 
 
 def parse_labelme(where: str, text: str) -> Annotation:
@@ -370,70 +381,49 @@ def parse_labelme(where: str, text: str) -> Annotation:
     return _annotation(words, size_of(content, "imageWidth", "imageHeight"))
 
 
-TEXT_PARSERS: dict[str, Callable[[str, str], Annotation]] = {
+IMAGE_PARSERS: dict[str, Callable[[str, str], Annotation]] = {
     **{form: partial(parse_lines, form=form) for form in LINE_FORMATS},
     "labelme": parse_labelme,
 }
 """Readers of the files that are there for each image, by format."""
 
-
-def read_text_files(files: list[TextFile], form: str, images: list[str]) -> dict[str, Annotation]:
-    """Annotations by the names of `images`, in the order of these, from a file for each image.
-
-    The file of SUB/NAME.jpg is called SUB/NAME.txt (or .json), SUB_NAME.txt, NAME.txt, or such with .jpg.txt, or with a
-    prefix that all of them have: gt_, poly_gt_ or res_. Raises UserError for a file without an image, or two for one.
-    """
-    named: dict[str, list[str]] = {}
-    keys = (lambda name: name_stem(name).rpartition("/")[2], str, lambda name: name_stem(name).replace("/", "_"))
-    for key in (*keys, name_stem):  # the last one that fits decides
-        group = defaultdict(list)
-        for name in images:
-            group[nfc(key(name))].append(name)
-        named |= group
-
-    def candidates(path: str) -> list[str]:
-        return next((named[end] for end in _ends(path.split("/")) if end in named), [])
-
-    paths = [nfc(file.path) for file in files]
-    prefix = next((p for p in ("poly_gt_", "gt_", "res_") if all(file.name.startswith(p) for file in files)), "")
-    without = [re.sub(f"(^|/){prefix}([^/]*)$", r"\1\2", path) for path in paths]
-    if any(map(candidates, without)) or not all(map(candidates, paths)):
-        paths = without
-    found: dict[str, Annotation] = {}
-    for file, path in zip(files, paths, strict=True):
-        match candidates(path):
-            case [name] if name not in found:
-                found[name] = TEXT_PARSERS[form](file.where, file.read())
-            case [name]:
-                raise UserError(f"{file.where}: another file is on {name} as well; keep one of them")
-            case [first, second, *_]:
-                raise UserError(f"{file.where}: may be on {first} or {second}; rename one of these")
-            case _:
-                there = path.rpartition("/")[2]
-                raise UserError(f"{file.where}: there is no image {there!r}; put it there or take this file away")
-    return {name: found[name] for name in images if name in found}
+Entry = tuple[str, str, Annotation]
+"""A place in a file, the name of an image, and its words"""
 
 
-# ---- JSON files and Label.txt, one for all images
+def _read_each(files: list[TextFile], form: str, names: ImageNames) -> Iterator[Entry]:
+    """The words in files for one image. They are called as `ImageNames` says, NAME.txt or NAME.jpg.txt (or .json), or
+    so with a prefix that all have: gt_, poly_gt_ or res_. Raises UserError for a file without an image, or with two."""
+    prefix = next((p for p in ("poly_gt_", "gt_", "res_") if all(file.path.name.startswith(p) for file in files)), "")
+    found = [names.find_end(str(file.path.with_suffix(""))) for file in files]
+    without = [names.find_end(str(file.path.parent / file.path.stem.removeprefix(prefix))) for file in files]
+    for file, images in zip(files, without if any(without) or not all(found) else found, strict=True):
+        if len(images) > 1:
+            raise UserError(f"{file.where}: may be on {images[0]} or {images[1]}; rename one of these")
+        if not images:
+            there = file.path.stem.removeprefix(prefix)
+            raise UserError(f"{file.where}: there is no image {there!r}; put it there or take this file away")
+        yield file.where, images[0], IMAGE_PARSERS[form](file.where, file.read())
 
 
-def parse_competition(where: str, text: str, names: list[str]) -> dict[str, Annotation]:
-    """`{"images": {FILENAME: {"words": {ID: {"points": [[x, y], ...]}}}}}`, in the order of the file."""
+# ---- files for all images
+
+
+def parse_competition(where: str, text: str, names: ImageNames) -> Iterator[Entry]:
+    """`{"images": {FILENAME: {"words": {ID: {"points": [[x, y], ...]}}}}}`."""
     content = parse_json(where, text)
     images = content.get("images") if isinstance(content, dict) else None
     if not isinstance(images, dict):
         raise _foreign_json(where, content, f'lacks "images", an object of file names; {_CONVERT}')
-    found = {}
     for name, entry in images.items():
         words = entry.get("words", {}) if isinstance(entry, dict) else None
         if not isinstance(words, dict):
             raise UserError(f'{where}: {name}: lacks "words", an object of words')
-        read = (_word(f"{where}: {name}: word {key}", word) for key, word in words.items())
-        found[check_name(where, name)] = _annotation(read, size_of(entry, "img_w", "img_h"))
-    return found
+        read = [_word(f"{where}: {name}: word {key}", word) for key, word in words.items()]
+        yield where, names.name(where, name), _annotation(read, size_of(entry, "img_w", "img_h"))
 
 
-def parse_coco(where: str, text: str, names: list[str]) -> dict[str, Annotation]:
+def parse_coco(where: str, text: str, names: ImageNames) -> Iterator[Entry]:
     """COCO: each part of a `segmentation` is a polygon, or the `bbox` where there is none, turned by CVAT's attribute
     `rotation`. Don't care is a flag or text (`is_dont_care`), or a category that says so."""
     content = parse_json(where, text)
@@ -442,17 +432,14 @@ def parse_coco(where: str, text: str, names: list[str]) -> dict[str, Annotation]
     images, entries, categories = (content.get(key) for key in ("images", "annotations", "categories"))
     if not isinstance(images, list) or not isinstance(entries, list):
         raise UserError(f'{where}: lacks "images" or "annotations", the lists of COCO')
-    image_names, sizes = ImageNames(names), dict[str, tuple[int, int] | None]()
-    name_of, words = dict[str, str](), dict[str, list[Word]]()
+    words = dict[str, list[Word]]()
     for number, image in enumerate(images, start=1):
-        place = f"{where}: image {number}"
-        key, name = (_key(image.get("id")), image.get("file_name")) if isinstance(image, dict) else (None, None)
-        if key is None or not isinstance(name, str):
-            raise UserError(f'{place}: must have an "id" and a "file_name"')
-        name = image_names.find(place, name)
-        if key in name_of or name in words:
-            raise UserError(f"{place}: id {key} or name {name} is there twice")
-        name_of[key], words[name], sizes[name] = name, [], size_of(image, "width", "height")
+        key = _key(image.get("id")) if isinstance(image, dict) else None
+        if key is None or not isinstance(image.get("file_name"), str):
+            raise UserError(f'{where}: image {number}: must have an "id" and a "file_name"')
+        if key in words:
+            raise UserError(f"{where}: image {number}: the id {key} is there twice")
+        words[key] = []
     ignored = {
         _key(category.get("id"))
         for category in (categories if isinstance(categories, list) else [])
@@ -460,12 +447,14 @@ def parse_coco(where: str, text: str, names: list[str]) -> dict[str, Annotation]
     } - {None}
     for number, entry in enumerate(entries, start=1):
         place = f"{where}: annotation {number}"
-        name = name_of.get(_key(entry.get("image_id")) or "") if isinstance(entry, dict) else None
-        if name is None:
+        key = _key(entry.get("image_id")) if isinstance(entry, dict) else None
+        if key is None or key not in words:
             raise UserError(f"{place}: its image_id is that of no image")
         ignore = is_dont_care(place, entry) or _key(entry.get("category_id")) in ignored
-        words[name] += [(polygon, ignore, entry.get("score")) for polygon in _parse_segmentation(place, entry)]
-    return {name: _annotation(words[name], size) for name, size in sizes.items()}
+        words[key] += [(polygon, ignore, entry.get("score")) for polygon in _parse_segmentation(place, entry)]
+    for number, (image, found) in enumerate(zip(images, words.values(), strict=True), start=1):
+        place = f"{where}: image {number}"
+        yield place, names.name_at(place, image["file_name"]), _annotation(found, size_of(image, "width", "height"))
 
 
 def _key(value: object) -> str | None:
@@ -476,46 +465,39 @@ def _key(value: object) -> str | None:
 
 
 def _parse_segmentation(where: str, entry: dict[str, Any]) -> list[np.ndarray]:
-    parts = entry.get("segmentation")
+    parts, box, attributes = entry.get("segmentation"), entry.get("bbox"), entry.get("attributes")
     if isinstance(parts, dict) and not entry.get("iscrowd"):
         raise UserError(f"{where}: its segmentation is a mask (RLE); export polygons")
     if parts and not isinstance(parts, dict):
         if not isinstance(parts, list) or any(not isinstance(part, list) or len(part) < 6 for part in parts):
             raise UserError(f"{where}: its segmentation must be lists of x1, y1, x2, y2, x3, y3 and more")
         return [to_polygon(where, [part[i : i + 2] for i in range(0, len(part), 2)]) for part in parts]
-    box = entry.get("bbox")
     if not isinstance(box, list) or len(box) != 4:
         raise UserError(f"{where}: has neither a segmentation nor a bbox of x, y, width and height")
     (x, y), (width, height) = to_polygon(where, [box[:2], box[2:]]).tolist()
-    attributes = entry.get("attributes")
     try:
         degrees = float(attributes.get("rotation") or 0) if isinstance(attributes, dict) else 0.0
+        polygon = rectangle(x, y, x + width, y + height, degrees)  # ValueError for inf
     except (TypeError, ValueError, OverflowError):
-        degrees = math.nan
-    if not math.isfinite(degrees):
-        raise UserError(f'{where}: "rotation" must be a number of degrees')
-    return [check_polygon(where, rectangle(x, y, x + width, y + height, degrees))]
+        raise UserError(f'{where}: "rotation" must be a number of degrees') from None
+    return [check_polygon(where, polygon)]
 
 
-def parse_ppocrlabel(where: str, text: str, names: list[str]) -> dict[str, Annotation]:
+def parse_ppocrlabel(where: str, text: str, names: ImageNames) -> Iterator[Entry]:
     """PPOCRLabel's Label.txt, PaddleOCR's too: lines of `FOLDER/NAME.jpg`, a tab, and a JSON list of words with
     `points`, `transcription` and `difficult`."""
-    image_names, found = ImageNames(names), dict[str, Annotation]()
     for number, line in _lines(text):
         place = f"{where}: line {number}"
         path, tab, content = line.partition("\t")
         words = parse_json(place, content) if tab else None
         if not isinstance(words, list):
             raise UserError(f"{place}: must be the path of an image, a tab and a JSON list of words")
-        name = image_names.find(place, path.strip())
-        if name in found:
-            raise UserError(f"{place}: {name} is there twice; keep one of the lines")
-        found[name] = _annotation(_word(f"{place}: word {index}", word) for index, word in enumerate(words, start=1))
-    return found
+        read = [_word(f"{place}: word {index}", word) for index, word in enumerate(words, start=1)]
+        yield place, names.name_at(place, path.strip()), _annotation(read)
 
 
-ONE_FILE_PARSERS = {"competition": parse_competition, "coco": parse_coco, "ppocrlabel": parse_ppocrlabel}
-"""Readers of the files that are about all images, by format; they get the names of the images."""
+WHOLE_PARSERS = {"competition": parse_competition, "coco": parse_coco, "ppocrlabel": parse_ppocrlabel}
+"""Readers of the files that are about all images, by format."""
 
 
 # ---- formats that are only recognized
@@ -596,64 +578,58 @@ def find_foreign_labels(folders: list[Path]) -> str | None:
 
 # ---- the labels of a split, in any format
 
-_JSON_FORMATS = ("labelme", "coco", "competition")
+_SUFFIXES = {"auto": (".txt", ".json"), **dict.fromkeys(("labelme", "coco", "competition"), (".json",))}
 _PPOCRLABEL = re.compile(r"[^\t\n]+\t\s*\[.*\]\s*")
+_BESIDE_LABELS = {"fileState", "rec_gt"}  # what PPOCRLabel writes beside a Label.txt
 
 
 def read_labels_at(source: Path, images: list[str], form: str = "auto") -> tuple[str, dict[str, Annotation]]:
-    """The format of a file or folder of annotations, and the annotations of these images. Raises UserError."""
-    if not source.is_dir() and source.suffix.lower() != ".zip":
-        return _read_whole([TextFile(str(source), source.stem, partial(read_file, source))], images, form)
-    texts = [] if form in _JSON_FORMATS else list_text_files(source, ".txt")
-    jsons = list_text_files(source, ".json") if form in ("auto", *_JSON_FORMATS) else []
-    whole = _find_whole(texts, jsons, images)
-    if whole and form in ("auto", *ONE_FILE_PARSERS):
-        return _read_whole(whole, images, form)
-    if form in ONE_FILE_PARSERS:
-        raise UserError(f"{source}: holds no file of the format {form} for all images; put it there, alone")
-    if texts and jsons:
-        raise UserError(f"{source}: holds .txt and .json files; say which are the annotations with --format")
-    if not texts and not jsons:
+    """The format of a file, folder or zip of annotations, and the annotations by image. Raises UserError.
+
+    In the order of the file, or of `images` where each has a file of its own.
+    """
+    is_file = not source.is_dir() and source.suffix.lower() != ".zip"
+    files = [text_file(source)] if is_file else list_text_files(source, *_SUFFIXES.get(form, (".txt",)))
+    labels = [file for file in files if file.path.name.lower() == "label.txt"]
+    if labels and {file.path.stem for file in files if file not in labels} <= _BESIDE_LABELS:
+        files = labels
+    if not files:
         foreign = find_foreign_labels([source])
         raise UserError(foreign or f"{source}: holds no annotations; put a .txt or .json file for each image there")
+    if len({file.path.suffix.lower() for file in files}) > 1:
+        raise UserError(f"{source}: holds .txt and .json files; say which are the annotations with --format")
     if form == "auto":
-        form = recognize_text_files(texts) if texts else "labelme"
-    return form, read_text_files(texts or jsons, form, images)
+        form = _recognize(files, is_file)
+    names = ImageNames(images)
+    if form in WHOLE_PARSERS:
+        entries = (entry for file in files for entry in WHOLE_PARSERS[form](file.where, file.read(), names))
+        return form, _collect(entries)
+    found = _collect(_read_each(files, form, names))
+    return form, {name: found[name] for name in images if name in found}
 
 
-def _find_whole(texts: list[TextFile], jsons: list[TextFile], images: list[str]) -> list[TextFile]:
-    """The files about all images in a folder: each Label.txt (PPOCRLabel writes others beside it), or the only file, if
-    it is not named after an image."""
-    labels = [file for file in texts if file.name.lower() == "label"]
-    if labels and {file.name for file in texts if file not in labels} <= {"fileState", "rec_gt"}:
-        return labels
-    files = [*texts, *jsons]
-    stems = {nfc(name) for image in images for name in (image, name_stem(image))}
-    if len(files) != 1 or nfc(files[0].path) in stems:
-        return []
-    text = files[0].read()
-    is_whole = _PPOCRLABEL.match(text) if texts else "shapes" not in _keys(parse_json(files[0].where, text), 1)
-    return files if is_whole else []
+def _recognize(files: list[TextFile], is_whole: bool) -> str:
+    """The format of text files or of JSON files, by the first of them. `is_whole`: that it is about all images."""
+    first, text = files[0], files[0].read()
+    if first.path.suffix.lower() == ".txt":
+        is_whole |= {file.path.stem.lower() for file in files} == {"label"} or bool(_PPOCRLABEL.match(text))
+        return "ppocrlabel" if is_whole else recognize_lines(files)
+    content = parse_json(first.where, text)
+    if not isinstance(content, dict):  # results of COCO, or another format; the error says what it is
+        return "coco" if "image_id" in _keys(content) else "competition"
+    if "shapes" in content and not is_whole:
+        return "labelme"
+    return "coco" if isinstance(content.get("images"), list) else "competition"
 
 
-def _read_whole(files: list[TextFile], images: list[str], form: str) -> tuple[str, dict[str, Annotation]]:
-    """Format and annotations of files that are about all images."""
+def _collect(entries: Iterable[Entry]) -> dict[str, Annotation]:
+    """Annotations by image. Raises UserError where those of an image are there twice."""
     found: dict[str, Annotation] = {}
-    for file in files:
-        text = file.read()
-        if form == "auto" and file.where.lower().endswith(".txt"):
-            form = "ppocrlabel"
-        elif form == "auto":  # COCO has its images as a list, or results alone
-            content = parse_json(file.where, text)
-            images_of = content.get("images") if isinstance(content, dict) else None
-            is_coco = isinstance(images_of, list) or (isinstance(content, list) and "image_id" in _keys(content))
-            form = "coco" if is_coco else "competition"
-        read = ONE_FILE_PARSERS[form](file.where, text, images)
-        twice = next((name for name in read if name in found), None)
-        if twice:
-            raise UserError(f"{file.where}: another file is on {twice} as well; keep one of them")
-        found |= read
-    return form, found
+    for where, name, annotation in entries:
+        if name in found:
+            raise UserError(f"{where}: annotations of {name} are there twice; keep one of them")
+        found[name] = annotation
+    return found
 
 
 # ---- detections
@@ -665,25 +641,27 @@ def read_detections(path: Path, images: list[str]) -> dict[str, Annotation]:
     """Read what `write_detections` wrote, in any of its formats, on images of these names, in the order of the file."""
     if path.is_dir() or path.suffix.lower() in (".json", ".zip", ".txt"):
         return read_labels_at(path, images)[1]
-    return {name: Annotation(polygons, [False] * len(polygons)) for name, polygons in read_submission(path).items()}
+    names, where = ImageNames(images), str(path)
+    rows = read_submission(path).items()
+    return _collect((where, names.name(where, name), Annotation(found, [False] * len(found))) for name, found in rows)
 
 
 def read_submission(path: Path) -> dict[str, list[np.ndarray]]:
     """File names and their polygons, (n, 2) float64 arrays, in the order of the file. Raises UserError."""
     csv.field_size_limit(_MAX_FIELD)
-    rows = csv.DictReader(io.StringIO(read_file(path), newline=""), strict=True)
+    rows = csv.DictReader(io.StringIO(text_file(path).read(), newline=""), strict=True)
     submission: dict[str, list[np.ndarray]] = {}
     try:
         if not {*HEADER} <= {*(rows.fieldnames or [])}:
             raise UserError(f"{path}: the first row must name the columns filename and polygons")
         for number, row in enumerate(rows, start=2):
-            place = f"{path}: row {number}"
+            place, name = f"{path}: row {number}", row["filename"]
             if None in row or None in row.values():
                 raise UserError(f"{place} has more or fewer columns than the first")
-            if row["filename"] in submission:
-                raise UserError(f"{place}: {row['filename']} is there twice; keep one row an image")
+            if name in submission:
+                raise UserError(f"{place}: {name} is there twice; keep one row an image")
             texts = [text for text in row["polygons"].split("|") if text.strip()]
-            submission[row["filename"]] = [_parse_polygon(place, text) for text in texts]
+            submission[name] = [_parse_polygon(place, text) for text in texts]
     except csv.Error as error:
         raise UserError(f"{path}: not a CSV ({error})") from None
     return submission

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import lru_cache
 from importlib.util import find_spec
 from io import SEEK_END, BytesIO
@@ -39,14 +39,14 @@ EXTRA_SUFFIXES = {  # that need what may not be installed
     ".avif": "pip install 'pillow>=11.3'",
 }
 _SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow knows more, and runs Ghostscript for some of them
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _JPEGS = ("JPEG", "MPO")  # MPO: several JPEGs in a row, as phones write them
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _JPEG_SCAN, _JPEG_END = 0xDA, 0xD9
 _MAX_SCANS = 20  # of a JPEG of MAX_PIXELS; of a smaller one as many more as take the same time. Ten are usual
 _MAX_SEGMENTS = 100_000  # of a JPEG
 _STRIP_ROWS = 256
-_HEADER_ROOM = 1 << 28  # bytes that opening an image may take
+_HEADER_ROOM = 1 << 28  # bytes that opening an image or a PDF may take
 _FLIPS = (None, None, 1, -1, 0, None, 1, -1, 0)  # by EXIF orientation: cv2.flip's code, from 5 on after a transpose
 _PAGE = re.compile(r"(.+\.(?:pdf|tiff?))#page=([0-9]{1,9})", re.IGNORECASE | re.DOTALL)
 
@@ -55,10 +55,8 @@ class _Header(NamedTuple):
     """What is known of an image before it is decoded."""
 
     image: Image.Image
-    orientation: int
-    """by EXIF, 1 to 8; 1 where the decoder turns the image itself"""
-    size: tuple[int, int]
-    """(width, height) upright, in pixels"""
+    orientation: int  # by EXIF, 1 to 8; 1 where the decoder turns the image itself
+    size: tuple[int, int]  # (width, height) upright, in pixels
 
 
 def readable_suffixes() -> tuple[str, ...]:
@@ -90,22 +88,31 @@ def name_stem(name: str) -> str:
     return name if _PAGE.fullmatch(path.name) or path.suffix.lower() == ".pdf" else str(path.with_suffix(""))
 
 
+def _page_of(path: Path) -> tuple[Path, int | None]:
+    """The file that a page is in, and the page's number; any other path as it is, and None."""
+    page = _PAGE.fullmatch(path.name)
+    return (path.with_name(page[1]), int(page[2])) if page else (path, None)
+
+
 def file_of(path: Path) -> Path:
     """The file that a page is in; any other path as it is."""
-    page = _PAGE.fullmatch(path.name)
-    return path.with_name(page[1]) if page else path
+    return _page_of(path)[0]
+
+
+def _is_in_pdf(path: Path) -> bool:
+    return file_of(path).suffix.lower() == ".pdf"
 
 
 def list_pages(path: Path) -> list[Path]:
-    """A path for each page of a PDF or TIFF file, in order; of a TIFF with one page, its own.
+    """A path for each page of a PDF or TIFF file, in order; of a page, or of a TIFF with one, its own.
 
     Prints how many of a PDF's pages cannot be opened and are left out. Raises ImageError, or UserError without
     pypdfium2.
     """
-    if _PAGE.fullmatch(path.name):
+    if file_of(path) != path:
         return [path]
     if _is_in_pdf(path):
-        answer, _ = _ask_renderer(path, page=None)
+        answer, _ = _ask_renderer(path)
         numbers, claimed = answer["pages"], answer["claimed"]
         if not numbers:
             raise ImageError(f"{path}: has no page that can be opened")
@@ -113,10 +120,9 @@ def list_pages(path: Path) -> list[Path]:
             print(f"{path}: says that it has {claimed} pages; {len(numbers)} can be opened")
     else:
         with _opened(path) as (header, _), library_errors(f"{path}: broken page", kind=ImageError):
-            count = getattr(header.image, "n_frames", 1) if header.image.format == "TIFF" else 1
-        if count == 1:
+            numbers = range(1, getattr(header.image, "n_frames", 1) + 1)
+        if len(numbers) == 1 or header.image.format != "TIFF":
             return [path]
-        numbers = range(1, count + 1)
     return [path.with_name(f"{path.name}#page={number}") for number in numbers]
 
 
@@ -136,7 +142,7 @@ def read_image(
     file that is missing, damaged, no image, or too large to decode, and MemoryError.
     """
     if data is None and _is_in_pdf(path):
-        answer, rendered = _ask_renderer(path, page=_page_number(path), render=True, image_size=image_size)
+        answer, rendered = _ask_renderer(path, render=True, image_size=image_size)
         return np.frombuffer(rendered, np.uint8).reshape(answer["shape"]), tuple(answer["size"])
     with _opened(path, data) as (header, file):
         pixels = _decode(path, header, file, image_size)
@@ -149,8 +155,7 @@ def read_image(
 def read_size(path: Path, data: bytes | None = None) -> tuple[int, int]:
     """(width, height) in pixels of an image as a viewer shows it, from its header. Raises as `read_image` does."""
     if data is None and _is_in_pdf(path):
-        answer, _ = _ask_renderer(path, page=_page_number(path), render=False)
-        return tuple(answer["size"])
+        return tuple(_ask_renderer(path, render=False)[0]["size"])
     with _opened(path, data) as (header, _):
         return header.size
 
@@ -179,17 +184,18 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 @contextmanager
 def _opened(path: Path, data: bytes | None = None) -> Iterator[tuple[_Header, IO[bytes]]]:
     """The header of an image file or of a page of a TIFF file, and the file; of a page an empty one."""
+    source, number = _page_of(path) if data is None else (path, None)
     with _reading(path):
         if data is None:
-            check_regular(file_of(path), ImageError)
-        with file_of(path).open("rb") if data is None else BytesIO(data) as file:
+            check_regular(source, ImageError)
+        with source.open("rb") if data is None else BytesIO(data) as file:
             image = _open_image(path, file)
-            if data is not None or not _PAGE.fullmatch(path.name):
+            if number is None:
                 yield _header_of(image, file), file
                 return
             if image.format != "TIFF":
                 raise ImageError(f"{path}: a {image.format} without pages; name it without #page=")
-            number, count = _page_number(path), getattr(image, "n_frames", 1)
+            count = getattr(image, "n_frames", 1)
             if not 1 <= number <= count:
                 raise ImageError(f"{path}: no such page; the file has {count}")
             with library_errors(f"{path}: broken page", kind=ImageError):
@@ -219,31 +225,34 @@ def _reading(path: Path) -> Iterator[None]:
         raise ImageError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
+@lru_cache(maxsize=1)
+def _formats() -> list[str]:
+    """Formats that are read here: Pillow knows more, and runs Ghostscript for some of them."""
+    if find_spec("pillow_heif"):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    Image.init()
+    return [known for known in (*_FORMATS, "HEIF", "AVIF") if known in Image.OPEN]
+
+
 def _open_image(path: Path, file: IO[bytes]) -> Image.Image:
-    """Read the header only: nothing is decoded yet. HEIC and AVIF are what phones write beside JPEG."""
+    """Read the header only: nothing is decoded yet."""
     with library_errors(f"{path}: broken image header", kind=ImageError):
         try:
-            return Image.open(file, formats=_FORMATS)
+            return Image.open(file, formats=_formats())
         except Image.DecompressionBombError:
             raise ImageError(f"{path}: too large to decode; reduce it first") from None
         except UnidentifiedImageError:
             file.seek(0)
+            start = file.read(12)
+            reason = f"not an image ({', '.join(_FORMATS)}, AVIF, HEIC)" if start else "the file is empty"
+            if start[4:8] == b"ftyp":
+                reason = "reading HEIC files needs pillow-heif: pip install pillow-heif"
+            raise ImageError(f"{path}: {reason}") from None
         except Exception:
             np.empty(_HEADER_ROOM, np.uint8)  # MemoryError, where WebP files that are unpacked here seem broken
             raise
-        start = file.read(12)
-        if start[4:8] != b"ftyp":
-            known = f"not an image ({', '.join(_FORMATS)}, AVIF, HEIC)"
-            raise ImageError(f"{path}: {known if start else 'the file is empty'}")
-        if find_spec("pillow_heif") is not None:
-            import pillow_heif
-
-            pillow_heif.register_heif_opener()
-        Image.init()
-        try:
-            return Image.open(file, formats=[known for known in ("HEIF", "AVIF") if known in Image.OPEN])
-        except UnidentifiedImageError:
-            raise ImageError(f"{path}: reading HEIC files needs pillow-heif: pip install pillow-heif") from None
 
 
 def _header_of(image: Image.Image, file: IO[bytes]) -> _Header:
@@ -341,18 +350,6 @@ _MAX_PAGES_TRIED = 100_000
 _POINT = 1 / 72  # inch, the unit of a PDF
 
 
-def _is_in_pdf(path: Path) -> bool:
-    return file_of(path).suffix.lower() == ".pdf"
-
-
-def _page_number(path: Path) -> int:
-    """The number of a page. Raises ImageError for a whole PDF file."""
-    page = _PAGE.fullmatch(path.name)
-    if not page:
-        raise ImageError(f"{path}: a PDF of {len(list_pages(path))} pages; name one, e.g. {path.name}#page=1")
-    return int(page[2])
-
-
 @lru_cache(maxsize=1)
 def _renderer(process: int) -> tuple[subprocess.Popen[bytes], Lock, bool]:
     """A process that runs `_serve_pages` for this one, a lock on it, and whether the user's limits leave it its memory;
@@ -368,7 +365,9 @@ def _ask_renderer(path: Path, **question: Any) -> tuple[dict[str, Any], bytearra
     """What `_serve_pages` answers on a PDF, and the pixels. Raises ImageError, or UserError without pypdfium2."""
     if find_spec("pypdfium2") is None:
         raise UserError(f"{path}: reading PDF files needs pypdfium2: pip install pypdfium2")
-    file = file_of(path)
+    file, number = _page_of(path)
+    if question and number is None:
+        raise ImageError(f"{path}: a PDF of {len(list_pages(path))} pages; name one, e.g. {path.name}#page=1")
     check_regular(file, ImageError)
     with _reading(path):
         file.open("rb").close()  # for the system's own reason where it cannot be opened
@@ -379,7 +378,7 @@ def _ask_renderer(path: Path, **question: Any) -> tuple[dict[str, Any], bytearra
         timer.daemon = True
         timer.start()
         try:
-            question |= {"file": os.path.abspath(file), "max_pixels": MAX_PIXELS}
+            question |= {"file": os.path.abspath(file), "page": number, "max_pixels": MAX_PIXELS}
             renderer.stdin.write(json.dumps(question).encode() + b"\n")
             renderer.stdin.flush()
             answer = json.loads(renderer.stdout.readline())
@@ -449,29 +448,6 @@ def _open_pdf(file: str, stamped: tuple[int, int] | None) -> Any:
 
 def _answer(document: Any, question: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
     """The answer of `_serve_pages` and the pixels that follow it."""
-    number, count = question["page"], len(document)
-    if number is None:
-        return {"claimed": count, "pages": _openable_pages(document)}, b""
-    if not 1 <= number <= count:
-        return {"error": f"no such page; the file has {count}"}, b""
-    width, height = document.get_page_size(number - 1)
-    scale = min(DPI * _POINT, math.sqrt(question["max_pixels"] / (width * height)))
-    size = math.ceil(width * scale), math.ceil(height * scale)
-    if not question["render"]:
-        return {"size": size}, b""
-    if question["image_size"]:
-        scale *= min(1, question["image_size"] / max(size))
-    page = document[number - 1]
-    try:
-        pixels = page.render(scale=scale, rev_byteorder=True).to_numpy()
-    finally:
-        page.close()
-    return {"size": size, "shape": pixels.shape}, np.ascontiguousarray(pixels).tobytes()
-
-
-def _openable_pages(document: Any) -> list[int]:
-    """The numbers of the pages that can be opened, from 1. A file may claim a million pages that are not there, so all
-    are tried where the last cannot be opened, up to a limit."""
     from pypdfium2 import PdfiumError
 
     def opens(number: int) -> bool:
@@ -480,7 +456,19 @@ def _openable_pages(document: Any) -> list[int]:
             return True
         return False
 
-    count = len(document)
-    if count and opens(count):
-        return list(range(1, count + 1))
-    return list(filter(opens, range(1, min(count, _MAX_PAGES_TRIED) + 1)))
+    number, numbers = question["page"], range(1, len(document) + 1)
+    if number is None:  # a file may claim a million pages that are not there: then the last cannot be opened
+        pages = numbers if numbers and opens(len(numbers)) else filter(opens, numbers[:_MAX_PAGES_TRIED])
+        return {"claimed": len(numbers), "pages": list(pages)}, b""
+    if number not in numbers:
+        return {"error": f"no such page; the file has {len(numbers)}"}, b""
+    width, height = document.get_page_size(number - 1)
+    scale = min(DPI * _POINT, math.sqrt(question["max_pixels"] / (width * height)))
+    size = math.ceil(width * scale), math.ceil(height * scale)
+    if not question["render"]:
+        return {"size": size}, b""
+    if question["image_size"]:
+        scale *= min(1, question["image_size"] / max(size))
+    with closing(document[number - 1]) as page:
+        pixels = page.render(scale=scale, rev_byteorder=True).to_numpy()
+    return {"size": size, "shape": pixels.shape}, np.ascontiguousarray(pixels).tobytes()

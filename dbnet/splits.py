@@ -8,13 +8,12 @@ import glob
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from dbnet.annotations import Annotation, check_sizes, put_in_order
 from dbnet.errors import ImageError, UserError
-from dbnet.formats import TEXT_PARSERS, find_foreign_labels, list_text_files, nfc, read_labels_at
+from dbnet.formats import IMAGE_PARSERS, find_foreign_labels, list_text_files, read_labels_at
 from dbnet.images import EXTRA_SUFFIXES, PAGED_SUFFIXES, file_of, list_files, list_pages, readable_suffixes
 
 _LABEL_SUFFIXES = (".json", ".txt", ".xml", ".csv", ".zip")  # that may lie beside the images of a data set
@@ -25,12 +24,9 @@ Value = TypeVar("Value")
 class Split(NamedTuple):
     """The images of a split, by name, and what is in them."""
 
-    images: dict[str, Path]
-    """the file, or the page of one, of each image"""
-    annotations: dict[str, Annotation]
-    """the words of each image, in the same order"""
-    folder_sizes: list[int]
-    """how many of the images each folder of --data has, in this order"""
+    images: dict[str, Path]  # the file, or the page of one, of each image
+    annotations: dict[str, Annotation]  # the words of each image, in the same order
+    folder_sizes: list[int]  # how many of the images each folder of --data has, in this order
 
 
 def data_folders(data: str | Path) -> list[Path]:
@@ -48,21 +44,20 @@ def read_split(data: str | Path, split: str, form: str = "auto", need_images: bo
     their names and paths are then those that the annotations give them. Raises UserError where a folder, its
     annotations or, if needed, their images are missing.
     """
-    folders = _checked_folders(data)
-    having = _having(folders, split, form)
-    parts = [_read_folder(folder, split, form, need_images) if folder in having else ({}, {}) for folder in folders]
-    images = _join(folders, [images for images, _ in parts])
-    annotations = _join(folders, [annotations for _, annotations in parts])
-    return Split(images, annotations, [len(images) for images, _ in parts])
+    folders = _folders(data, split, form)
+    parts = {folder: _read_folder(folder, split, form, need_images) if has else {} for folder, has in folders.items()}
+    found = _join(parts)
+    annotations = {name: annotation for name, (_, annotation) in found.items()}
+    return Split({name: path for name, (path, _) in found.items()}, annotations, [*map(len, parts.values())])
 
 
 def read_images(data: str | Path, split: str, form: str = "auto") -> dict[str, Path]:
     """Images of a split that needs no annotations, by name: in the order of its json where there is one."""
-    folders = _having(_checked_folders(data), split, form)
+    folders = [folder for folder, has in _folders(data, split, form).items() if has]
     places = [_label_places(folder, split, form) for folder in folders]
     if all(found and found[0].suffix == ".json" for found in places):
         return read_split(data, split, form).images
-    return _join(folders, [_images_of(folder, split) for folder in folders])
+    return _join({folder: _images_of(folder, split) for folder in folders})
 
 
 def find_images_at(places: list[Path]) -> dict[str, Path]:
@@ -76,19 +71,18 @@ def find_images_at(places: list[Path]) -> dict[str, Path]:
     found: list[tuple[str, Path]] = []
     for place in places:
         if os.path.isdir(place):  # unlike Path's, it does not raise for a name that is too long
-            images = list_images(place)
-        elif os.path.exists(file_of(place)):
-            images = {page.name: page for page in _pages_or_itself(place)}
-        elif glob.has_magic(str(place)):
-            matches = sorted(map(Path, glob.glob(str(place), recursive=True)))
-            known = (*readable_suffixes(), place.suffix.lower())
-            files = [path for path in matches if path.suffix.lower() in known and not path.is_dir()]
-            images = _by_unique_name([(page.name, page) for path in files for page in _pages_or_itself(path)])
+            images = list(list_images(place).items())
         else:
-            raise UserError(f"{place}: no such file or folder")
+            known = (*readable_suffixes(), place.suffix.lower())
+            matches = map(Path, sorted(glob.glob(str(place), recursive=True)))
+            files = [path for path in matches if path.suffix.lower() in known and not path.is_dir()]
+            files = [place] if os.path.exists(file_of(place)) else files
+            images = [(page.name, page) for path in files for page in _pages_or_itself(path)]
         if not images:
-            raise UserError(f"{place}: holds no images ({', '.join(readable_suffixes())})")
-        found.extend(images.items())
+            is_there = os.path.isdir(place) or glob.has_magic(str(place))
+            nothing = f"holds no images ({', '.join(readable_suffixes())})" if is_there else "no such file or folder"
+            raise UserError(f"{place}: {nothing}")
+        found += images
     return _checked_names(_by_unique_name(found))
 
 
@@ -107,19 +101,19 @@ def list_images(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, Path]:
     return _checked_names({page.relative_to(folder).as_posix(): page for page in pages})
 
 
-def _checked_folders(data: str | Path) -> list[Path]:
-    """The folders of `--data`. Raises UserError where one does not exist."""
+def _folders(data: str | Path, split: str, form: str) -> dict[Path, bool]:
+    """The folders of `--data`, and which have images or annotations of a split; all, for their error, where none has.
+
+    Raises UserError where one does not exist or is named twice.
+    """
     folders = data_folders(data)
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; name the data set with --data DIR, several as --data DIR,DIR")
-    return folders
-
-
-def _having(folders: list[Path], split: str, form: str) -> list[Path]:
-    """The folders with images or annotations of a split; all of them, for their error, where none has any."""
-    having = [each for each in folders if (each / "images" / split).is_dir() or _label_places(each, split, form)]
-    return having or folders
+    if len(set(map(os.path.abspath, folders))) < len(folders):
+        raise UserError(f"--data {data}: names a folder twice; --data-weights repeats a folder")
+    has = {each: (each / "images" / split).is_dir() or bool(_label_places(each, split, form)) for each in folders}
+    return has if any(has.values()) else dict.fromkeys(has, True)
 
 
 def _checked_names(images: dict[str, Path]) -> dict[str, Path]:
@@ -153,54 +147,38 @@ def _images_of(folder: Path, split: str) -> dict[str, Path]:
     return found
 
 
-def _read_folder(
-    folder: Path, split: str, form: str, need_images: bool
-) -> tuple[dict[str, Path], dict[str, Annotation]]:
+def _read_folder(folder: Path, split: str, form: str, need_images: bool) -> dict[str, tuple[Path, Annotation]]:
     """Images and annotations of a split of one folder, by name, in the order of the annotations."""
     in_place = folder / "images" / split
     present = _images_of(folder, split) if need_images or in_place.is_dir() else {}
-    place, labels = _read_labels(folder, split, form, list(present))
-    if not labels:
-        raise UserError(f"{place}: names no images")
-    name_of = match_names(labels, present)
-    missing = [name for name in labels if name not in name_of]
-    if missing and need_images:
-        raise UserError(
-            f"{in_place / missing[0]}: no such image, but {place.name} names it (and {len(missing) - 1} more like it); "
-            f"put it there or take it out of the annotations"
-        )
-    images, annotations = {}, {}
-    for given, annotation in labels.items():
-        name = name_of.get(given, given)
-        if name in images:
-            raise UserError(f"{place}: {given}: annotations of {name} are there twice; keep one of them")
-        images[name], annotations[name] = present.get(name, in_place / name), annotation
-    check_sizes(place, annotations, images)
-    left_out = len(present.keys() - images.keys())
-    if left_out:
-        print(f"{in_place}: {left_out} images have no entry in {place.name} and are left out")
-    return images, annotations
-
-
-def _read_labels(folder: Path, split: str, form: str, images: list[str]) -> tuple[Path, dict[str, Annotation]]:
-    """Where the annotations of a split are, and these by the names in them."""
     places = _label_places(folder, split, form)
     if not places:
         kind = "annotations" if form == "auto" else f"annotations of --format {form}"
         raise UserError(
-            find_foreign_labels([folder / "labels" / split, folder / "images" / split])
+            find_foreign_labels([folder / "labels" / split, in_place])
             or f"{folder / 'jsons' / split}.json: no such file; the {kind} of a split belong there, or into "
             f"{folder / 'labels' / split}/ as a file for each image"
         )
     place, *others = places
-    recognized, annotations = read_labels_at(place, images, form)
+    recognized, labels = read_labels_at(place, list(present), form)
     if form == "auto" and recognized != "competition":
         print(f"{place}: annotations of the format {recognized} (--format insists on another)")
-    for sentence in put_in_order(annotations):
+    for sentence in put_in_order(labels):
         print(f"{place}: {sentence}", file=sys.stderr)
     if others:
         print(f"{place}: read; {', '.join(map(str, others))}: annotations too, not read")
-    return place, annotations
+    missing = [name for name in labels if name not in present]
+    if not labels:
+        raise UserError(f"{place}: names no images")
+    if missing and need_images:
+        more = f"{place.name} names it (and {len(missing) - 1} more like it)"
+        raise UserError(f"{in_place / missing[0]}: no such image, but {more}; put it there or take it out there")
+    images = {name: present.get(name, in_place / name) for name in labels}
+    check_sizes(place, labels, images)
+    left_out = len(present.keys() - labels.keys())
+    if left_out:
+        print(f"{in_place}: {left_out} images have no entry in {place.name} and are left out")
+    return {name: (images[name], annotation) for name, annotation in labels.items()}
 
 
 def _label_places(folder: Path, split: str, form: str) -> list[Path]:
@@ -217,7 +195,7 @@ def _label_places(folder: Path, split: str, form: str) -> list[Path]:
     texts = [folder / "labels" / f"{split}.txt"]
     folders = [folder / "labels" / f"{split}.zip", folder / "labels" / split, folder / "images" / split]
     one_file = jsons if form in ("competition", "coco") else texts if form == "ppocrlabel" else jsons + texts
-    places = folders if form in TEXT_PARSERS else one_file + folders
+    places = folders if form in IMAGE_PARSERS else one_file + folders
     return [
         path
         for path in places
@@ -225,37 +203,15 @@ def _label_places(folder: Path, split: str, form: str) -> list[Path]:
     ]
 
 
-def match_names(labels: Iterable[str], present: Iterable[str]) -> dict[str, str]:
-    """The image that each name in the annotations means: the one of that name, the same in another Unicode form (macOS
-    decomposes Korean), the only one of that name in a sub-folder, or the first page of a file called so."""
-    by_form = {nfc(name): name for name in present}
-    file_names = Counter(name.rpartition("/")[2] for name in by_form)
-    by_file_name = {form.rpartition("/")[2]: name for form, name in by_form.items()}
-    matches = {}
-    for label in labels:
-        form = nfc(label)
-        page = by_form.get(f"{form}#page=1")
-        if label in present or form in by_form:
-            matches[label] = label if label in present else by_form[form]
-        elif file_names[form] == 1:
-            matches[label] = by_file_name[form]
-        elif page:
-            matches[label] = page
-            print(f"{label}: has several pages; its annotations are taken for those of {page}")
-    return matches
-
-
-def _join(folders: list[Path], parts: list[dict[str, Value]]) -> dict[str, Value]:
+def _join(parts: dict[Path, dict[str, Value]]) -> dict[str, Value]:
     """What each folder has by name, in one: names that several have get the folder's path in front, from where they
     part."""
-    absolute = [os.path.abspath(folder) for folder in folders]
-    if len(set(absolute)) < len(absolute):
-        raise UserError(f"--data {','.join(map(str, folders))}: names a folder twice; --data-weights repeats a folder")
+    absolute = [os.path.abspath(folder) for folder in parts]
     common = os.path.commonpath([os.path.dirname(path) for path in absolute])
-    counts = Counter(name for part in parts for name in part)
+    counts = Counter(name for part in parts.values() for name in part)
     return {
         name if counts[name] == 1 else f"{Path(os.path.relpath(path, common)).as_posix()}/{name}": value
-        for path, part in zip(absolute, parts, strict=True)
+        for path, part in zip(absolute, parts.values(), strict=True)
         for name, value in part.items()
     }
 

@@ -22,7 +22,6 @@ from dbnet.annotations import (
     uncertainty,
     write_detections,
     write_labels,
-    write_submission,
 )
 from dbnet.checkpoint import save_checkpoint
 from dbnet.config import Config
@@ -332,7 +331,8 @@ def test_a_name_that_is_there_twice_in_a_json_is_rejected(tmp_path):
 def test_any_csv_is_read_or_rejected(tmp_path, rows, damage):
     path = tmp_path / "a.csv"
     rows = {name: found for name, found in rows.items() if name.isprintable() or name in NAMES}
-    write_submission(path, {name: [np.array(points).astype(int) for points in found] for name, found in rows.items()})
+    written = {name: Annotation([np.array(points).astype(int) for points in found]) for name, found in rows.items()}
+    write_labels(path, "csv", written)
     back = answered(path, read_submission)
     assert list(back) == list(rows)
     path.write_bytes(damage(path.read_bytes()))

@@ -18,7 +18,7 @@ from PIL import Image
 from support import command, rejected
 
 import predict as predict_script
-from dbnet.annotations import write_submission
+from dbnet.annotations import Annotation, write_labels
 from dbnet.checkpoint import change_checkpoint, load_checkpoint
 from dbnet.errors import UserError, run_script
 from dbnet.formats import read_submission
@@ -164,10 +164,11 @@ def test_evaluate_shows_iou_and_recall_by_size_of_text(evaluate, tmp_path):
 
 def test_a_submission_is_scored_without_the_images_except_by_size(data, tmp_path, evaluate):
     images = json.loads((data / "jsons/val.json").read_text())["images"]
-    polygons = {
-        name: [np.array(word["points"], int) for word in image["words"].values()] for name, image in images.items()
+    words = {
+        name: Annotation([np.array(word["points"], int) for word in image["words"].values()])
+        for name, image in images.items()
     }
-    write_submission(tmp_path / "a.csv", polygons)
+    write_labels(tmp_path / "a.csv", "csv", words)
     arguments = ["--submission", tmp_path / "a.csv", "--data", data, "--json", tmp_path / "a.json"]
     assert "left out" not in evaluate(*arguments)
     shutil.rmtree(data / "images")
@@ -520,7 +521,8 @@ polygons = st.lists(
 @given(st.dictionaries(names, polygons, max_size=5))
 def test_submissions_round_trip_with_any_file_name(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("csv") / "a.csv"
-    write_submission(path, {name: [np.array(polygon) for polygon in found] for name, found in rows.items()})
+    written = {name: Annotation([np.array(polygon) for polygon in found]) for name, found in rows.items()}
+    write_labels(path, "csv", written)
     with path.open(newline="", encoding="utf-8") as file:
         assert next(csv.reader(file)) == ["filename", "polygons"]
     back = read_submission(path)
@@ -533,7 +535,7 @@ def test_a_submission_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("before")
     with pytest.raises(AttributeError):
-        write_submission(path, {"a.jpg": [np.zeros((4, 2), int)], "b.jpg": ["no array"]})
+        write_labels(path, "csv", {"a.jpg": Annotation([np.zeros((4, 2), int)]), "b.jpg": Annotation(["no array"])})
     assert path.read_text() == "before" and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(UserError, match=r"absent/a\.csv"):
-        write_submission(tmp_path / "absent" / "a.csv", {})
+        write_labels(tmp_path / "absent" / "a.csv", "csv", {})

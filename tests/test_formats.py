@@ -3,7 +3,7 @@
 import json
 import re
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -12,22 +12,22 @@ from hypothesis import strategies as st
 from PIL import Image
 from support import hostile
 
-from dbnet.annotations import Annotation, choose_format, write_detections, write_labels, write_submission
+from dbnet.annotations import Annotation, choose_format, write_detections, write_labels
 from dbnet.dataset import TextDataset
 from dbnet.errors import UserError
 from dbnet.formats import (
-    TEXT_PARSERS,
+    IMAGE_PARSERS,
     TextFile,
     parse_labelme,
     read_detections,
     read_labels_at,
-    recognize_text_files,
+    recognize_lines,
 )
 from dbnet.images import name_stem
 from dbnet.metric import CLEval
 from dbnet.splits import read_images, read_split
 
-parse_icdar, parse_polygons, parse_ctw1500 = (TEXT_PARSERS[form] for form in ("icdar", "polygons", "ctw1500"))
+parse_icdar, parse_polygons, parse_ctw1500 = (IMAGE_PARSERS[form] for form in ("icdar", "polygons", "ctw1500"))
 OUT = {"competition": "a.json", "coco": "a.json", "icdar": "a.zip", "ppocrlabel": "Label.txt", "labelme": "labels"}
 QUAD = [[377, 117], [463, 117], [465, 130], [378, 130]]
 
@@ -85,7 +85,7 @@ def scores(found):
 def test_a_csv_is_read_among_the_other_formats(tmp_path_factory, images):
     path = tmp_path_factory.mktemp("csv") / "a.csv"
     written = {name: Annotation([polygon for polygon, _, _ in found]) for name, found in images.items()}
-    write_submission(path, {name: annotation.polygons for name, annotation in written.items()})
+    write_labels(path, "csv", written)
     read = read_detections(path, list(images))
     assert {name: points(annotation) for name, annotation in read.items()} == {
         name: points(annotation) for name, annotation in written.items()
@@ -118,7 +118,7 @@ def test_the_format_follows_the_suffix_and_tells_images_apart():
     assert choose_format(Path("a.json"), "coco", []) == "coco"
     with pytest.raises(UserError, match=r"a\.txt: its suffix names no format; .*--out-format"):
         choose_format(Path("a.txt"), "auto", [])
-    with pytest.raises(UserError, match=r"a\.png: .*same name as a\.jpg"):
+    with pytest.raises(UserError, match=r"a\.png: .*the same label file as a\.jpg"):
         choose_format(Path("a.zip"), "auto", ["a.jpg", "a.png"])
 
 
@@ -284,7 +284,7 @@ def test_format_insists(rendered, tmp_path, small):
         read_split(data, "val")
     for form, counts in (("icdar", [4]), ("polygons", [5]), ("labelme", [])):
         assert [len(each) for each in read_split(data, "val", form).annotations["a.jpg"].polygons] == counts
-    with pytest.raises(UserError, match=r"labels/val: holds no file of the format coco"):
+    with pytest.raises(UserError, match=r'labels/val/a\.json: lacks "images" or "annotations"'):
         read_split(data, "val", "coco")
     with pytest.raises(UserError, match=r'lacks "images" or "annotations", the lists of COCO'):
         read_split(rendered, "val", "coco")
@@ -359,7 +359,7 @@ def test_broken_coco_is_named(tmp_path, content, message):
     ("files", "message"),
     [
         ({"b.txt": b""}, r"b\.txt: there is no image 'b'"),
-        ({"a.txt": b"", "a.jpg.txt": b""}, "another file is on a.jpg"),
+        ({"a.txt": b"", "a.jpg.txt": b""}, "annotations of a.jpg are there twice"),
         ({"twin.txt": b""}, r"may be on twin\.jpg or twin\.png"),
         ({"a.txt": "합계".encode("cp949")}, "not text in UTF-8"),
         ({"a.md": b""}, "holds no annotations"),
@@ -404,7 +404,7 @@ def test_a_broken_zip_is_named(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "1,2,3,4,5,6,7,8\n")
     path.write_bytes(path.read_bytes().replace(b"1,2,3", b"1,2,4"))
-    with pytest.raises(UserError, match=r"val\.zip: a\.txt: cannot be read from the zip \(Bad CRC"):
+    with pytest.raises(UserError, match=r"val\.zip: a\.txt: cannot be read \(Bad CRC"):
         read_labels_at(path, ["a.jpg"])
 
 
@@ -413,12 +413,12 @@ pieces = st.sampled_from(
 )
 
 
-@pytest.mark.parametrize("form", list(TEXT_PARSERS))
+@pytest.mark.parametrize("form", list(IMAGE_PARSERS))
 @hostile
 @given(text=st.lists(pieces, max_size=40).map("".join) | st.text(max_size=60))
 def test_any_text_of_a_format_is_read_or_rejected(form, text):
     try:
-        annotation = TEXT_PARSERS[form]("a.txt", text)
+        annotation = IMAGE_PARSERS[form]("a.txt", text)
     except UserError as error:
         assert str(error).startswith("a.txt: ")
     else:
@@ -551,6 +551,14 @@ def coco(image=(), **word):
     [
         {LABELS: "\n".join(f"{quad},{text}" for quad, text in zip(QUADS, ["a", "b,c", " '###' "], strict=True))},
         {LABELS: "\n".join(f'{quad},{flag},"9,00"' for quad, flag in zip(QUADS, "001", strict=True))},
+        {LABELS: "\n".join(f"{quad},{text}" for quad, text in zip(QUADS, ["0,합계", "0,9,00", "1, a b"], strict=True))},
+        *(
+            {LABELS: "\n".join(f"{quad},{text}" for quad, text in zip(QUADS, ["*", "a # b", hidden], strict=True))}
+            for hidden in ["####", "“###”", "«###»", "＃＃＃", " '＃＃＃＃＃' ", "Latin,„####“", '""###""', "#" * 40]
+        ),
+        {"jsons/val.json": coco(attributes={"text": "“###”"})},
+        {"jsons/val.json": coco(label="＃＃＃")},
+        {"jsons/val.json": coco(attributes={"class": "not legible"})},
         {
             LABELS: "\n".join(
                 f"{quad},{text}" for quad, text in zip(QUADS, ["1,2,3,4,5,6", "7,8,9,0", "###"], strict=True)
@@ -574,6 +582,22 @@ def coco(image=(), **word):
 )
 def test_dont_care_is_seen_in_every_dialect(tmp_path, files):
     assert flags_of(tmp_path, files) == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["*", "**", "* * *"],  # stars stand beside prices on receipts
+        ["##", "#1", "No. ###"],
+        ["1,500", "0,99", "1,50 EUR"],  # commas within numbers, not flags
+        ["1,a", "b", "0,c"],
+        ["1", "0", "1"],
+        ["'###", "“###", "say, ###”"],
+    ],
+)
+def test_texts_that_only_look_like_dont_care_are_words(tmp_path, texts):
+    labels = "\n".join(f"{quad},{text}" for quad, text in zip(QUADS, texts, strict=True))
+    assert flags_of(tmp_path, {LABELS: labels}) == [False, False, False]
 
 
 def test_what_does_not_say_dont_care_is_a_word(tmp_path):
@@ -617,7 +641,7 @@ def test_each_sub_folder_may_have_its_own_label_txt(tmp_path):
         (tmp_path / "images/val" / folder / "Label.txt").write_text(LABEL_TXT.replace("x/", f"{folder}/"))
     assert list(read_split(tmp_path, "val").annotations) == ["x/a.jpg", "y/a.jpg"]
     (tmp_path / "images/val/y/Label.txt").write_text(LABEL_TXT)
-    with pytest.raises(UserError, match=r"y/Label.txt: another file is on x/a\.jpg as well"):
+    with pytest.raises(UserError, match=r"y/Label.txt: line 1: annotations of x/a\.jpg are there twice"):
         read_split(tmp_path, "val")
 
 
@@ -702,6 +726,7 @@ def test_ctw1500_is_told_from_polygons_of_sixteen_points():
     line = ",".join(map(str, [50, 40, 230, 80, *offsets]))
     assert parse_ctw1500("a.txt", line).polygons[0][:2].tolist() == [[50, 40], [80, 40]]
     curve = [*((50 + 20 * x, 40) for x in range(8)), *((50 + 20 * x, 80) for x in range(7, -1, -1))]
-    files = [TextFile("a.txt", "a", lambda: ",".join(str(value) for point in curve for value in point))]
-    assert recognize_text_files(files) == "polygons"
-    assert recognize_text_files([TextFile("a.txt", "a", lambda: line)]) == "ctw1500"
+    curve_line = ",".join(str(value) for point in curve for value in point)
+    files = [TextFile("a.txt", PurePosixPath("a.txt"), curve_line.encode)]
+    assert recognize_lines(files) == "polygons"
+    assert recognize_lines([TextFile("a.txt", PurePosixPath("a.txt"), line.encode)]) == "ctw1500"

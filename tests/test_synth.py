@@ -13,8 +13,9 @@ import pytest
 from PIL import Image, ImageFont
 
 from dbnet.errors import UserError
+from dbnet.formats import rectangle
 from dbnet.synth.receipt import LATIN, Typeface, has_glyph, print_sheet
-from dbnet.synth.scene import SPLITS, corners, lay, render_receipt, transform, write_dataset
+from dbnet.synth.scene import SPLITS, lay, render_receipt, transform, write_dataset
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,7 +99,7 @@ def test_the_homography_that_bends_the_page_carries_the_boxes_with_the_ink():
     for _, (left, top, right, bottom) in sheet.labels(lines=False):
         rows, columns = slice(int(top) + 1, int(bottom)), slice(int(left) + 1, int(right))
         only_words[rows, columns] = sheet.ink[rows, columns]
-        polygon = transform(homography, corners(left, top, right, bottom) - 0.5) + 0.5
+        polygon = transform(homography, rectangle(left, top, right, bottom) - 0.5) + 0.5
         cv2.fillConvexPoly(cover, np.round(polygon * 16).astype(np.int32), 255, shift=4)
     ink = cv2.warpPerspective(only_words, homography, (420, 720)).astype(float)
     assert ink[cover == 0].sum() < 0.01 * ink.sum()

@@ -17,7 +17,6 @@ def main() -> None:
     parser.add_argument("--lines", action="store_true", help="label lines of a column, not words")
     parser.add_argument("--varied", action="store_true", help="also dark paper, tight lines, dirt, turned pages")
     args = parser.parse_args()
-
     from dbnet.synth.scene import write_dataset  # here, because --help needs no library
 
     count = write_dataset(**vars(args))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import SimpleNamespace as Vocabulary
 from typing import NamedTuple
 
 import cv2
@@ -25,13 +25,10 @@ FIXED_PITCH = 0.62  # width of a letter's cell in fixed-pitch print, in font siz
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "/Library/Fonts", "C:/Windows/Fonts")
 FONT_NAMES = ("DejaVuSans", "DejaVuSerif", "Liberation", "FreeSans", "FreeMono", "Arial", "cour", "Courier New")
 
-
 # ---- the text of a receipt
 
-
 _VOCABULARIES = json.loads(Path(__file__).with_name("vocabularies.json").read_text(encoding="utf-8"))
-LATIN, KOREAN = (SimpleNamespace(**_VOCABULARIES[name]) for name in ("latin", "korean"))
-Vocabulary = SimpleNamespace
+LATIN, KOREAN = (Vocabulary(**_VOCABULARIES[name]) for name in ("latin", "korean"))
 """Words in one language: of them, `columns` are alternative headings of the table of items (name, quantity, unit price,
 amount), `sums` alternative labels of subtotal, tax, total, payment and change, `syllables` parts of made-up names."""
 
@@ -84,12 +81,11 @@ def compose_header(rng: Generator, words: Vocabulary) -> list[Row]:
     rows = [Row(graphic=draw_logo, scale=rng.uniform(2.5, 5)), Row(scale=0.4)] if chance(rng, 0.3) else []
     shop = f"{made_up_name(rng, words)} {pick(rng, words.shops)}"
     rows.append(Row((Cell(shop, align=align),), rng.uniform(1.2, 2.8), chance(rng, 0.6), chance(rng, 0.12)))
-    lines = [
-        f"{digits(rng, '#', '##,', 'No.##')} {pick(rng, words.places)}, {digits(rng, '#####')}"
-        for _ in range(rng.integers(1, 4))
-    ]
-    lines.append(digits(rng, "Tel: ##-### ####", "TEL ###-####-####", "(###) ###-####  Fax:##-#######"))
-    rows += [*(Row((Cell(text, align=align),)) for text in lines), Row(scale=rng.uniform(0.3, 1))]
+    for _ in range(rng.integers(1, 4)):
+        place = f"{digits(rng, '#', '##,', 'No.##')} {pick(rng, words.places)}, {digits(rng, '#####')}"
+        rows.append(Row((Cell(place, align=align),)))
+    phone = digits(rng, "Tel: ##-### ####", "TEL ###-####-####", "(###) ###-####  Fax:##-#######")
+    rows += [Row((Cell(phone, align=align),)), Row(scale=rng.uniform(0.3, 1))]
     date = digits(rng, "202#-1#-1#", "1#/0#/202#", "2#.1#.2#") + digits(rng, " 1#:3#", " 0#:1#:2# PM")
     rows.append(Row((Cell(date, 0, 0.66), Cell(digits(rng, "No. ####", "####"), 0.66, 1, 1.0))))
     for _ in range(rng.integers(0, 5)):
@@ -105,8 +101,7 @@ def compose_items(rng: Generator, words: Vocabulary, line_count: float) -> list[
     edges = (0, 0.48, 0.58, 0.79, 1) if one_line else (0, 0.35, 0.52, 0.76, 1)
 
     def table_row(texts: Sequence[str], **look) -> Row:
-        aligns = (0.0, 1.0, 1.0, 1.0)
-        return Row(tuple(map(Cell, texts, edges[:-1], edges[1:], aligns)), **look)
+        return Row(tuple(map(Cell, texts, edges[:-1], edges[1:], (0.0, 1.0, 1.0, 1.0))), **look)
 
     rule = Row(graphic=pick(rng, (draw_rule, draw_dashes)), scale=0.6)
     head = table_row(pick(rng, words.columns), bold=chance(rng, 0.4), inverted=chance(rng, 0.12))
@@ -130,10 +125,8 @@ def compose_sums(rng: Generator, words: Vocabulary) -> list[Row]:
     rows = []
     for kind, labels in enumerate(words.sums):
         cells = Cell(pick(rng, labels), left, 0.64), Cell(currency + money(rng, words, 500), 0.64, 1, 1.0)
-        if kind == 2:
-            rows.append(Row(cells, **look))
-        elif chance(rng, 0.85):
-            rows.append(Row(cells))
+        if kind == 2 or chance(rng, 0.85):
+            rows.append(Row(cells, **(look if kind == 2 else {})))
     return rows
 
 
@@ -175,11 +168,17 @@ def draw_rule(rng: Generator, ink: np.ndarray) -> None:
 
 
 def draw_dashes(rng: Generator, ink: np.ndarray) -> None:
-    height, width = ink.shape
-    period = max(4, round(height * rng.uniform(0.4, 1.2)))
-    dashes = np.arange(width) % period < period * rng.uniform(0.3, 0.8)
+    period = max(4, round(len(ink) * rng.uniform(0.4, 1.2)))
+    dashes = np.arange(ink.shape[1]) % period < period * rng.uniform(0.3, 0.8)
     draw_rule(rng, ink)
     ink *= dashes
+
+
+def draw_marks(rng: Generator, ink: np.ndarray) -> None:
+    """A row of asterisks, dashes or the like: print that is no text."""
+    height, width = ink.shape
+    row, thickness = pick(rng, "*-=_.#") * math.ceil(width / (0.6 * height)), 1 + height // 24
+    cv2.putText(ink, row, (0, height * 3 // 4), cv2.FONT_HERSHEY_SIMPLEX, height / 30, 255, thickness, cv2.LINE_AA)
 
 
 def draw_barcode(rng: Generator, ink: np.ndarray) -> None:
@@ -187,14 +186,6 @@ def draw_barcode(rng: Generator, ink: np.ndarray) -> None:
     bars = np.repeat(rng.random(int(rng.integers(50, 96))) < 0.5, max(1, width // 130)).astype(np.uint8) * 255
     left = (width - min(len(bars), width)) // 2
     ink[:, left : left + len(bars)] = bars[:width]
-
-
-def draw_marks(rng: Generator, ink: np.ndarray) -> None:
-    """A row of asterisks, dashes or the like: print that is no text."""
-    height, width = ink.shape
-    row = pick(rng, "*-=_.#") * math.ceil(width / (0.6 * height))
-    start, thickness = (0, height * 3 // 4), 1 + height // 24
-    cv2.putText(ink, row, start, cv2.FONT_HERSHEY_SIMPLEX, height / 30, 255, thickness, cv2.LINE_AA)
 
 
 def draw_matrix_code(rng: Generator, ink: np.ndarray) -> None:
@@ -215,8 +206,11 @@ def draw_logo(rng: Generator, ink: np.ndarray) -> None:
             cv2.ellipse(ink, centre, axes, 0, 0, 360, shade, pick(rng, (-1, 2, 3)), cv2.LINE_AA)
         else:
             angles = np.sort(rng.uniform(0, 2 * math.pi, rng.integers(3, 8)))
-            points = np.array(centre) + np.stack([np.cos(angles) * axes[0], np.sin(angles) * axes[1]], 1)
+            points = centre + np.stack([np.cos(angles), np.sin(angles)], 1) * axes
             cv2.fillPoly(ink, [points.astype(np.int32)], shade, cv2.LINE_AA)
+
+
+# ---- print
 
 
 class Typeface(NamedTuple):
@@ -281,13 +275,6 @@ def word_ink(face: Typeface, size: int, bold: bool, text: str) -> tuple[np.ndarr
     return ink[y : y + height, x : x + width], y - 2 * size
 
 
-def letter_width(face: Typeface) -> float:
-    """The mean advance of a letter or digit in font sizes."""
-    sample = "Grand Total 12,345.67 abc"
-    natural = FIXED_PITCH if face.fixed_pitch else load_font(face.path, 100).getlength(sample) / 100 / len(sample)
-    return natural * face.stretch
-
-
 @dataclass
 class Sheet:
     """Print on flat paper: ink (height, width) uint8, and the words of each cell that has some. A word is its text and
@@ -302,12 +289,6 @@ class Sheet:
             return [word for cell in self.cells for word in cell]
         return [(" ".join(text for text, _ in cell), enclosing_box([box for _, box in cell])) for cell in self.cells]
 
-    def padded(self, top: int, bottom: int, left: int, right: int) -> "Sheet":
-        """The sheet with empty margins of so many pixels added."""
-        shift = np.array((left, top, left, top))
-        cells = [[(text, box + shift) for text, box in cell] for cell in self.cells]
-        return Sheet(np.pad(self.ink, ((top, bottom), (left, right))), cells)
-
 
 def enclosing_box(boxes: Sequence) -> np.ndarray:
     """x0, y0, x1, y1 around all of `boxes` (n, 4)."""
@@ -320,14 +301,13 @@ def print_row(sheet: Sheet, row: Row, face: Typeface, size: int, band: tuple[int
     if row.inverted:
         sheet.ink[y0:y1, x0:x1] = 255
     padding = size // 3 if row.inverted else 0
-    across = x1 - x0 - 2 * padding
-    baseline = (y0 + y1 + round(size * 0.66)) // 2
+    across, baseline = x1 - x0 - 2 * padding, (y0 + y1 + round(size * 0.66)) // 2
     space = max(3, round(size * face.stretch * (0.6 if face.fixed_pitch else 0.32)))
     margin = (WORD_MARGIN * size + 0.5) * np.array((-1, -1, 1, 1))
     for cell in row.cells:
         room = (cell.right - cell.left) * across - (size * 0.4 if cell.right < 1 else 0)
         rest, width = cell.text.split(), 0
-        words: list[tuple[str, np.ndarray, int, int]] = []
+        words, printed = list[tuple[str, np.ndarray, int, int]](), list[tuple[str, np.ndarray]]()
         while rest:
             ink, rise = word_ink(face, size, row.bold, rest[0])
             left = width + space if words else 0
@@ -336,14 +316,12 @@ def print_row(sheet: Sheet, row: Row, face: Typeface, size: int, band: tuple[int
             words.append((rest.pop(0), ink, left, baseline + rise))
             width = left + ink.shape[1]
         origin = round(x0 + padding + cell.left * across + cell.align * (room - width))
-        printed = []
         for text, ink, left, top in words:
             box = np.array((origin + left, top, origin + left + ink.shape[1], top + ink.shape[0]))
             spot = sheet.ink[box[1] : box[3], box[0] : box[2]]
             spot[:] = spot - np.minimum(ink, spot) if row.inverted else np.maximum(spot, ink)
             printed.append((text, box + margin))
-        if printed:
-            sheet.cells.append(printed)
+        sheet.cells += [printed] if printed else []
     return " ".join(rest) if printed else ""
 
 
@@ -351,14 +329,15 @@ def print_sheet(
     rng: Generator, width: int, height: int, face: Typeface, words: Vocabulary, varied: bool = False
 ) -> Sheet:
     """Print a receipt on a sheet `width` pixels wide and at most `height` high; rows that do not fit are left out."""
-    size = max(8, round(width / rng.uniform(34, 62) / letter_width(face)))
+    sample = "Grand Total 12,345.67 abc"
+    letter = FIXED_PITCH if face.fixed_pitch else load_font(face.path, 100).getlength(sample) / 100 / len(sample)
+    size = max(8, round(width / rng.uniform(34, 62) / (letter * face.stretch)))
     leading = rng.uniform(0.95, 1.1) if varied and chance(rng, 0.3) else rng.uniform(1.1, 1.5)
-    margin = max(4, round(width * rng.uniform(0.03, 0.1)))
+    margin = top = max(4, round(width * rng.uniform(0.03, 0.1)))
     sheet = Sheet(np.zeros((height, width), np.uint8))
     rows = compose_receipt(rng, words, (height - 2 * margin) / (size * leading))[::-1]
     for _ in range(rng.integers(0, 5) if varied else 0):
         rows.insert(int(rng.integers(len(rows))), Row(graphic=pick(rng, (draw_marks, draw_rule)), scale=0.8))
-    top = margin
     while rows:
         row = rows.pop()
         row_size = max(7, round(size * row.scale))
@@ -366,9 +345,7 @@ def print_sheet(
         if bottom + margin > height:
             break
         if row.graphic:
-            graphic = np.zeros((bottom - top, width - 2 * margin), np.uint8)
-            row.graphic(rng, graphic)
-            sheet.ink[top:bottom, margin:-margin] = graphic
+            row.graphic(rng, sheet.ink[top:bottom, margin : width - margin])
         elif row.cells:
             rest = print_row(sheet, row, face, row_size, (margin, top, width - margin, bottom))
             if rest and len(row.cells) == 1:

@@ -21,7 +21,8 @@ from numpy.random import Generator
 from tqdm import tqdm
 
 from dbnet.dataset import count_cores, map_in_processes
-from dbnet.errors import UserError
+from dbnet.errors import UserError, library_errors
+from dbnet.formats import rectangle
 from dbnet.synth.receipt import Sheet, chance, choose_print, enclosing_box, load_font, pick, print_sheet, system_fonts
 
 SPLITS = ("train", "val", "test")
@@ -31,7 +32,6 @@ MIN_SIZE = 128  # of an image's long side: below it no line of print can be read
 
 LabelledWord = tuple[np.ndarray, str, bool]  # polygon (4, 2), transcription, illegible
 Frame = tuple[int, int]  # width, height of the image
-
 
 # ---- paper: (height, width, 3) uint8 RGB
 
@@ -49,8 +49,7 @@ def noise_tile() -> np.ndarray:
 
 def noise_window(rng: Generator, height: int, width: int) -> np.ndarray:
     """(height, width) int16 from a random place of the tile, wrapped around."""
-    rows = (int(rng.integers(2048)) + np.arange(height)) % 2048
-    columns = (int(rng.integers(2048)) + np.arange(width)) % 2048
+    rows, columns = ((int(rng.integers(2048)) + np.arange(length)) % 2048 for length in (height, width))
     return noise_tile()[rows[:, None], columns]
 
 
@@ -127,11 +126,6 @@ def develop(rng: Generator, sheet: Sheet, flat: bool, varied: bool) -> tuple[np.
 # ---- scene: the position of the paper, and its surroundings
 
 
-def corners(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
-    """(4, 2) float64: the corners of a box, clockwise from the top left."""
-    return np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]], np.float64)
-
-
 def transform(homography: np.ndarray, points: np.ndarray) -> np.ndarray:
     """(n, 2) points through a (3, 3) homography."""
     return cv2.perspectiveTransform(np.asarray(points, np.float64).reshape(1, -1, 2), homography)[0]
@@ -140,13 +134,13 @@ def transform(homography: np.ndarray, points: np.ndarray) -> np.ndarray:
 def lay(rng: Generator, sheet: Sheet, frame: Frame, flat: bool) -> np.ndarray:
     """The (3, 3) homography from sheet to image: tilt and perspective, then all words moved inside `frame` (w, h)."""
     height, width = sheet.ink.shape
-    outline = corners(0, 0, width, height)
+    outline = rectangle(0, 0, width, height)
     angle = math.radians(rng.normal(0, 0.8 if flat else 5))
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     seen = outline @ turn + (0 if flat else rng.uniform(-0.06, 0.06, (4, 2)) * width)
     homography = cv2.getPerspectiveTransform(outline.astype(np.float32), seen.astype(np.float32))
     boxes = [box for _, box in sheet.labels(lines=False)] or [np.array((0, 0, width, height))]
-    text = transform(homography, corners(*enclosing_box(boxes)))
+    text = transform(homography, rectangle(*enclosing_box(boxes)))
     low, high = text.min(0), text.max(0)
     room = np.array(frame) - 4.0
     zoom = min(1.0, *(room / (high - low)))
@@ -222,10 +216,9 @@ def uneven_light(rng: Generator, width: int, height: int) -> np.ndarray:
 def photograph(rng: Generator, paper: np.ndarray, homography: np.ndarray, frame: Frame, varied: bool) -> np.ndarray:
     """The paper on a table, its shadow beside it, in uneven light: (h, w, 3) uint8 for a frame (w, h)."""
     width, height = frame
-    outline = transform(homography, corners(0, 0, *paper.shape[1::-1]))
-    mask = np.zeros((height, width), np.float32)
+    outline = transform(homography, rectangle(0, 0, *paper.shape[1::-1]))
+    mask, reach = np.zeros((height, width), np.float32), width // 20 + 1
     cv2.fillConvexPoly(mask, np.round(outline * 16).astype(np.int32), 1.0, shift=4)
-    reach = width // 20 + 1
     table = table_top(rng, width, height, varied)
     table = table * (1 - np.float32(rng.uniform(0, 0.6)) * cv2.blur(mask, (reach, reach)))[..., None]
     sheet = cv2.warpPerspective(paper, homography, frame, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
@@ -234,15 +227,12 @@ def photograph(rng: Generator, paper: np.ndarray, homography: np.ndarray, frame:
 
 
 def scan(rng: Generator, paper: np.ndarray, homography: np.ndarray, frame: Frame, varied: bool) -> np.ndarray:
-    """The paper under the lid of a scanner, at times with hard contrast: (h, w, 3) uint8 for a frame (w, h)."""
-    # The lid is white, or at times black.
+    """The paper under the white or black lid of a scanner, at times with hard contrast: as `photograph`."""
     lid = [int(rng.integers(0, 30) if varied and chance(rng, 0.2) else rng.integers(244, 256))] * 3
     image = cv2.warpPerspective(paper, homography, frame, flags=cv2.INTER_LINEAR, borderValue=lid)
     if chance(rng, 0.3):
         image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    if chance(rng, 0.4):
-        image = cv2.convertScaleAbs(image, alpha=1.25, beta=0)
-    return image
+    return cv2.convertScaleAbs(image, alpha=1.25, beta=0) if chance(rng, 0.4) else image
 
 
 def degrade(rng: Generator, image: np.ndarray, size: int, flat: bool) -> np.ndarray:
@@ -292,12 +282,13 @@ def render_receipt(
         sheet = print_sheet(rng, width, round(long_side * share), face, words, varied)
         frame = width, max(sheet.ink.shape[0], round(long_side * rng.uniform(0.85, 1.0)))
     else:
-        aspect = pick(rng, (9 / 16, 9 / 16, 3 / 4, 3 / 4, 2 / 3, 1.0))
-        frame = round(long_side * aspect), long_side
-        sheet_width = round(min(frame[0] * rng.uniform(0.6, 0.98), long_side * 0.7))
-        sheet = print_sheet(rng, sheet_width, round(long_side * rng.uniform(0.85, 1.05) * share), face, words, varied)
-    if sparse:
-        sheet = sheet.padded(*(rng.uniform(0, 0.5, 4) * long_side).astype(int).tolist())
+        frame = round(long_side * pick(rng, (9 / 16, 9 / 16, 3 / 4, 3 / 4, 2 / 3, 1.0))), long_side
+        width = round(min(frame[0] * rng.uniform(0.6, 0.98), long_side * 0.7))
+        sheet = print_sheet(rng, width, round(long_side * rng.uniform(0.85, 1.05) * share), face, words, varied)
+    if sparse:  # large empty margins
+        top, bottom, left, right = (rng.uniform(0, 0.5, 4) * long_side).astype(int).tolist()
+        cells = [[(text, box + np.array((left, top, left, top))) for text, box in cell] for cell in sheet.cells]
+        sheet = Sheet(np.pad(sheet.ink, ((top, bottom), (left, right))), cells)
         frame = tuple(np.minimum(np.maximum(frame, sheet.ink.shape[::-1]), long_side).tolist())
     homography = lay(rng, sheet, frame, flat)
     paper, contrast = develop(rng, sheet, flat, varied)
@@ -306,7 +297,7 @@ def render_receipt(
     for text, box in sheet.labels(lines):
         x0, y0, x1, y1 = (max(0, round(edge)) for edge in box)
         faint = float(contrast[y0:y1, x0:x1].mean()) < MIN_CONTRAST
-        polygon = transform(homography, corners(*box) - 0.5) + 0.5  # OpenCV counts from the centre of pixel 0
+        polygon = transform(homography, rectangle(*box) - 0.5) + 0.5  # OpenCV counts from the centre of pixel 0
         labelled.append((polygon, text, faint))
     image = degrade(rng, image, size, flat)
     for _ in range(pick(rng, (0, 0, 1, 2, 3)) if varied else 0):  # turn by 90 degrees, counter-clockwise
@@ -332,19 +323,6 @@ def write_receipt(job: tuple[str, int], folder: Path, size: int, seed: int, **op
     return name, {"img_w": image.shape[1], "img_h": image.shape[0], "words": entries}
 
 
-def check_request(folder: Path, counts: dict[str, int], size: int, seed: int, fonts: Sequence[str]) -> None:
-    """Raise UserError for a request that `write_dataset` cannot meet."""
-    for name, value, least in (*((*count, 0) for count in counts.items()), ("seed", seed, 0), ("size", size, MIN_SIZE)):
-        if value < least:
-            raise UserError(f"--{name} {value}: give {least} or more")
-    if not any(counts.values()):
-        raise UserError("--train, --val and --test are all 0: ask for at least one image")
-    for path in ("", *fonts):
-        load_font(path, 16)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--out {folder}: is not empty, and nothing is overwritten; delete it or name a new folder")
-
-
 def write_dataset(
     folder: str | Path,
     train: int = 200,
@@ -363,15 +341,23 @@ def write_dataset(
     split depends on (seed, split, i) alone: not on `workers` (processes; default: one a core) nor on the counts.
     Workers are spawned, so a script calls this under `if __name__ == "__main__"`. Raises UserError.
     """
-    folder, fonts = Path(folder), tuple(map(str, fonts))
-    counts = {"train": train, "val": val, "test": test}
-    check_request(folder, counts, size, seed, fonts)
+    folder, fonts, counts = Path(folder), tuple(map(str, fonts)), {"train": train, "val": val, "test": test}
+    for name, value in {**counts, "seed": seed, "size": size}.items():
+        least = MIN_SIZE if name == "size" else 0
+        if value < least:
+            raise UserError(f"--{name} {value}: give {least} or more")
+    if not any(counts.values()):
+        raise UserError("--train, --val and --test are all 0: ask for at least one image")
+    for path in fonts:
+        load_font(path, 16)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--out {folder}: is not empty, and nothing is overwritten; delete it or name a new folder")
     jobs = [(split, index) for split in SPLITS for index in range(counts[split])]
     workers = min(workers or count_cores(), len(jobs))
     images: dict[str, dict[str, dict]] = {split: {} for split in SPLITS}
     options: dict[str, Any] = {"fonts": fonts, "lines": lines, "varied": varied, "other_fonts": system_fonts()}
     render = partial(write_receipt, folder=folder, size=size, seed=seed, **options)
-    try:
+    with library_errors(f"--out {folder}: cannot be written", "choose another folder", of=OSError):
         for split in SPLITS:
             (folder / "images" / split).mkdir(parents=True, exist_ok=True)
         entries = tqdm(map_in_processes(render, jobs, workers), "receipts", len(jobs), unit="image")
@@ -381,6 +367,4 @@ def write_dataset(
         for split in SPLITS:
             text = json.dumps({"images": images[split]}, ensure_ascii=False)
             (folder / "jsons" / f"{split}.json").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from None
-    return sum(len(entry["words"]) for split in SPLITS for entry in images[split].values())
+    return sum(len(entry["words"]) for entries in images.values() for entry in entries.values())
