@@ -82,18 +82,18 @@ def put_in_order(annotations: dict[str, Annotation]) -> list[str]:
 
     Returns sentences that count the outlines that were changed, left or are not scored.
     """
-    changed = doubtful = few = total = 0
+    counts = np.zeros(4, int)
     for annotation in annotations.values():
-        annotation.polygons, changes, doubts = order_outlines(annotation.polygons)
-        changed, doubtful, total = changed + changes, doubtful + doubts, total + len(annotation.polygons)
-        few += sum(len(polygon) < 4 for polygon in annotation.polygons)
-    counts = {
-        "now begin at the upper left and run along the top": changed,
+        annotation.polygons, changed, doubtful = order_outlines(annotation.polygons)
+        few = sum(len(polygon) < 4 for polygon in annotation.polygons)
+        counts += (changed, doubtful, few, len(annotation.polygons))
+    kinds = (
+        "now begin at the upper left and run along the top",
         "begin elsewhere than at the upper left and were left; the metric takes their first half for the top edge, so "
-        "scores may be too low": doubtful,
-        "have fewer than four points; the metric does not count them": few,
-    }
-    return [f"{count} of {total} outlines {what}" for what, count in counts.items() if count]
+        "scores may be too low",
+        "have fewer than four points; the metric does not count them",
+    )
+    return [f"{count} of {counts[3]} outlines {kind}" for count, kind in zip(counts, kinds, strict=False) if count]
 
 
 # ---- writing

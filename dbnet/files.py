@@ -106,9 +106,6 @@ def write_json(path: Path, content: Any) -> None:
         file.write("\n")
 
 
-# ---- checks
-
-
 def check_outputs(*outputs: tuple[Path | None, str], inputs: Iterable[Path] = ()) -> None:
     """Raise UserError unless each result can be written and overwrites nothing but an earlier result.
 
@@ -137,12 +134,8 @@ def check_outputs(*outputs: tuple[Path | None, str], inputs: Iterable[Path] = ()
 
 
 def check_regular(path: Path, error: type[UserError] = UserError) -> None:
-    """Raise `error` for a pipe, a device or a socket: reading it may never end.
-
-    Passes a path that does not exist or cannot be looked at: opening it gives the system's own reason.
-    """
-    kind = _special_kind(path)
-    if kind:
+    """Raise `error` for a pipe, a device or a socket: reading it may never end. A path without a file passes."""
+    if kind := _special_kind(path):
         raise error(f"{path}: is a {kind}, not a file; save its content to a file and name that")
 
 
@@ -226,7 +219,7 @@ class Journal:
     """
 
     def __init__(self, out: Path, rank: int, made_by: Any, resume: bool) -> None:
-        """`made_by`: plain values that results depend on; `resume`: whether earlier ones are read or dropped."""
+        """`made_by` are plain values that results depend on; without `resume`, earlier results are dropped."""
         out = Path(os.path.abspath(out))  # a folder of label files may be called .
         self._made_by, self._is_kept = made_by, out.is_dir() or not _is_written_through(out)
         self._path = out.with_name(f"{cut_name(out)}.rank{rank}.partial")

@@ -182,25 +182,14 @@ def _read_folder(folder: Path, split: str, form: str, need_images: bool) -> dict
 
 
 def _label_places(folder: Path, split: str, form: str) -> list[Path]:
-    """Places that hold annotations which can be of the format `form`, the one that is read first:
-
-    FOLDER/jsons/SPLIT.json     the competition's or COCO's
-    FOLDER/labels/SPLIT.json    the same
-    FOLDER/labels/SPLIT.txt     PPOCRLabel's Label.txt
-    FOLDER/labels/SPLIT.zip     a text file, or a json of LabelMe, for each image; or one file for all of them
-    FOLDER/labels/SPLIT/        the same in a folder
-    FOLDER/images/SPLIT/        the same beside the images
-    """
+    """Places with annotations that can be of the format `form`, the one that is read first: one file for all images,
+    then a zip or a folder of files for each image or for all, at last among the images."""
     jsons = [folder / "jsons" / f"{split}.json", folder / "labels" / f"{split}.json"]
     texts = [folder / "labels" / f"{split}.txt"]
     folders = [folder / "labels" / f"{split}.zip", folder / "labels" / split, folder / "images" / split]
     one_file = jsons if form in ("competition", "coco") else texts if form == "ppocrlabel" else jsons + texts
     places = folders if form in IMAGE_PARSERS else one_file + folders
-    return [
-        path
-        for path in places
-        if path.exists() and (not path.is_dir() or list_text_files(path, ".txt") or list_text_files(path, ".json"))
-    ]
+    return [path for path in places if path.exists() and (not path.is_dir() or list_text_files(path, ".txt", ".json"))]
 
 
 def _join(parts: dict[Path, dict[str, Value]]) -> dict[str, Value]:

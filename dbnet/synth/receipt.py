@@ -162,8 +162,7 @@ def compose_receipt(rng: Generator, words: Vocabulary, line_count: float) -> lis
 
 
 def draw_rule(rng: Generator, ink: np.ndarray) -> None:
-    for share in np.linspace(0.4, 0.6, rng.integers(1, 3)):
-        y = int(share * len(ink))
+    for y in (np.linspace(0.4, 0.6, rng.integers(1, 3)) * len(ink)).astype(int):
         ink[y : y + max(1, len(ink) // 12)] = 255
 
 
@@ -325,9 +324,7 @@ def print_row(sheet: Sheet, row: Row, face: Typeface, size: int, band: tuple[int
     return " ".join(rest) if printed else ""
 
 
-def print_sheet(
-    rng: Generator, width: int, height: int, face: Typeface, words: Vocabulary, varied: bool = False
-) -> Sheet:
+def print_sheet(rng: Generator, width: int, height: int, face: Typeface, words: Vocabulary, varied: bool) -> Sheet:
     """Print a receipt on a sheet `width` pixels wide and at most `height` high; rows that do not fit are left out."""
     sample = "Grand Total 12,345.67 abc"
     letter = FIXED_PITCH if face.fixed_pitch else load_font(face.path, 100).getlength(sample) / 100 / len(sample)

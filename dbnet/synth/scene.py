@@ -269,8 +269,8 @@ def render_receipt(
     word's top left, tight around its ink, always inside the image; illegible where the print is too faint to read.
     With `lines`, the words of a line that stand together in a column are one polygon. With `varied`, also light print
     on dark paper, tight lines, rows of marks, specks, large empty margins, patterns and faces in the background, and
-    turned pages. `fonts` are files to prefer over Pillow's own and `other_fonts` (those of this machine); fonts with
-    Hangul give Korean receipts. Raises UserError for a file that is no font.
+    turned pages. `fonts` are files for 3 of 4 receipts; the others have Pillow's own or one of `other_fonts` (those of
+    this machine). Fonts with Hangul give Korean receipts. Raises UserError for a file that is no font.
     """
     flat = chance(rng, SCAN_SHARE)
     face, words = choose_print(rng, fonts, system_fonts() if other_fonts is None else other_fonts)
