@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from io import SEEK_END, BytesIO
 from pathlib import Path, PurePosixPath
 from threading import Lock, Timer
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import cv2
 import numpy as np
@@ -49,14 +49,6 @@ _STRIP_ROWS = 256
 _HEADER_ROOM = 1 << 28  # bytes that opening an image or a PDF may take
 _FLIPS = (None, None, 1, -1, 0, None, 1, -1, 0)  # by EXIF orientation: cv2.flip's code, from 5 on after a transpose
 _PAGE = re.compile(r"(.+\.(?:pdf|tiff?))#page=([0-9]{1,9})", re.IGNORECASE | re.DOTALL)
-
-
-class _Header(NamedTuple):
-    """What is known of an image before it is decoded."""
-
-    image: Image.Image
-    orientation: int  # by EXIF, 1 to 8; 1 where the decoder turns the image itself
-    size: tuple[int, int]  # (width, height) upright, in pixels
 
 
 def readable_suffixes() -> tuple[str, ...]:
@@ -119,9 +111,9 @@ def list_pages(path: Path) -> list[Path]:
         if len(numbers) < claimed:
             print(f"{path}: says that it has {claimed} pages; {len(numbers)} can be opened")
     else:
-        with _opened(path) as (header, _), library_errors(f"{path}: broken page", kind=ImageError):
-            numbers = range(1, getattr(header.image, "n_frames", 1) + 1)
-        if len(numbers) == 1 or header.image.format != "TIFF":
+        with _opened(path) as (image, *_), library_errors(f"{path}: broken page", kind=ImageError):
+            numbers = range(1, getattr(image, "n_frames", 1) + 1)
+        if len(numbers) == 1 or image.format != "TIFF":
             return [path]
     return [path.with_name(f"{path.name}#page={number}") for number in numbers]
 
@@ -144,20 +136,20 @@ def read_image(
     if data is None and _is_in_pdf(path):
         answer, rendered = _ask_renderer(path, render=True, image_size=image_size)
         return np.frombuffer(rendered, np.uint8).reshape(answer["shape"]), tuple(answer["size"])
-    with _opened(path, data) as (header, file):
-        pixels = _decode(path, header, file, image_size)
-        if header.orientation >= 5:
-            pixels = cv2.transpose(pixels)
-        flip = _FLIPS[header.orientation]
-        return pixels if flip is None else cv2.flip(pixels, flip), header.size
+    with _opened(path, data) as (image, orientation, size, file):
+        pixels = _decode(path, image, file, image_size)
+        orientation = 1 if image.format == "TIFF" else orientation  # its decoder has turned it
+        pixels = cv2.transpose(pixels) if orientation >= 5 else pixels
+        flip = _FLIPS[orientation]
+        return pixels if flip is None else cv2.flip(pixels, flip), size
 
 
 def read_size(path: Path, data: bytes | None = None) -> tuple[int, int]:
     """(width, height) in pixels of an image as a viewer shows it, from its header. Raises as `read_image` does."""
     if data is None and _is_in_pdf(path):
         return tuple(_ask_renderer(path, render=False)[0]["size"])
-    with _opened(path, data) as (header, _):
-        return header.size
+    with _opened(path, data) as (_, _, size, _):
+        return size
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
@@ -182,8 +174,9 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 
 @contextmanager
-def _opened(path: Path, data: bytes | None = None) -> Iterator[tuple[_Header, IO[bytes]]]:
-    """The header of an image file or of a page of a TIFF file, and the file; of a page an empty one."""
+def _opened(path: Path, data: bytes | None = None) -> Iterator[tuple[Image.Image, int, tuple[int, int], IO[bytes]]]:
+    """An image file or a page of a TIFF file before it is decoded: the image, its EXIF orientation, its size (width,
+    height) when upright, and the file; of a page an empty one."""
     source, number = _page_of(path) if data is None else (path, None)
     with _reading(path):
         if data is None:
@@ -191,7 +184,7 @@ def _opened(path: Path, data: bytes | None = None) -> Iterator[tuple[_Header, IO
         with source.open("rb") if data is None else BytesIO(data) as file:
             image = _open_image(path, file)
             if number is None:
-                yield _header_of(image, file), file
+                yield image, *_turn(image, file), file
                 return
             if image.format != "TIFF":
                 raise ImageError(f"{path}: a {image.format} without pages; name it without #page=")
@@ -200,8 +193,8 @@ def _opened(path: Path, data: bytes | None = None) -> Iterator[tuple[_Header, IO
                 raise ImageError(f"{path}: no such page; the file has {count}")
             with library_errors(f"{path}: broken page", kind=ImageError):
                 image.seek(number - 1)
-                header = _header_of(image, file)
-            yield header, BytesIO()
+                orientation, size = _turn(image, file)
+            yield image, orientation, size, BytesIO()
 
 
 @contextmanager
@@ -255,17 +248,8 @@ def _open_image(path: Path, file: IO[bytes]) -> Image.Image:
             raise
 
 
-def _header_of(image: Image.Image, file: IO[bytes]) -> _Header:
-    orientation = _orientation(image, file)
-    width, height = image.size
-    if isinstance(image, TiffImageFile):  # it turns itself as it is decoded; whether `size` is, depends on the version
-        width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
-    size = (height, width) if orientation >= 5 else (width, height)
-    return _Header(image, 1 if image.format == "TIFF" else orientation, size)
-
-
-def _orientation(image: Image.Image, file: IO[bytes]) -> int:
-    """EXIF orientation, 1 to 8; 1 where there is none or an invalid one.
+def _turn(image: Image.Image, file: IO[bytes]) -> tuple[int, tuple[int, int]]:
+    """EXIF orientation, 1 to 8 (1 where there is none or an invalid one), and (width, height) after that turn.
 
     In a PNG it may come after the pixels; Pillow finds it there only by decoding them, which takes time and memory.
     """
@@ -278,20 +262,24 @@ def _orientation(image: Image.Image, file: IO[bytes]) -> int:
             start += length + 12
         if kind == b"eXIf":
             exif.load(file.read(length))
+    width, height = image.size
+    if isinstance(image, TiffImageFile):  # it turns itself as it is decoded; whether `size` is, depends on the version
+        width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
     orientation = exif.get(ExifTags.Base.Orientation, 1)
-    return int(orientation) if orientation in range(1, 9) else 1
+    orientation = int(orientation) if orientation in range(1, 9) else 1
+    return orientation, (height, width) if orientation >= 5 else (width, height)
 
 
 # ---- decoding
 
 
-def _decode(path: Path, header: _Header, file: IO[bytes], image_size: int | None) -> np.ndarray:
+def _decode(path: Path, image: Image.Image, file: IO[bytes], image_size: int | None) -> np.ndarray:
     """Pixels as stored, (height, width, 3) uint8 RGB. OpenCV decodes common modes, three times as fast as Pillow.
 
     A JPEG of several scans, a progressive one for example, is held whole in memory even if it is reduced, and each scan
     is a pass over all of it: a small file can ask for thousands.
     """
-    length, image = file.seek(0, SEEK_END), header.image
+    length = file.seek(0, SEEK_END)
     if length > MAX_BYTES:
         raise ImageError(f"{path}: a file of {length / 1e9:.1f} GB; compress it, or reduce it first")
     file.seek(0)
@@ -299,7 +287,7 @@ def _decode(path: Path, header: _Header, file: IO[bytes], image_size: int | None
     times = max(image.size) // image_size if is_jpeg and image_size else 1
     reduction = next((step for step in (8, 4, 2) if times >= step), 1)
     scans, is_complete = _jpeg_scans(path, data) if is_jpeg else (1, False)
-    width, height = header.size
+    width, height = image.size
     if width * height > MAX_PIXELS * (reduction**2 if scans <= 1 else 1):
         limit = f"the limit of {MAX_PIXELS // 10**6} megapixels"
         raise ImageError(f"{path}: {width} x {height} pixels is over {limit}; reduce it first")

@@ -79,9 +79,8 @@ def find_images_at(places: list[Path]) -> dict[str, Path]:
             files = [place] if os.path.exists(file_of(place)) else files
             images = [(page.name, page) for path in files for page in _pages_or_itself(path)]
         if not images:
-            is_there = os.path.isdir(place) or glob.has_magic(str(place))
-            nothing = f"holds no images ({', '.join(readable_suffixes())})" if is_there else "no such file or folder"
-            raise UserError(f"{place}: {nothing}")
+            nothing = f"holds no images ({', '.join(known)})"
+            raise UserError(f"{place}: {nothing if glob.has_magic(str(place)) else 'no such file or folder'}")
         found += images
     return _checked_names(_by_unique_name(found))
 
@@ -98,6 +97,8 @@ def list_images(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, Path]:
         kinds = [f"{n} {suffix or 'without a suffix'}{advice.get(suffix, '')}" for suffix, n in sorted(others.items())]
         print(f"{folder}: passed over {', '.join(kinds)}")
     pages = [page for path in paths if path.suffix.lower() in suffixes for page in _pages_or_itself(path)]
+    if not pages:
+        raise UserError(f"{folder}: holds no images ({', '.join(suffixes)})")
     return _checked_names({page.relative_to(folder).as_posix(): page for page in pages})
 
 
@@ -141,10 +142,7 @@ def _images_of(folder: Path, split: str) -> dict[str, Path]:
     images = folder / "images" / split
     if not images.is_dir():
         raise UserError(f"{images}: no such folder; the images of the split belong there")
-    found = list_images(images, _LABEL_SUFFIXES)
-    if not found:
-        raise UserError(f"{images}: holds no images ({', '.join(readable_suffixes())})")
-    return found
+    return list_images(images, _LABEL_SUFFIXES)
 
 
 def _read_folder(folder: Path, split: str, form: str, need_images: bool) -> dict[str, tuple[Path, Annotation]]:
