@@ -35,13 +35,8 @@ FREE_TO_SAVE = {"data", "format", "workers", "strict", "batch_size", "device", "
 
 def main() -> None:
     parser = ArgumentParser(__doc__)
-    parser.add_argument(
-        "checkpoints",
-        nargs="*",
-        type=Path,
-        metavar="CKPT",
-        help="checkpoint to score, several whose probability maps are averaged, or a .onnx file",
-    )
+    checkpoints_help = "checkpoint to score, several whose probability maps are averaged, or a .onnx file"
+    parser.add_argument("checkpoints", nargs="*", type=Path, metavar="CKPT", help=checkpoints_help)
     submission_help = "submission to score in place of it, in any format that predict.py writes"
     parser.add_argument("--submission", type=Path, metavar="FILE", help=submission_help)
     parser.add_argument("--split", default="val", help="split of the data set (val)")
@@ -51,9 +46,8 @@ def main() -> None:
     parser.add_argument("--compare", type=Path, metavar="FILE", help="JSON of another evaluation to compare with")
     parser.add_argument("--tune", action="store_true", help="search the best thresholds, unclip ratio and min_size")
     parser.add_argument("--save", action="store_true", help="with --tune: keep the best ones in the checkpoint")
-    parser.add_argument(
-        "--tune-picture", type=Path, metavar="FILE.png", help="picture of the search (tuning.png beside the checkpoint)"
-    )
+    picture_help = "picture of the search (tuning.png beside the checkpoint)"
+    parser.add_argument("--tune-picture", type=Path, metavar="FILE.png", help=picture_help)
     parser.add_config_flags(of_checkpoint=True)
     args, changes = parser.parse()
     if bool(args.checkpoints) == (args.submission is not None):
@@ -64,10 +58,9 @@ def main() -> None:
 
 def check_tuning_flags(args: argparse.Namespace, changes: dict[str, Any]) -> None:
     """Raise UserError for flags that do not go with --tune, and for --save with settings of another network."""
-    if args.tune:
-        for flag, value in (("--submission", args.submission), ("--report", args.report), ("--compare", args.compare)):
-            if value:
-                raise UserError(f"--tune: scores combinations of a checkpoint's settings; leave {flag} out")
+    for name in ("submission", "report", "compare"):
+        if args.tune and getattr(args, name):
+            raise UserError(f"--tune: scores combinations of a checkpoint's settings; leave --{name} out")
     for flag, value in (("--save", args.save), ("--tune-picture", args.tune_picture)):
         if value and not args.tune:
             raise UserError(f"{flag}: belongs to --tune; add that, or leave {flag} out")
@@ -86,7 +79,7 @@ def run(args: argparse.Namespace, changes: dict[str, Any]) -> None:
     # Imported here, so that --help and a mistaken command line answer at once.
     from dbnet.dataset import TextDataset
     from dbnet.device import init_process_group, is_first, print0
-    from dbnet.evaluation import SCORES_MARK, Comparison, advise_on_collapse, evaluate, evaluate_submission
+    from dbnet.evaluation import SCORES_MARK, Comparison, advise_on_collapse, evaluate, evaluate_submission, read_scores
     from dbnet.files import check_outputs, write_json
     from dbnet.inference import Pipeline, find_weights, load_network
     from dbnet.pictures import PICTURE_MARK
@@ -99,14 +92,14 @@ def run(args: argparse.Namespace, changes: dict[str, Any]) -> None:
     inputs = [path for path in (*args.checkpoints, args.submission, args.compare) if path]
     outputs = ((args.json, SCORES_MARK), (args.report, REPORT_MARK), (search, PICTURE_MARK))
     check_outputs(*outputs, inputs=inputs)
-    comparison = Comparison.read(args.compare) if args.compare else None
     picture = picture_of if args.report else None
     names = " ".join(map(str, args.checkpoints or [args.submission]))
     if args.submission:
         if not is_first():
             return
         config = Config().changed(**changes)
-        evaluation = evaluate_submission(args.submission, config, args.split, comparison, picture)
+        evaluation = evaluate_submission(args.submission, config, args.split, picture)
+        earlier = read_scores(args.compare, evaluation.images) if args.compare else None
         settings: dict[str, Any] = {"data": config.data}
     else:
         network = load_network(args.checkpoints, changes)
@@ -117,16 +110,14 @@ def run(args: argparse.Namespace, changes: dict[str, Any]) -> None:
         if search:
             save_to = args.checkpoints[0] if args.save else None
             return tune_checkpoint(pipeline, network, args.split, search, args.json, save_to)
-        if comparison:
-            comparison.check_shares(dataset.names)
+        earlier = read_scores(args.compare, dataset.names) if args.compare else None
         evaluation = evaluate(pipeline, network, picture=picture)
         settings = {field: getattr(config, field) for field in REPORTED}
-        advice = advise_on_collapse(evaluation.compute(), evaluation.highest, config)
-        print0(advice or "", end="\n" if advice else "")
+        if advice := advise_on_collapse(evaluation, config):
+            print0(advice)
     if not is_first():
         return
-    if comparison:
-        comparison.compare(evaluation)
+    comparison = Comparison(args.compare, earlier, evaluation) if earlier else None
     if args.json:
         write_json(args.json, evaluation.to_dict())
     if args.report:

@@ -241,7 +241,7 @@ def log_epoch(training: Training, config: Config, run: Path, row: dict[str, Any]
         f"epoch {training.epoch}/{config.epochs}: loss {row['total_loss']:.3f}, precision {score.precision:.4f}, "
         f"recall {score.recall:.4f}, H-Mean {score.hmean:.4f}{' (best)' if better and score.hmean else ''}{skipped}"
     )
-    if advice := advise_on_collapse(score, evaluation.highest, config):
+    if advice := advise_on_collapse(evaluation, config):
         print(advice)
     show_progress(run)
 

@@ -32,7 +32,7 @@ from dbnet.config import STRIDE, Config
 from dbnet.device import keep_freed_memory, rank, world_size
 from dbnet.errors import ImageError, UserError, is_out_of_memory
 from dbnet.files import stamp
-from dbnet.geometry import Letterbox, areas, clip_polygons, inference_side, padded, split_polygons, visible_shares
+from dbnet.geometry import Letterbox, areas, inference_side, padded, split_polygons
 from dbnet.images import file_of, read_image, read_size
 from dbnet.splits import read_split
 from dbnet.targets import draw_targets, make_targets, polygon_mask
@@ -381,9 +381,11 @@ class TextDataset(ImageDataset):
         out of the image are gone.
         """
         points, counts, dont_care = self.words[place]
-        points, is_degenerate = clip_polygons(points, counts, letterbox.width, letterbox.height)
+        points = points.clip(0, (letterbox.width, letterbox.height))
+        is_degenerate = (counts < 3) | (areas(points, counts) < 1)
         points = augmentation.move(letterbox.to_network(points), *letterbox.resized)
-        visible = visible_shares(points, counts, *augmentation.size(*letterbox.resized))
+        inside = points.clip(0, augmentation.size(*letterbox.resized))
+        visible = areas(inside, counts) / np.maximum(areas(points, counts), 1e-9)  # of upright rectangles, the share
         is_masked = dont_care | is_degenerate | (visible < MOSTLY_VISIBLE)
         is_there = is_degenerate | (visible > 0)
         polygons = split_polygons(points, counts)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,19 +14,13 @@ from numpy.typing import ArrayLike
 
 from dbnet.config import STRIDE
 
-MAX_COORDINATE = 100_000_000
-"""Pixels, in both directions: longer than any image that can be read (`dbnet.images.MAX_PIXELS`)."""
-
-WHOLE_UP_TO = 4
-"""Largest ratio of the sides of an image that the network processes as a whole."""
-
+MAX_COORDINATE = 100_000_000  # pixels, in both directions: longer than any image that can be read
+WHOLE_UP_TO = 4  # largest ratio of the sides of an image that the network processes as a whole
 PAGE_BREADTH = 0.6
 """Shorter side of a longer image in the network, as a share of image_size: a page of paper in each window. Of what is
 found in eight receipts alone, a strip of them has 98%, and 97% with an IoU above 0.5 (benchmarks/RESULTS.md)."""
 
-MAX_CROSSINGS = 500
-"""Self-crossings above which an outline is a tangle. Their number can grow with the square of the points."""
-
+MAX_CROSSINGS = 500  # of an outline with itself; with more it is a tangle. They grow with the square of the points
 MAX_EFFORT = 50_000
 """Points and self-crossings, summed over pairs of polygons, up to which common areas of an image are exact: a second of
 work. A page of words needs a hundredth."""
@@ -35,27 +29,20 @@ CROSSING_GRID = 2.0**-24
 """Pixels to which intersections with outlines that cross themselves are rounded: without, shapely's result can be wrong
 by far where edges nearly touch, and with it a pair takes twice the time."""
 
-GRID = 48
-"""Rows and columns of the grid that samples common areas beyond that, within two or three percent of the polygon."""
-
-BLOCK = 1 << 20
-"""Elements of the arrays that are worked on at once, to bound memory."""
+GRID = 48  # rows and columns of the grid that samples common areas beyond that, within two or three percent
+BLOCK = 1 << 20  # elements of the arrays that are worked on at once, to bound memory
 
 
 @dataclass(frozen=True)
 class Letterbox:
     """An image resized so that its longer side is `side`, in the top-left corner of what the network sees.
 
-    Width and height have a scale each, because the resized sides are whole pixels; `to_network` and `to_image` are
-    exact inverses of each other.
+    Width and height have a scale each, because the resized sides are whole pixels.
     """
 
-    width: int
-    """width of the original image in pixels"""
+    width: int  # of the original image in pixels
     height: int
-    """height of the original image in pixels"""
-    side: int
-    """longer side of the resized image in pixels"""
+    side: int  # longer side of the resized image in pixels
 
     @property
     def resized(self) -> tuple[int, int]:
@@ -71,10 +58,6 @@ class Letterbox:
     def to_network(self, points: np.ndarray) -> np.ndarray:
         """Points (n, 2) of the original image, in pixels of the resized image."""
         return points * self.scale
-
-    def to_image(self, points: np.ndarray) -> np.ndarray:
-        """Points (n, 2) of the resized image, in pixels of the original image."""
-        return points / self.scale
 
     def resize(self, pixels: np.ndarray) -> np.ndarray:
         """(height, width, 3) uint8 pixels, possibly decoded at reduced size, as the image in the network.
@@ -101,27 +84,17 @@ def inference_side(width: int, height: int, image_size: int, enlarge: float) -> 
     return max(1, math.floor(side + 0.5))
 
 
-class Window(NamedTuple):
-    """A part of a long image, along its longer side, in pixels; its probability map counts where it is kept."""
+def windows(length: int, size: int) -> list[tuple[slice, slice]]:
+    """Windows of `size` pixels that cover a padded image of `length`, and the part that counts of the map of each.
 
-    start: int
-    stop: int
-    kept_from: int
-    kept_to: int
-
-
-def windows(length: int, size: int) -> list[Window]:
-    """Windows of `size` pixels that cover a padded image of `length`; both are multiples of the network's stride.
-
-    They overlap by an eighth or more, and of the map of each the outer half of an overlap is not used.
+    Both are multiples of the network's stride. Windows overlap by an eighth or more, and of the map of each the outer
+    half of an overlap is not used.
     """
-    if length <= size:
-        return [Window(0, length, 0, length)]
-    count = math.ceil((length - size) / (size * 7 / 8)) + 1
-    starts = [round((length - size) * place / (count - 1) / STRIDE) * STRIDE for place in range(count)]
+    count = max(1, math.ceil((length - size) / (size * 7 / 8)) + 1)
+    starts = [round((length - size) * place / max(count - 1, 1) / STRIDE) * STRIDE for place in range(count)]
     middles = [(left + size + right) // 2 for left, right in pairwise(starts)]
-    kept = pairwise([0, *middles, length])
-    return [Window(start, start + size, *bounds) for start, bounds in zip(starts, kept, strict=True)]
+    kept = zip(starts, pairwise([0, *middles, length]), strict=True)
+    return [(slice(start, start + size), slice(low - start, high - start)) for start, (low, high) in kept]
 
 
 def in_windows(network: Callable[[Any], Any], images: Any, size: int, join: Callable[[list, int], Any]) -> Any:
@@ -129,11 +102,8 @@ def in_windows(network: Callable[[Any], Any], images: Any, size: int, join: Call
     along their longer side, put together by `join`, a concatenation."""
     axis = 1 if images.shape[1] > images.shape[2] else 2
     before = (slice(None),) * axis
-    maps = []
-    for window in windows(images.shape[axis], size):
-        prob_maps = network(images[(*before, slice(window.start, window.stop))])
-        maps.append(prob_maps[(*before, slice(window.kept_from - window.start, window.kept_to - window.start))])
-    return join(maps, axis)
+    cuts = windows(images.shape[axis], size)
+    return join([network(images[(*before, window)])[(*before, kept)] for window, kept in cuts], axis)
 
 
 def padded(length: int) -> int:
@@ -151,25 +121,6 @@ def fault_of(polygon: np.ndarray) -> str | None:
 
 
 # ---- many polygons at once: (total, 2) points, polygon after polygon, and (polygons,) counts, the points of each
-
-
-def clip_polygons(points: np.ndarray, counts: np.ndarray, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """Move points outside the image to its border.
-
-    Returns the points, and (polygons,) bool, which polygons are degenerate then: they have fewer than three points, or
-    less than a square pixel.
-    """
-    clipped = np.clip(points, 0, (width, height))
-    return clipped, (counts < 3) | (areas(clipped, counts) < 1)
-
-
-def visible_shares(points: np.ndarray, counts: np.ndarray, width: int, height: int) -> np.ndarray:
-    """(polygons,) share of each polygon's area, 0..1, that is left when its points are moved to the image border.
-
-    For upright rectangles this is the share of their area inside the image. It is 0 without an area.
-    """
-    whole = areas(points, counts)
-    return areas(np.clip(points, 0, (width, height)), counts) / np.where(whole > 0, whole, np.inf)
 
 
 def areas(points: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -210,14 +161,10 @@ def split_polygons(points: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
 def crossings(points: np.ndarray) -> float:
     """About how many times the closed outline of (n, 2) points crosses or touches itself, judged by 32 of its edges."""
     points = points[(points != np.roll(points, 1, axis=0)).any(axis=1)]  # an edge of no length meets its neighbours
-    begin, end = points.T[:, None].astype(float), np.roll(points, -1, axis=0).T[:, None].astype(float)
-    sample = np.random.default_rng(0).permutation(len(points))[:32]
-    first, last = begin[:, 0, sample, None], end[:, 0, sample, None]
-    meets = cross(last - first, begin - first) * cross(last - first, end - first) <= 0
-    meets &= cross(end - begin, first - begin) * cross(end - begin, last - begin) <= 0
-    meets &= (np.maximum(first, last) >= np.minimum(begin, end)).all(axis=0)
-    meets &= (np.minimum(first, last) <= np.maximum(begin, end)).all(axis=0)
-    others = meets.sum() - 3 * len(sample)  # an edge also meets itself and its neighbours
+    edges = shapely.linestrings(np.stack([points, np.roll(points, -1, axis=0)], axis=1).astype(float))
+    sample = np.random.default_rng(0).permutation(edges)[:32]
+    meets = shapely.STRtree(edges).query(sample, predicate="intersects").shape[1]
+    others = meets - 3 * len(sample)  # an edge also meets itself and its neighbours
     return max(0.0, others / max(len(sample), 1) * len(points) / 2)
 
 
@@ -232,33 +179,42 @@ def is_tangled(points: np.ndarray) -> bool:
 UNIT_SQUARE = np.array([[0, 1, 1, 0], [0, 0, 1, 1]])[:, :, None]
 
 
-@dataclass(frozen=True)
 class Polygons:
-    """The polygons of an image, as arrays over all of them. An outline that crosses itself is even-odd."""
+    """The polygons of an image, as arrays over all of them. An outline that crosses itself is even-odd.
 
-    points: np.ndarray
-    """(2, total) float64 of integers, polygon after polygon."""
-    counts: np.ndarray
-    """(len,) number of points of each."""
-    is_given: np.ndarray
-    """(len,) bool: which have enough points. The others are points at (0, 0) here, and have nothing in common."""
+    points, following: (2, total) float64 of integers, polygon after polygon, and the point after each on its polygon
+    counts, starts: (len,) number of points of each, and index of its first point
+    low, high: (2, len) least and greatest x and y of each
+    is_given: (len,) bool, which have enough points; the others are points at (0, 0), and have nothing in common
+    is_quad: (len,) bool, strictly convex quadrilaterals: nearly all words are, and they need no general geometry
+    quads: (2, 4, len) their corners, turning from the x axis to the y axis; a unit square where `is_quad` is False
+    outline_areas: (len,) in square pixels by the shoelace formula, in which opposite turns cancel
+    """
 
-    @classmethod
-    def read(cls, polygons: Sequence[ArrayLike], min_points: int) -> Self:
+    def __init__(self, polygons: Sequence[ArrayLike], min_points: int) -> None:
         """Read (n, 2) polygons, whose coordinates are truncated to integers. `min_points` is 3 or more.
 
         Raises ValueError if a polygon is not (n, 2) or has a coordinate that is not finite or beyond MAX_COORDINATE.
         """
         arrays = [np.asarray(polygon) for polygon in polygons]
-        is_given = np.array([len(array) >= min_points for array in arrays], bool)
-        arrays = [array if given else np.zeros((3, 2)) for array, given in zip(arrays, is_given, strict=True)]
-        if any(array.shape[1:] != (2,) for array in arrays):
+        self.is_given = np.array([len(array) >= min_points for array in arrays], bool)
+        arrays = [array if len(array) >= min_points else np.zeros((3, 2)) for array in arrays]
+        if not {array.shape[1:] for array in arrays} <= {(2,)}:
             raise ValueError("a polygon must be an (n, 2) array of points")
         points = np.concatenate([np.empty((0, 2)), *arrays], dtype=np.float64)
-        points = np.trunc(points.T, order="C")
-        if not (np.abs(points) <= MAX_COORDINATE).all():  # False for nan as well
+        self.points = np.trunc(points.T, order="C")
+        if not (np.abs(self.points) <= MAX_COORDINATE).all():  # False for nan as well
             raise ValueError(f"a polygon has a coordinate that is not finite, or beyond {MAX_COORDINATE}")
-        return cls(points, np.array([len(array) for array in arrays], np.intp), is_given)
+        self.counts = np.array([len(array) for array in arrays], np.intp)
+        self.starts = np.cumsum(self.counts) - self.counts
+        self.following = self.points.take(next_point(self.counts), axis=1)
+        self.low = np.minimum.reduceat(self.points, self.starts, axis=1)
+        self.high = np.maximum.reduceat(self.points, self.starts, axis=1)
+        self.outline_areas = np.abs(_sums(cross(self.points, self.following), self.counts)) / 2
+        quads = self.points.take(self.starts + np.arange(4)[:, None], axis=1, mode="clip")
+        turn = turning(quads) * (self.counts == 4)
+        self.is_quad = turn != 0
+        self.quads = np.where(self.is_quad, np.where(turn < 0, quads[:, ::-1], quads), UNIT_SQUARE)
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -266,45 +222,6 @@ class Polygons:
     def outline(self, index: int) -> np.ndarray:
         """(2, n) points of one polygon."""
         return self.points[:, self.starts[index] : self.starts[index] + self.counts[index]]
-
-    @cached_property
-    def starts(self) -> np.ndarray:
-        """(len,) index in `points` at which each polygon begins."""
-        return np.cumsum(self.counts) - self.counts
-
-    @cached_property
-    def following(self) -> np.ndarray:
-        """(2, total) the point after each point on its polygon; the first is after the last."""
-        return self.points.take(next_point(self.counts), axis=1)
-
-    @cached_property
-    def low(self) -> np.ndarray:
-        """(2, len) least x and y of each."""
-        return np.minimum.reduceat(self.points, self.starts, axis=1)
-
-    @cached_property
-    def high(self) -> np.ndarray:
-        """(2, len) greatest x and y of each."""
-        return np.maximum.reduceat(self.points, self.starts, axis=1)
-
-    @cached_property
-    def _quads(self) -> tuple[np.ndarray, np.ndarray]:
-        quads = self.points.take(self.starts + np.arange(4)[:, None], axis=1, mode="clip")
-        edges = edges_of(quads)
-        turns = cross(edges, next_corners(edges))
-        turns_back = (turns < 0).all(axis=0)
-        is_quad = (self.counts == 4) & (turns_back | (turns > 0).all(axis=0))
-        return is_quad, np.where(is_quad, np.where(turns_back, quads[:, ::-1], quads), UNIT_SQUARE)
-
-    @property
-    def is_quad(self) -> np.ndarray:
-        """(len,) strictly convex quadrilaterals: nearly all words are, and they need no general geometry."""
-        return self._quads[0]
-
-    @property
-    def quads(self) -> np.ndarray:
-        """(2, 4, len) their corners, turning from the x axis to the y axis; a unit square where `is_quad` is False."""
-        return self._quads[1]
 
     @cached_property
     def _rings(self) -> np.ndarray:
@@ -329,8 +246,9 @@ class Polygons:
             effort[index] += count if count <= MAX_CROSSINGS else np.inf
         return effort
 
-    def shapes(self, select: np.ndarray) -> np.ndarray:
-        """(k,) valid shapely geometries of the polygons at the (k,) indices `select`."""
+    def shapes(self, select: np.ndarray, on_top: np.ndarray | None = None) -> np.ndarray:
+        """(k,) valid shapely geometries of the polygons at the (k,) indices `select`. With `on_top`, (len,) bool, the
+        polygons on top are cut out of the others."""
         unique, place = np.unique(select, return_inverse=True)
         shapes = self._rings[unique]
         for index in np.flatnonzero(~self.is_simple[unique]):
@@ -338,6 +256,13 @@ class Polygons:
             faces = shapely.get_parts(shapely.polygonize([lines]))
             inner_points = shapely.get_coordinates(shapely.point_on_surface(faces)).T
             shapes[index] = shapely.union_all(faces[contains(self, np.full(len(faces), unique[index]), inner_points)])
+        below = unique[:0] if on_top is None else np.flatnonzero(~on_top[unique])
+        if on_top is not None and below.size:
+            top = self.shapes(np.flatnonzero(on_top))
+            hole_of, hole = shapely.STRtree(top).query(shapes[below], predicate="intersects")
+            for index in np.unique(hole_of):
+                holes = shapely.union_all(top[hole[hole_of == index]])
+                shapes[below[index]] = shapely.difference(shapes[below[index]], holes)
         return shapes[place]
 
     def on_grid(self, index: int, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -351,11 +276,6 @@ class Polygons:
         column = np.ceil(x + (row - y) * step[0, edge] / step[1, edge]).clip(0, GRID).astype(int)
         crossed = np.bincount(row * (GRID + 1) + column, minlength=GRID * (GRID + 1)).reshape(GRID, GRID + 1)
         return np.cumsum(crossed, axis=1)[:, :GRID] % 2 == 1
-
-    @cached_property
-    def outline_areas(self) -> np.ndarray:
-        """(len,) areas in square pixels by the shoelace formula, in which opposite turns cancel."""
-        return areas(self.points.T, self.counts)
 
     @cached_property
     def areas(self) -> np.ndarray:
@@ -432,31 +352,11 @@ def common_areas(
     exact, sampled = np.split(general[order], np.searchsorted(effort[order].cumsum(), [MAX_EFFORT]))
     is_simple = some.is_simple[first[exact]] & others.is_simple[second[exact]]
     for pairs, grid_size in ((exact[is_simple], None), (exact[~is_simple], CROSSING_GRID)):
-        shapes = _shapes_below(some, first[pairs], on_top), others.shapes(second[pairs])
+        shapes = some.shapes(first[pairs], on_top), others.shapes(second[pairs])
         common[pairs] = shapely.area(shapely.intersection(*shapes, grid_size=grid_size))
-    common[sampled] = _sampled_areas(some, others, first[sampled], second[sampled])
-    return common
-
-
-def _shapes_below(polygons: Polygons, select: np.ndarray, on_top: np.ndarray) -> np.ndarray:
-    """(k,) shapes at the (k,) indices `select`, of which those on top are cut out of the others."""
-    shapes = polygons.shapes(select)
-    below, place = np.unique(select[~on_top[select]], return_inverse=True)
-    if below.size:
-        cut, top = polygons.shapes(below), polygons.shapes(np.flatnonzero(on_top))
-        hole_of, hole = shapely.STRtree(top).query(cut, predicate="intersects")
-        for index in np.unique(hole_of):
-            cut[index] = shapely.difference(cut[index], shapely.union_all(top[hole[hole_of == index]]))
-        shapes[~on_top[select]] = cut[place]
-    return shapes
-
-
-def _sampled_areas(some: Polygons, others: Polygons, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """`common_areas` from a grid over each polygon of `others`, with nothing cut out."""
-    common = np.empty(len(first))
-    for index in np.unique(second):
+    for index in np.unique(second[sampled]):  # from a grid over this polygon, with nothing cut out
         low, high = others.low[:, index], others.high[:, index]
-        inside, pairs = others.on_grid(index, low, high), np.flatnonzero(second == index)
+        inside, pairs = others.on_grid(index, low, high), sampled[second[sampled] == index]
         cells = [np.count_nonzero(inside & some.on_grid(partner, low, high)) for partner in first[pairs]]
         common[pairs] = np.array(cells) * (high - low).prod() / GRID**2
     return common
@@ -481,19 +381,17 @@ def _areas_in_quads(points: np.ndarray, counts: np.ndarray, quads: np.ndarray) -
     return areas(points.T, counts)
 
 
-def next_corners(polygons: np.ndarray) -> np.ndarray:
-    """(2, n, ...) corners -> (2, n, ...) the corner after each; the first is after the last."""
-    return np.concatenate([polygons[:, 1:], polygons[:, :1]], axis=1)
-
-
 def edges_of(polygons: np.ndarray) -> np.ndarray:
-    """(2, n, ...) corners -> (2, n, ...) steps from each corner to the next."""
-    return next_corners(polygons) - polygons
+    """(2, n, ...) corners -> (2, n, ...) steps from each corner to the next; the first is after the last."""
+    return np.concatenate([polygons[:, 1:], polygons[:, :1]], axis=1) - polygons
 
 
-def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Dot products of vectors; x and y are the first axis."""
-    return a[0] * b[0] + a[1] * b[1]
+def turning(quads: np.ndarray) -> np.ndarray:
+    """(k,) of (2, 4, k) corners: 1 for a strictly convex quadrilateral that turns from x to y, -1 if it does from y to
+    x, else 0."""
+    edges = edges_of(quads)
+    turns = cross(edges, edges[:, [1, 2, 3, 0]])
+    return (turns > 0).all(axis=0).astype(int) - (turns < 0).all(axis=0)
 
 
 def cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -511,6 +409,8 @@ def ranges(counts: np.ndarray) -> np.ndarray:
 ELONGATED = 1.5
 """Ratio of the sides from which a word surely runs along its longer side."""
 
+MOST_TALL = 0.67  # `tall_share` above which a page lies on its side
+
 
 def fit_outline(polygon: np.ndarray) -> np.ndarray:
     """(n, 2) outline -> (4, 2) corners of the enclosing rectangle where it fits, else (8, 2): 4 points along the top,
@@ -521,7 +421,7 @@ def fit_outline(polygon: np.ndarray) -> np.ndarray:
         return _roll(quads, _upper_left(quads))[0] if is_convex[0] else corners
     sides = corners[[1, 3]] - corners[0]
     size = np.hypot(*sides.T)
-    if size.prod() < 1 or areas(polygon.astype(np.float64), np.array([len(polygon)]))[0] > 0.7 * size.prod():
+    if size.prod() < 1 or cv2.contourArea(polygon.astype(np.float32)) > 0.7 * size.prod():
         return corners
     axes = sides / size[:, None]
     x, y = axes @ (polygon - corners[0]).T
@@ -553,8 +453,7 @@ def order_outlines(polygons: list[np.ndarray]) -> tuple[list[np.ndarray], int, i
     metric does not notice. Those that begin at one of the other corners are either shifted by one corner or on a page
     that lies on its side: the words longer than high say which. An outline of more points stays as it is.
 
-    Returns:
-        the outlines, how many were changed, and how many begin elsewhere and are left since neither is certain.
+    Returns the outlines, how many were changed, and how many begin elsewhere and are left since neither is certain.
     """
     polygons = [
         polygon[:-1] if len(polygon) > 4 and (polygon[0] == polygon[-1]).all() else polygon for polygon in polygons
@@ -589,11 +488,9 @@ def _clockwise(quads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ordered, is_convex = quads.copy(), np.zeros(len(quads), bool)
     for order in ((0, 1, 2, 3), (0, 1, 3, 2), (0, 2, 1, 3)):  # as it is, and without the crossing of a zigzag
         corners = quads[:, order]
-        edges = edges_of(corners.transpose(2, 1, 0))
-        turns = cross(edges, next_corners(edges))
-        clockwise, anticlockwise = (turns > 0).all(axis=0) & ~is_convex, (turns < 0).all(axis=0) & ~is_convex
-        ordered[clockwise], ordered[anticlockwise] = corners[clockwise], corners[anticlockwise, ::-1]
-        is_convex |= clockwise | anticlockwise
+        turn = turning(corners.transpose(2, 1, 0)) * ~is_convex
+        ordered[turn > 0], ordered[turn < 0] = corners[turn > 0], corners[turn < 0, ::-1]
+        is_convex |= turn != 0
     return ordered, is_convex
 
 
@@ -627,18 +524,16 @@ def _begins_at_an_end(polygon: np.ndarray) -> bool:
 
 
 def reading_order(polygons: list[np.ndarray]) -> tuple[list[int], list[int]]:
-    """Order of the words of a page: line by line from the top, each from the left.
+    """Indices of the words of a page line by line from the top, each from the left, and the line number of each word,
+    from 1.
 
     A word belongs to the line whose last word so far it overlaps most in height, at least by half of the lower one, so
     lines may be skewed and bent. Where most words are higher than long, the page lies on its side and lines run down.
-
-    Returns:
-        indices of the polygons in reading order, and the line number of each polygon, from 1.
     """
     if not polygons:
         return [], []
     quads = np.stack([enclosing_rectangle(polygon) for polygon in polygons])
-    if is_turned(quads):
+    if tall_share(polygons) > MOST_TALL:
         quads = np.roll(quads[:, :, ::-1] * (1, -1), -1, axis=1)  # what runs down runs right
     along = quads[:, 1] - quads[:, 0] + quads[:, 2] - quads[:, 3]
     widths, heights = _sides(quads)
@@ -662,17 +557,9 @@ def reading_order(polygons: list[np.ndarray]) -> tuple[list[int], list[int]]:
     return np.lexsort((x, numbers)).tolist(), numbers.tolist()
 
 
-def is_turned(quads: np.ndarray) -> bool:
-    """Whether most of the elongated words among (k, 4, 2) upright rectangles are higher than long: the page lies on its
-    side."""
-    width, height = _sides(quads)
-    tall, wide = np.count_nonzero(height > ELONGATED * width), np.count_nonzero(width > ELONGATED * height)
-    return bool(tall > 2 * wide)
-
-
 def tall_share(polygons: list[np.ndarray]) -> float:
-    """Share of those that are higher than long among the elongated of (n, 2) int32 polygons; 0 without any."""
-    sizes = [cv2.boundingRect(polygon)[2:] for polygon in polygons]
+    """Share of those that are higher than long among the elongated of (n, 2) polygons; 0 without any."""
+    sizes = [cv2.boundingRect(polygon.astype(np.float32))[2:] for polygon in polygons]
     tall = sum(height > ELONGATED * width for width, height in sizes)
     wide = sum(width > ELONGATED * height for width, height in sizes)
     return tall / max(tall + wide, 1)

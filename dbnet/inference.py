@@ -25,7 +25,7 @@ from dbnet.config import NETWORK_FIELDS, Config
 from dbnet.dataset import ArrayLoader, Batches, ImageDataset, count_cores, count_workers, load_batches, make_loader
 from dbnet.errors import ImageError, UserError, is_out_of_memory, library_errors
 from dbnet.files import check_regular, write_whole
-from dbnet.geometry import Letterbox, in_windows, inference_side, padded, tall_share, windows
+from dbnet.geometry import MOST_TALL, Letterbox, in_windows, inference_side, padded, tall_share, windows
 from dbnet.images import list_pages, read_image, read_size, to_rgb
 from dbnet.memory import BatchPlan, run_until_it_fits
 from dbnet.postprocess import corners, extract_polygons
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 OPSET = 17
 CONFIG_KEY = "dbnet_config"
 _EXPORT_ANEW = "export it with export.py"
-SOME_TALL, MOST_TALL = 0.1, 0.67  # shares of tall words: a page may lie on its side, and does. Upright pages have 0.03
+SOME_TALL = 0.1  # share of tall words above which a page may lie on its side. Upright pages have 0.03
 _WAITING_IMAGES = 64  # on a GPU, more maps than this do not wait for their polygons; then the network does
 
 

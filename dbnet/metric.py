@@ -21,56 +21,38 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.spatial import ConvexHull, QhullError
 
-from dbnet.geometry import Polygons, blocks, common_areas, contains, cross, dot, edges_of, near_pairs, ranges
+from dbnet.geometry import Polygons, blocks, common_areas, contains, cross, edges_of, near_pairs, ranges
 
-CLEVAL_MIN_POINTS = 4
-"""Polygons with fewer points are skipped."""
-
-MAX_DETECTIONS = 500
-"""Only the first detections of an image, this many, are scored."""
-
-MAX_CHARACTERS = 100
-"""Most characters that a word or a detection counts as."""
+CLEVAL_MIN_POINTS = 4  # polygons with fewer are skipped
+MAX_DETECTIONS = 500  # of an image are scored, the first ones
+MAX_CHARACTERS = 100  # that a word or a detection counts as
 
 MIN_AREA_PRECISION = np.float32(0.3)
 """Share of a detection's area that must lie inside what it matches. Area precisions are float32, as the competition
 keeps them, so that a share of exactly 3/10 is enough however the last bit of a double falls."""
 
 FLOAT32_EPS = np.finfo(np.float32).eps
+Flags = Sequence[bool] | None  # for each ground truth whether it is don't-care; None for none
 
 
 @dataclass(frozen=True)
 class ImageScore:
     """CLEval of one image; counts are of pseudo-characters unless stated otherwise."""
 
-    precision: float
-    """`max(0, chars_tp - gran_precision) / chars_det`, 0 if the divisor is 0."""
-    recall: float
-    """`max(0, chars_tp - gran_recall) / chars_gt`, 0 if the divisor is 0."""
-    hmean: float
-    """Harmonic mean of precision and recall."""
-    words: int
-    """Ground truths scored, including don't-care ones."""
-    detections: int
-    """Detections scored, including don't-care ones."""
-    chars_gt: int
-    """In all ground truths that are not don't-care."""
-    chars_det: int
-    """Inside matched detections (a character inside two counts twice), and `fp_chars`."""
-    chars_tp: int
-    """Found: inside at least one detection that is matched with their ground truth."""
-    fp_chars: int
-    """Estimated from the aspect ratio of detections without a match."""
-    overlaps: int
-    """Number of times that a later detection found a character again."""
-    splits: int
-    """Ground truths matched with several detections."""
-    merges: int
-    """Detections matched with several ground truths."""
-    gran_recall: int
-    """Penalty of splits: the sum of matched detections - 1 over ground truths."""
-    gran_precision: int
-    """Penalty of merges: the sum of matched ground truths - 1 over detections."""
+    precision: float  # max(0, chars_tp - gran_precision) / chars_det, 0 if the divisor is 0
+    recall: float  # max(0, chars_tp - gran_recall) / chars_gt, 0 if the divisor is 0
+    hmean: float  # harmonic mean of precision and recall
+    words: int  # ground truths scored, including don't-care ones
+    detections: int  # detections scored, including don't-care ones
+    chars_gt: int  # in all ground truths that are not don't-care
+    chars_det: int  # inside matched detections (a character inside two counts twice), and `fp_chars`
+    chars_tp: int  # found: inside at least one detection that is matched with their ground truth
+    fp_chars: int  # estimated from the aspect ratio of detections without a match
+    overlaps: int  # number of times that a later detection found a character again
+    splits: int  # ground truths matched with several detections
+    merges: int  # detections matched with several ground truths
+    gran_recall: int  # penalty of splits: the sum of matched detections - 1 over ground truths
+    gran_precision: int  # penalty of merges: the sum of matched ground truths - 1 over detections
 
 
 @dataclass(frozen=True)
@@ -83,20 +65,13 @@ class DatasetScore(ImageScore):
 class Outcome(StrEnum):
     """Match outcome of a ground truth or a detection."""
 
-    CORRECT = "correct"
-    """Matched one to one."""
-    MISSED = "missed"
-    """A ground truth without a match."""
-    FALSE = "false"
-    """A detection without a match."""
-    SPLIT = "split"
-    """A ground truth matched with several detections, or one of these."""
-    MERGED = "merged"
-    """A detection matched with several ground truths, or one of these."""
-    DONT_CARE = "dont_care"
-    """A don't-care ground truth, or a detection mainly on such ones: neither right nor wrong."""
-    UNSCORED = "unscored"
-    """It has fewer than CLEVAL_MIN_POINTS points, or comes after the first MAX_DETECTIONS detections."""
+    CORRECT = "correct"  # matched one to one
+    MISSED = "missed"  # a ground truth without a match
+    FALSE = "false"  # a detection without a match
+    SPLIT = "split"  # a ground truth matched with several detections, or one of these
+    MERGED = "merged"  # a detection matched with several ground truths, or one of these
+    DONT_CARE = "dont_care"  # a don't-care ground truth, or a detection mainly on such ones: neither right nor wrong
+    UNSCORED = "unscored"  # it has fewer than CLEVAL_MIN_POINTS points, or comes after the first MAX_DETECTIONS
 
 
 @dataclass(frozen=True)
@@ -104,18 +79,12 @@ class ImageMatch:
     """The matches of CLEval between the ground truths and detections of an image, and their score."""
 
     score: ImageScore
-    gt_scored: np.ndarray
-    """(ground truths,) bool: which are scored"""
-    det_scored: np.ndarray
-    """(detections,) bool: which are scored"""
-    gt_valid: np.ndarray
-    """(ground truths,) bool: which are scored and not don't-care"""
-    det_valid: np.ndarray
-    """(detections,) bool: which are scored and not don't-care"""
-    gt: np.ndarray
-    """(matches,) index of the ground truth of each matched pair"""
-    det: np.ndarray
-    """(matches,) index of the detection of each matched pair"""
+    gt_scored: np.ndarray  # (ground truths,) bool: which are scored
+    det_scored: np.ndarray  # (detections,) bool, likewise
+    gt_valid: np.ndarray  # (ground truths,) bool: which are scored and not don't-care
+    det_valid: np.ndarray  # (detections,) bool, likewise
+    gt: np.ndarray  # (matches,) index of the ground truth of each matched pair
+    det: np.ndarray  # (matches,) index of its detection
     gt_chars: np.ndarray
     """(ground truths, 2) int: found characters and all characters of each, 0 if it is unscored or don't-care; they sum
     to `score.chars_tp` and `score.chars_gt`"""
@@ -138,10 +107,7 @@ class CLEval:
     images: list[ImageScore] = field(default_factory=list)
 
     def update(
-        self,
-        gt_polygons: Sequence[ArrayLike],
-        det_polygons: Sequence[ArrayLike],
-        dont_care: Sequence[bool] | None = None,
+        self, gt_polygons: Sequence[ArrayLike], det_polygons: Sequence[ArrayLike], dont_care: Flags = None
     ) -> ImageScore:
         """Score an image (see `score_image`), remember the score and return it. Call it for images without
         predictions too: they count 0."""
@@ -157,28 +123,22 @@ class CLEval:
 
 
 def score_image(
-    gt_polygons: Sequence[ArrayLike],
-    det_polygons: Sequence[ArrayLike],
-    dont_care: Sequence[bool] | None = None,
+    gt_polygons: Sequence[ArrayLike], det_polygons: Sequence[ArrayLike], dont_care: Flags = None
 ) -> ImageScore:
     """CLEval of one image, as docs/how-it-works.md defines it.
 
-    Args:
-        gt_polygons: the words, each (n, 2) points (x, y) in pixels: along the top edge, then back along the bottom.
-        det_polygons: the detections, likewise, in the order in which they claim characters.
-        dont_care: for each ground truth, whether it counts as neither found nor missed; None for none.
+    The words are (n, 2) points (x, y) in pixels each, along the top edge, then back along the bottom; the detections
+    are, too, and claim characters in their order. `dont_care` says of each word whether it counts as neither found nor
+    missed. Coordinates are truncated to integers. An outline that crosses itself is even-odd.
 
-    Coordinates are truncated to integers. An outline that crosses itself is even-odd, as in the competition's scorer.
-
-    Raises:
-        ValueError: if a polygon is not (n, 2) or has a coordinate that is not finite or beyond
-            `geometry.MAX_COORDINATE`, or if `dont_care` is not one flag for each ground truth.
+    Raises ValueError if a polygon is not (n, 2) or has a coordinate that is not finite or beyond
+    `geometry.MAX_COORDINATE`, or if `dont_care` is not one flag for each ground truth.
     """
     return match_image(gt_polygons, det_polygons, dont_care).score
 
 
 def match_image(
-    gt_polygons: Sequence[ArrayLike], det_polygons: Sequence[ArrayLike], dont_care: Sequence[bool] | None = None
+    gt_polygons: Sequence[ArrayLike], det_polygons: Sequence[ArrayLike], dont_care: Flags = None
 ) -> ImageMatch:
     """`score_image` with the matches behind the score; arguments and errors are the same."""
     return _match(_compare(gt_polygons, det_polygons, dont_care), np.ones(len(det_polygons), bool))
@@ -187,7 +147,7 @@ def match_image(
 def score_selections(
     gt_polygons: Sequence[ArrayLike],
     det_polygons: Sequence[ArrayLike],
-    dont_care: Sequence[bool] | None,
+    dont_care: Flags,
     selections: Iterable[np.ndarray],
 ) -> list[ImageScore]:
     """`score_image` of each of several selections of the detections; the polygons are compared only once.
@@ -205,29 +165,19 @@ class _Comparison:
 
     gts: Polygons
     dets: Polygons
-    gt_valid: np.ndarray
-    """(len(gts),) bool: which are scored and not don't-care"""
-    lengths: np.ndarray
-    """(len(gts),) pseudo-characters of each"""
-    gt: np.ndarray
-    """(k,) indices of the ground truths of pairs"""
-    det: np.ndarray
-    """(k,) indices of the detections of pairs"""
-    has_centre: np.ndarray
-    """(k,) whether a character centre of the ground truth lies inside the detection: M > 0"""
-    area_precision: np.ndarray
-    """(k,) float32, area of both / area of the detection, 0 where the detection has none: AP"""
-    pair_of_centre: np.ndarray
-    """(m,) for each centre inside a detection: index of the pair, 0 to k - 1"""
-    centre: np.ndarray
-    """(m,) for each centre inside a detection: index of the centre"""
+    gt_valid: np.ndarray  # (len(gts),) bool: which are scored and not don't-care
+    lengths: np.ndarray  # (len(gts),) pseudo-characters of each
+    gt: np.ndarray  # (k,) indices of the ground truths of pairs
+    det: np.ndarray  # (k,) indices of the detections of pairs
+    has_centre: np.ndarray  # (k,) whether a character centre of the ground truth lies inside the detection: M > 0
+    area_precision: np.ndarray  # (k,) float32, area of both / area of the detection, 0 where it has none: AP
+    pair_of_centre: np.ndarray  # (m,) for each centre inside a detection: index of the pair, 0 to k - 1
+    centre: np.ndarray  # (m,) for each centre inside a detection: index of the centre
 
 
-def _compare(
-    gt_polygons: Sequence[ArrayLike], det_polygons: Sequence[ArrayLike], dont_care: Sequence[bool] | None
-) -> _Comparison:
+def _compare(gt_polygons: Sequence[ArrayLike], det_polygons: Sequence[ArrayLike], dont_care: Flags) -> _Comparison:
     """Measure the polygons of an image and the pairs of them that can match."""
-    gts, dets = Polygons.read(gt_polygons, CLEVAL_MIN_POINTS), Polygons.read(det_polygons, CLEVAL_MIN_POINTS)
+    gts, dets = Polygons(gt_polygons, CLEVAL_MIN_POINTS), Polygons(det_polygons, CLEVAL_MIN_POINTS)
     if dont_care is not None and len(dont_care) != len(gts):
         raise ValueError(f"dont_care has {len(dont_care)} flags for {len(gts)} ground truths")
     gt_valid = gts.is_given & ~np.asarray(dont_care if dont_care is not None else np.zeros(len(gts)), bool)
@@ -236,11 +186,10 @@ def _compare(
     centres, first_centres = _character_centres(gts, lengths), np.cumsum(lengths) - lengths
 
     near_gt, near_det = near_pairs(gts, dets)
-    pairs, inside = [np.empty(0, int)], [np.empty(0, int)]
-    for block in blocks(lengths[near_gt]):
-        count = lengths[near_gt[block]]
-        pair = np.repeat(block, count)
-        centre = np.repeat(first_centres[near_gt[block]], count) + ranges(count)
+    count, pairs, inside = lengths[near_gt], [np.empty(0, int)], [np.empty(0, int)]
+    for block in blocks(count):
+        pair = np.repeat(block, count[block])
+        centre = np.repeat(first_centres[near_gt[block]], count[block]) + ranges(count[block])
         is_inside = contains(dets, near_det[pair], centres.take(centre, axis=1))
         pairs.append(pair[is_inside])
         inside.append(centre[is_inside])
@@ -328,11 +277,7 @@ def _matched_pairs(image: _Comparison, scored: np.ndarray, det_valid: np.ndarray
 
 
 def _outcomes(
-    is_scored: np.ndarray,
-    is_valid: np.ndarray,
-    own: np.ndarray,
-    partner: np.ndarray,
-    names: tuple[Outcome, Outcome, Outcome],
+    is_scored: np.ndarray, is_valid: np.ndarray, own: np.ndarray, partner: np.ndarray, names: tuple[Outcome, ...]
 ) -> list[Outcome]:
     """Outcomes of the ground truths, or of the detections, from the matched pairs.
 
@@ -405,9 +350,9 @@ def _enclosing_rectangles(hulls: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     hulls = hulls.astype(np.float32)
     edges = edges_of(hulls)
-    directions = (edges / np.sqrt(dot(edges, edges)))[:, :, None]
+    directions = (edges / np.sqrt((edges * edges).sum(axis=0)))[:, :, None]
     corners = hulls[:, None]
-    along = np.ptp(dot(directions, corners), axis=1)
+    along = np.ptp((directions * corners).sum(axis=0), axis=1)
     across = np.ptp(cross(directions, corners), axis=1)
     return along * across, np.minimum(across / (along + FLOAT32_EPS), np.float32(100))
 

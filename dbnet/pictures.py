@@ -9,9 +9,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -22,7 +22,7 @@ from dbnet.annotations import Annotation, as_labels
 from dbnet.dataset import Draw, TextDataset
 from dbnet.errors import UserError, one_line, printable
 from dbnet.files import Row, make_folder, read_log, write_whole
-from dbnet.geometry import Letterbox, enclosing_rectangle, is_turned
+from dbnet.geometry import MOST_TALL, Letterbox, tall_share
 from dbnet.images import name_stem, read_image
 
 if TYPE_CHECKING:
@@ -48,13 +48,12 @@ def draw_polygons(
 
 def write_image(path: Path, image: np.ndarray) -> None:
     """Write (height, width, 3) uint8 RGB pixels as .png or .jpg, whole or not at all. Raises UserError."""
-    suffix = path.suffix.lower()
-    if suffix not in (".png", ".jpg", ".jpeg"):
+    kind = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}.get(path.suffix.lower())
+    if not kind:
         raise UserError(f"{path}: pictures are written as .png or .jpg; name such a file")
     note = PngInfo()
     note.add_text("Software", PICTURE_MARK)
     with write_whole(path) as file:
-        kind = "PNG" if suffix == ".png" else "JPEG"
         Image.fromarray(image).save(file, kind, pnginfo=note, quality=95, comment=PICTURE_MARK)
 
 
@@ -86,14 +85,12 @@ class ImagePictures:
         if crops and crops.is_dir() and not (crops / "index.csv").exists() and any(crops.iterdir()):
             raise UserError(f"{crops}: holds other files; name an empty folder for the crops")
         self.overlays = plan_overlays(overlays, images) if overlays else {}
-        planned = plan_overlays(crops, images) if crops else {}
-        self.crops = {path: picture.with_suffix("") for path, picture in planned.items()}
+        self.crops = plan_overlays(crops, images) if crops else {}
         self._index = crops / "index.csv" if crops else None
 
     def outputs(self) -> list[tuple[Path | None, str]]:
         """What `files.check_outputs` looks at."""
-        marked: list[tuple[Path | None, str]] = [(path, PICTURE_MARK) for path in self.overlays.values()]
-        return [*marked, (self._index, ",".join(INDEX_HEADER))]
+        return [(self._index, ",".join(INDEX_HEADER)), *((path, PICTURE_MARK) for path in self.overlays.values())]
 
     def are_there(self, path: Path, annotation: Annotation) -> bool:
         """Whether an earlier job has written those of an image."""
@@ -125,7 +122,7 @@ class ImagePictures:
                     writer.writerow([crop, name, word["order"], word["line"], word.get("score", ""), outline])
 
     def _crop(self, path: Path, order: int) -> Path:
-        return self.crops[path].with_name(f"{self.crops[path].name}_{order:04d}.png")
+        return self.crops[path].with_name(f"{self.crops[path].stem}_{order:04d}.png")
 
 
 def crop_words(pixels: np.ndarray, outlines: list[np.ndarray]) -> Iterator[np.ndarray]:
@@ -134,7 +131,7 @@ def crop_words(pixels: np.ndarray, outlines: list[np.ndarray]) -> Iterator[np.nd
     `outlines` are (4, 2) or (8, 2) from `fit_outline`; one of 8 points is made straight in three parts. On a page that
     lies on its side words are taken to run down, and are turned by a quarter anticlockwise.
     """
-    turned = is_turned(np.stack([enclosing_rectangle(outline) for outline in outlines]))
+    turned = tall_share(outlines) > MOST_TALL
     for outline in outlines:
         points = outline.astype(np.float32)
         if turned and len(points) == 4:
@@ -173,38 +170,6 @@ def sample_sheet(dataset: TextDataset, count: int = 4, side: int = 480) -> np.nd
             row[: size[1], left : left + size[0]] = cv2.resize(panel, size, interpolation=cv2.INTER_AREA)
         rows.append(row)
     return np.vstack(rows)
-
-
-def draw_heat_map(
-    values: np.ndarray,
-    rows: Sequence[float],
-    columns: Sequence[float],
-    labels: tuple[str, str],
-    title: str,
-    marks: dict[str, tuple[int, int]],
-) -> "Figure":
-    """Draw (rows, columns) values of 0..1, the highest brightest and the lowest quarter in one colour.
-
-    `rows` and `columns` are the numbers on the axes, from the bottom and the left, `labels` the names of these axes,
-    `marks` the cells (row, column) to frame by their legends; any after the first get a dashed frame.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    figure = Figure((2 + 0.9 * len(columns), 2.5 + 0.45 * len(rows)), layout="constrained")
-    axes = figure.add_subplot(xlabel=labels[1], ylabel=labels[0], title=title)
-    low, high = float(np.quantile(values, 0.25)), float(values.max())
-    axes.imshow(values, "viridis", origin="lower", aspect="auto", vmin=low, vmax=max(high, low + 1e-9))
-    for (row, column), value in np.ndenumerate(values):
-        color = "black" if value > (low + high) / 2 else "white"
-        axes.text(column, row, f"{value:.4f}", ha="center", va="center", color=color)
-    axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
-    axes.set_yticks(range(len(rows)), [f"{value:g}" for value in rows])
-    for number, (legend, (row, column)) in enumerate(marks.items()):
-        style: dict[str, Any] = {"linestyle": "--" if number else "-", "linewidth": 3, "label": legend}
-        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=VERMILION, **style))
-    figure.legend(loc="outside lower left", frameon=False)
-    return figure
 
 
 # ---- the progress of a run

@@ -21,11 +21,11 @@ from PIL import Image
 
 from dbnet.annotations import Annotation
 from dbnet.errors import ImageError
-from dbnet.evaluation import SIZE_EDGES, Comparison, Evaluation, bin_of_size, text_heights
+from dbnet.evaluation import Comparison, Evaluation, size_bins
 from dbnet.files import write_whole
 from dbnet.geometry import Letterbox
 from dbnet.images import read_image
-from dbnet.metric import Outcome, match_image
+from dbnet.metric import match_image
 
 PICTURE_SIDE, PICTURE_BYTES = 1024, 75_000  # at most: 400 images, with maps and polygons, then stay under 60 MB
 MAP_SIDE, MAP_BYTES = 512, 15_000
@@ -47,21 +47,14 @@ class Picture:
 
     width: int
     height: int
-    jpeg: bytes
-    """the reduced image; empty if it cannot be read"""
-    prob_map: bytes
-    """PNG of the probability map; empty if there is none"""
-    error: str | None
-    """one line, if the image cannot be read: it is as large as its polygons then"""
+    jpeg: bytes  # the reduced image; empty if it cannot be read
+    prob_map: bytes  # PNG of the probability map; empty if there is none
+    error: str | None  # one line, if the image cannot be read: it is as large as its polygons then
     gt: list[list[Any]]
-    """for each ground truth: index of its outcome in `Outcome`, characters found, all that count, bin of its size,
-    [x, y, x, y, ...]"""
-    det: list[list[Any]]
-    """for each detection: index of its outcome, score or None, [x, y, x, y, ...]"""
+    """for each ground truth: its outcome, characters found, all that count, bin of its size, [x, y, x, y, ...]"""
+    det: list[tuple[Any, ...]]  # for each detection: its outcome, score or None, [x, y, x, y, ...]
 
 
-_OUTCOMES = list(Outcome)
-_NOT_COUNTED = (_OUTCOMES.index(Outcome.DONT_CARE), _OUTCOMES.index(Outcome.UNSCORED))
 _EMBEDDED = ("jpeg", "prob_map")
 
 
@@ -85,13 +78,12 @@ def picture_of(
         width, height = np.concatenate(everything).max(axis=0).clip(1, _FAR).astype(int).tolist()
         jpeg, error = b"", str(unreadable)
     match = match_image(annotation.polygons, polygons, annotation.dont_care)
-    sizes = bin_of_size(text_heights(annotation.polygons), (width, height)).tolist()
+    sizes = size_bins(annotation.polygons, (width, height)).tolist()
     words = zip(match.gt_outcomes(), match.gt_chars.tolist(), sizes, map(_flat, annotation.polygons), strict=True)
     rounded = [round(float(score), 3) for score in scores] if scores else [None] * len(polygons)
     found = zip(match.det_outcomes(), rounded, map(_flat, polygons), strict=True)
-    gt = [[_OUTCOMES.index(outcome), *chars, size, points] for outcome, chars, size, points in words]
-    det = [[_OUTCOMES.index(outcome), score, points] for outcome, score, points in found]
-    return Picture(width, height, jpeg, b"" if prob_map is None else encode_map(prob_map), error, gt, det)
+    gt = [[outcome, *chars, size, points] for outcome, chars, size, points in words]
+    return Picture(width, height, jpeg, b"" if prob_map is None else encode_map(prob_map), error, gt, list(found))
 
 
 def write_report(
@@ -102,39 +94,40 @@ def write_report(
     comparison: Comparison | None = None,
     language: str = "auto",
 ) -> None:
-    """Write the page of an evaluation whose `pictures` are made by `picture_of`. Raises UserError where it cannot.
+    """Write the page of an evaluation whose pictures are made by `picture_of`. Raises UserError where it cannot.
 
     `title` says what was scored, `settings` how, by name. With a `comparison` the page shows the changes since the
     earlier scores. `language` is en, ko or auto, the language of the browser.
     """
-    pictures = evaluation.pictures
-    versus = None
+    versus, earlier = None, {}
     if comparison:
-        versus = dict(zip(("before", "after"), comparison.means(), strict=True)) | {
+        earlier = dict(zip(comparison.names, comparison.before.tolist(), strict=True))
+        versus = {
             "name": str(comparison.path),
-            "images": len(comparison.after),
-            "better": len(comparison.better()),
-            "worse": len(comparison.worse()),
+            "before": comparison.before.mean(axis=0).tolist(),
+            "after": comparison.after.mean(axis=0).tolist(),
+            "images": len(comparison.names),
+            "better": len(comparison.better),
+            "worse": len(comparison.worse),
             "other_labels": len(comparison.other_labels),
-            "labels_known": any(comparison.labels.values()),
+            "labels_known": comparison.labels_known,
         }
     data = {
         "title": title,
         "language": language,
         "settings": {name: str(value) for name, value in settings.items()},
-        "outcomes": _OUTCOMES,
         "totals": asdict(evaluation.compute()),
         "interval": evaluation.interval(),
-        "sizes": _recall_by_size(list(pictures.values())),
+        "sizes": evaluation.by_size(),
         "comparison": versus,
         "images": [
             {
                 "name": name,
-                **asdict(score),
-                "before": comparison.before.get(name) if comparison else None,
-                **{key: value for key, value in vars(pictures[name]).items() if key not in _EMBEDDED},
+                **asdict(image.score),
+                "before": earlier.get(name),
+                **{key: value for key, value in vars(image.picture).items() if key not in _EMBEDDED},
             }
-            for name, score in evaluation.per_image.items()
+            for name, image in evaluation.images.items()
         ],
     }
     # No name can break out of this JSON: it is ASCII, and without `<` it has neither a tag nor a comment.
@@ -143,28 +136,11 @@ def write_report(
     with write_whole(path, "w") as file:
         file.write(before)
         file.write(f'<script type="application/json" id="data">{content}</script>\n')
-        for index, name in enumerate(evaluation.per_image):
+        for index, scored in enumerate(evaluation.images.values()):
             for kind in _EMBEDDED:
-                encoded = base64.b64encode(getattr(pictures[name], kind)).decode()
+                encoded = base64.b64encode(getattr(scored.picture, kind)).decode()
                 file.write(f'<script type="text/plain" id="{kind}-{index}">{encoded}</script>\n' if encoded else "")
         file.write(f"{after}<!-- {REPORT_MARK} -->\n")
-
-
-def _recall_by_size(pictures: list[Picture]) -> list[dict[str, Any]]:
-    """For each size of text its bounds, and what counts of it in all images."""
-    scored = [word for picture in pictures for word in picture.gt if word[0] not in _NOT_COUNTED]
-    bins = [[word for word in scored if word[3] == size] for size in range(len(SIZE_EDGES) - 1)]
-    return [
-        {
-            "low": low,
-            "high": high,
-            "words": len(words),
-            "missed": sum(word[0] == _OUTCOMES.index(Outcome.MISSED) for word in words),
-            "chars": sum(word[2] for word in words),
-            "found": sum(word[1] for word in words),
-        }
-        for low, high, words in zip(SIZE_EDGES, SIZE_EDGES[1:], bins, strict=False)
-    ]
 
 
 def encode_picture(pixels: np.ndarray) -> bytes:

@@ -26,7 +26,7 @@ from dbnet.annotations import Annotation
 from dbnet.dataset import Batches, Draw, ImageDataset, TextDataset, gather_words, load_batches, make_loader
 from dbnet.errors import UserError
 from dbnet.formats import read_labels_at
-from dbnet.geometry import Letterbox, areas, clip_polygons, split_polygons
+from dbnet.geometry import Letterbox
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([32, 640, 1024]), st.integers(0, 2**32))
@@ -35,7 +35,7 @@ def test_letterbox_there_and_back_is_exact(width, height, side, seed):
     points = np.random.default_rng(seed).uniform(0, (width, height), (20, 2))
     inside = letterbox.to_network(points)
     assert (inside >= 0).all() and (inside <= side + 1e-9).all()
-    np.testing.assert_allclose(letterbox.to_image(inside), points, atol=1e-6)
+    np.testing.assert_allclose(inside / letterbox.scale, points, atol=1e-6)
 
 
 def test_letterbox_moves_pixels_with_points():
@@ -180,11 +180,13 @@ def test_photometric_augmentation_keeps_shape_and_changes_values():
 def test_points_outside_are_clipped_to_the_image():
     square = np.array([[-10.0, -10], [20, -10], [20, 20], [-10, 20]])
     outside, line = square + 500, np.array([[0.0, 0], [10, 10], [20, 20]])
-    polygons, counts = [outside, square, line, line[:2], np.empty((0, 2))], np.array([4, 4, 3, 2, 0])
-    points, is_degenerate = clip_polygons(np.concatenate(polygons), counts, 100, 100)
-    assert is_degenerate.tolist() == [True, False, True, True, True]
-    assert areas(points, counts).tolist() == [0, 400, 0, 0, 0]
-    assert [len(polygon) for polygon in split_polygons(points, counts)] == [4, 4, 3, 2, 0]
+    polygons = [outside, square, line, line[:2], np.empty((0, 2))]
+    dataset = TextDataset.__new__(TextDataset)
+    dataset.words = [gather_words(Annotation(polygons, [False] * 5))]
+    text, masked, degenerate = dataset.polygons(0, Letterbox(100, 100, 100), augment.Augmentation())
+    assert [polygon.tolist() for polygon in text] == [square.clip(0).tolist()]
+    assert [len(polygon) for polygon in masked] == [4, 3, 2, 0] and degenerate == 4
+    assert (masked[0] == 100).all()
 
 
 def test_text_that_cannot_be_learned_is_masked_and_counted_and_not_left_as_background(small):

@@ -18,13 +18,10 @@ from dbnet.evaluation import (
     Comparison,
     Evaluation,
     IoUScore,
-    PrecisionRecall,
-    bin_of_size,
-    chars_by_size,
+    ScoredImage,
+    read_scores,
     score_iou,
-    size_rows,
-    text_heights,
-    total_iou,
+    size_bins,
 )
 from dbnet.metric import ImageScore, match_image, score_image
 
@@ -33,8 +30,8 @@ def box(x, y, width, height):
     return np.array([[x, y], [x + width, y], [x + width, y + height], [x, y + height]])
 
 
-def image_score(hmean):
-    return ImageScore(hmean, hmean, hmean, *[0] * 11)
+def scored(hmean):
+    return ScoredImage(ImageScore(hmean, hmean, hmean, *[0] * 11), score_iou([], []), "")
 
 
 # ------------------------------------------------------------------------------------------------------------- IoU
@@ -106,12 +103,10 @@ def test_polygons_without_area_are_counted_and_match_nothing():
 
 
 def test_the_total_is_over_words_and_not_over_images():
-    good = score_iou([WORD], [WORD])
-    bad = score_iou([WORD, WORD + 100, WORD + 200], [WORD + 400])
-    total = total_iou([good, bad])
+    total = evaluation_of(good=([WORD], [WORD]), bad=([WORD, WORD + 100, WORD + 200], [WORD + 400])).iou()
     assert counts(total) == (1, 4, 2)
     assert (total.precision, total.recall) == (1 / 2, 1 / 4)
-    assert total_iou([]) == IoUScore(0, 0, 0, 0, 0, 0)
+    assert Evaluation().iou() == IoUScore(0, 0, 0, 0, 0, 0)
 
 
 def by_the_book(gts, dets, dont_care):
@@ -160,29 +155,31 @@ def test_scores_are_shares(gts, dets):
 def test_height_is_the_shorter_side_however_a_word_is_turned(angle):
     word = cv2.boxPoints(((200, 200), (90, 14), angle))
     curved = np.concatenate([word[:1], (word[:1] + word[1:2]) / 2, word[1:]])  # more points change nothing
-    np.testing.assert_allclose(text_heights([word, curved, word[::-1]]), 14, atol=1e-3)
+    for long_side, expected in ((1399, 2), (1401, 1)):  # 14 is a hundredth of 1400
+        assert size_bins([word, curved, word[::-1]], (700, long_side)).tolist() == [expected] * 3
 
 
 def test_height_of_what_has_no_area_is_zero():
-    assert text_heights([box(5, 5, 30, 0), [[1, 2]]]).tolist() == [0, 0]
-    assert text_heights([]).shape == (0,)
+    assert size_bins([box(5, 5, 30, 0), [[1, 2]]], (10, 10)).tolist() == [0, 0]
+    assert size_bins([], (10, 10)).shape == (0,)
 
 
 def test_a_word_on_an_edge_is_in_the_bin_above_and_nothing_is_beyond_the_last():
     size = (600, 1000)
-    heights = np.array([0, 4.9, 5, 10, 15, 20, 24.9, 25, 99, 100, 499, 500, 1000, 3000])
-    assert bin_of_size(heights, size).tolist() == [0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 7, 7]
-    assert bin_of_size(heights, size[::-1]).tolist() == bin_of_size(heights, size).tolist()
+    words = [box(0, 0, 5000, height) for height in (0, 4.9, 5, 10, 15, 20, 24.9, 25, 99, 100, 499, 500, 1000, 3000)]
+    assert size_bins(words, size).tolist() == [0, 0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 7, 7]
+    assert size_bins(words, size[::-1]).tolist() == size_bins(words, size).tolist()
 
 
 def test_characters_are_counted_where_their_word_belongs():
     # On 1000 pixels: 4 characters of height 10 (found), 4 of 10 (missed), 2 of 30 (don't care), 3 of 40 (found).
     words = [box(0, 0, 40, 10), box(0, 100, 40, 10), box(0, 200, 60, 30), box(0, 300, 120, 40)]
-    match = match_image(words, [words[0], words[3]], [False, False, True, False])
-    rows = size_rows([chars_by_size(words, (1000, 700), match.gt_chars)])
+    evaluation = Evaluation()
+    evaluation.update("a", Annotation(words, [False, False, True, False]), [words[0], words[3]], (1000, 700))
+    rows = evaluation.by_size()
     by_edge = {row["from"]: (row["chars_gt"], row["chars_tp"], row["recall"]) for row in rows}
     chars = score_image([words[3]], [words[3]]).chars_gt
-    assert by_edge[0.01] == (8, 4, 0.5)
+    assert by_edge[0.01] == (8, 4, 0.5) and (rows[2]["words"], rows[2]["missed"]) == (2, 1)
     assert by_edge[0.025] == (chars, chars, 1.0)
     assert sum(row["chars_gt"] for row in rows) == 8 + chars
     assert by_edge[0.1] == (0, 0, 0.0)
@@ -196,11 +193,13 @@ any_polygons = st.lists(st.lists(st.tuples(coordinates, coordinates), min_size=1
 @given(any_polygons, any_polygons, st.lists(st.booleans(), min_size=6, max_size=6), st.integers(1, 2000))
 @settings(deadline=None)
 def test_bins_sum_to_the_whole_image(gt, det, flags, side):
-    match = match_image(gt, det, flags[: len(gt)])
-    counts = chars_by_size(gt, (side, 1), match.gt_chars)
-    assert counts.shape == (8, 2)
-    assert counts.sum(axis=0).tolist() == [match.score.chars_tp, match.score.chars_gt]
-    assert (counts[:, 0] <= counts[:, 1]).all()
+    evaluation, annotation = Evaluation(), Annotation([np.array(word) for word in gt], flags[: len(gt)])
+    evaluation.update("a", annotation, [np.array(found) for found in det], (side, 1))
+    rows, match = evaluation.by_size(), match_image(gt, det, flags[: len(gt)])
+    counts = {key: sum(row[key] for row in rows) for key in ("chars_tp", "chars_gt", "words", "missed")}
+    assert [counts["chars_tp"], counts["chars_gt"]] == [match.score.chars_tp, match.score.chars_gt]
+    assert (counts["words"], counts["missed"]) == (match.gt_valid.sum(), match.gt_outcomes().count("missed"))
+    assert len(rows) == 8 and all(row["chars_tp"] <= row["chars_gt"] for row in rows)
 
 
 def test_an_evaluation_sums_over_images_of_known_size():
@@ -213,7 +212,7 @@ def test_an_evaluation_sums_over_images_of_known_size():
     rows = {row["from"]: row for row in evaluation.by_size()}
     assert (rows[0.0]["chars_gt"], rows[0.01]["chars_gt"], rows[0.025]["chars_gt"]) == (4, 8, 4)
     assert (rows[0.0]["recall"], rows[0.01]["recall"], rows[0.025]["recall"]) == (0, 1, 0)
-    assert len(evaluation.chars_per_image) == 2
+    assert "1 images whose files are not there" in evaluation.table()
     content = evaluation.to_dict()
     assert content["by_size"] == evaluation.by_size()
     assert content["iou"]["matched"] == 2 and content["per_image"]["a.jpg"]["iou"]["recall"] == 0.5
@@ -222,22 +221,20 @@ def test_an_evaluation_sums_over_images_of_known_size():
 # ------------------------------------------------------------------------------------------------------ comparison
 
 
+EARLIER = {"a": 0.5, "b": 0.9, "c": 0.7, "d": 0.8, "gone": 0}
+
+
 def test_comparison_is_of_the_images_in_both(tmp_path):
     file = tmp_path / "scores.json"
-    earlier = {"a": image_score(0.5), "b": image_score(0.9), "c": image_score(0.7), "gone": image_score(0)}
-    file.write_text(json.dumps({"per_image": {name: asdict(score) for name, score in earlier.items()}}))
-    comparison = Comparison.read(file)
-    here = Evaluation(
-        {"new": image_score(0.1), "a": image_score(1.0), "b": image_score(0.8), "c": image_score(0.70001)},
-        labels=dict.fromkeys(("new", "a", "b", "c"), ""),
-    )
-    comparison.check_shares(here.per_image)
-    comparison.compare(here)
-    assert list(comparison.after) == ["a", "b", "c"]
-    assert comparison.better() == [("a", pytest.approx(0.5))]
-    assert comparison.worse() == [("b", pytest.approx(-0.1))]
-    before, after = comparison.means()
-    assert (before.hmean, after.hmean) == (pytest.approx(0.7), pytest.approx((1 + 0.8 + 0.70001) / 3))
+    file.write_text(json.dumps(Evaluation({name: scored(hmean) for name, hmean in EARLIER.items()}).to_dict()))
+    here = Evaluation({"new": scored(0.1), "a": scored(1.0), "b": scored(0.8), "c": scored(0.70001), "d": scored(1)})
+    comparison = Comparison(file, read_scores(file, here.images), here)
+    assert comparison.names == ["a", "b", "c", "d"]
+    assert (comparison.better.tolist(), comparison.worse.tolist()) == ([0, 3], [1])  # from most to least
+    assert comparison.before[:, 2].tolist() == [0.5, 0.9, 0.7, 0.8]
+    assert comparison.after[:, 2].tolist() == [1, 0.8, 0.70001, 1]
+    assert "2 images better, 1 worse, 1 as before" in comparison.table()
+    assert "H-Mean     0.7250  0.8750  +0.1500" in comparison.table()
 
 
 @pytest.mark.parametrize(
@@ -247,18 +244,20 @@ def test_a_file_without_scores_is_rejected(tmp_path, text):
     file = tmp_path / "other.json"
     file.write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=r"other\.json.*--json"):
-        Comparison.read(file)
+        read_scores(file, ["a"])
 
 
 def test_scores_out_of_range_or_of_other_images_are_rejected(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
-        Comparison.read(tmp_path / "missing.json")
+        read_scores(tmp_path / "missing.json", ["a"])
     file = tmp_path / "other.json"
-    file.write_text(json.dumps({"per_image": {"a": {"precision": 1, "recall": 1, "hmean": float("nan")}}}))
-    with pytest.raises(UserError, match="no scores by image"):
-        Comparison.read(file)
+    for hmean in (float("nan"), 1.5, "1", None, [1], 10**400, {}):
+        file.write_text(json.dumps({"per_image": {"a": {"precision": 1, "recall": 1, "hmean": hmean}}}))
+        with pytest.raises(UserError, match="no scores by image"):
+            read_scores(file, ["a"])
+    file.write_text(json.dumps({"per_image": {"a": {"precision": 1, "recall": 1, "hmean": 1}}}))
     with pytest.raises(UserError, match="no image of this split"):
-        Comparison(file, {"a": PrecisionRecall(1, 1, 1)}).check_shares(["b"])
+        read_scores(file, ["b"])
 
 
 def evaluation_of(**images):
@@ -281,30 +280,27 @@ def test_scores_that_were_made_on_other_labels_are_said_to_be(tmp_path):
         "other points first": ([np.roll(words[0], 1, axis=0), *words[1:]], []),
     }
     for change, image in changes.items():
-        comparison = Comparison.read(file)
-        comparison.compare(evaluation_of(a=(words, []), b=image, c=(words, words)))
+        here = evaluation_of(a=(words, []), b=image, c=(words, words))
+        comparison = Comparison(file, read_scores(file, here.images), here)
         assert (comparison.other_labels == ["b"]) == (change not in ("the same", "fractions of pixels")), change
     assert "made on other labels for 1 of 3 images, b first" in comparison.table()
 
     ignored = Evaluation()
     ignored.update("a", Annotation(words, [True, False, False]), [])
-    comparison.compare(ignored)
-    assert comparison.other_labels == ["a"]
+    assert Comparison(file, read_scores(file, ["a"]), ignored).other_labels == ["a"]
 
 
 def test_scores_that_do_not_say_their_labels_are_said_to_be(tmp_path):
     file = tmp_path / "scores.json"
-    file.write_text(json.dumps({"per_image": {"a": asdict(image_score(0.5))}}))
-    comparison = Comparison.read(file)
-    comparison.compare(evaluation_of(a=([WORD], [])))
+    file.write_text(json.dumps({"per_image": {"a": asdict(scored(0.5).score)}}))
+    comparison = Comparison(file, read_scores(file, ["a"]), evaluation_of(a=([WORD], [])))
     assert "does not say which labels it was made on" in comparison.table()
 
 
 def test_names_of_files_do_not_break_the_lines_of_the_tables():
     name = "a\nworst images  \x1b[2J.jpg"
     evaluation = evaluation_of(**{name: ([WORD], [WORD])})
-    comparison = Comparison(Path("scores.json"), {name: PrecisionRecall(0, 0, 0)})
-    comparison.compare(evaluation)
+    comparison = Comparison(Path("scores.json"), {name: {"precision": 0, "recall": 0, "hmean": 0}}, evaluation)
     for table in (evaluation.table(), comparison.table()):
         assert "a\\nworst images  \\x1b[2J.jpg" in table and "\x1b" not in table
 
@@ -319,16 +315,16 @@ def test_the_interval_holds_the_mean_of_other_images_of_the_kind():
     held = 0
     for _ in range(60):
         hmeans = random.choice(population, 60)
-        low, high = Evaluation({str(i): image_score(hmean) for i, hmean in enumerate(hmeans)}).interval()
+        low, high = Evaluation({str(i): scored(hmean) for i, hmean in enumerate(hmeans)}).interval()
         assert low < hmeans.mean() < high
         held += low <= population.mean() <= high
     assert 51 <= held <= 60
 
 
 def test_the_interval_is_the_same_each_time_and_a_point_for_a_single_image():
-    evaluation = Evaluation({str(i): image_score(i / 10) for i in range(10)})
+    evaluation = Evaluation({str(i): scored(i / 10) for i in range(10)})
     assert evaluation.interval() == evaluation.interval()
-    assert Evaluation({"a": image_score(0.7)}).interval() == (0.7, 0.7)
+    assert Evaluation({"a": scored(0.7)}).interval() == (0.7, 0.7)
     assert Evaluation().interval() == (0, 0)
     assert evaluation_of(a=([WORD], [WORD])).to_dict()["hmean_interval"] == (1, 1)
 
@@ -336,11 +332,11 @@ def test_the_interval_is_the_same_each_time_and_a_point_for_a_single_image():
 def test_detections_that_are_not_scored_are_counted_in_one_line():
     many = [box(0, 20 * i, 40, 10) for i in range(501)]
     table = evaluation_of(**{"a.jpg": ([WORD], many), "b.jpg": ([WORD], many[:500])}).table()
-    assert "1 images have more detections than the 500 that CLEval scores, a.jpg has 501" in table
+    assert "1 images have more detections than the 500 that CLEval scores, a.jpg first" in table
 
 
 def test_images_with_as_many_detections_as_allowed_are_named_in_one_line():
     evaluation = evaluation_of(**{"a.jpg": ([WORD], [WORD])})
     assert "max-candidates" not in evaluation.table()
-    evaluation.at_limit.append("a.jpg")
+    evaluation.max_candidates = 1
     assert "1 images have as many detections as --max-candidates allows, a.jpg first" in evaluation.table()

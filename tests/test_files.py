@@ -18,7 +18,7 @@ from dbnet.annotations import RESULT_MARK, Annotation, write_detections
 from dbnet.checkpoint import load_checkpoint, save_checkpoint
 from dbnet.config import Config
 from dbnet.errors import UserError
-from dbnet.evaluation import SCORES_MARK, Comparison, Evaluation
+from dbnet.evaluation import SCORES_MARK, Evaluation, read_scores
 from dbnet.files import Journal, check_outputs, write_json, write_whole
 from dbnet.formats import read_labels_at, read_submission
 from dbnet.images import read_image, read_size
@@ -34,7 +34,7 @@ READERS = {
     "a.zip": lambda path: read_labels_at(path, []),
     "a.csv": read_submission,
     "a.pt": load_checkpoint,
-    "scores.json": Comparison.read,
+    "scores.json": lambda path: read_scores(path, []),
 }
 
 

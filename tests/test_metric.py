@@ -253,7 +253,7 @@ def test_a_detection_on_a_dont_care_word_that_crosses_itself_is_no_false_positiv
 
 def test_an_outline_that_crosses_itself_costs_nothing_for_the_others():
     words = [box(100 * k, 0, 80, 20) for k in range(5)]
-    polygons = Polygons.read([*words, ZIGZAG + 1000], 4)
+    polygons = Polygons([*words, ZIGZAG + 1000], 4)
     common_areas(polygons, polygons, np.arange(5), np.arange(5))
     assert "effort" not in polygons.__dict__  # nothing is built from its outline
 
@@ -348,7 +348,7 @@ upright_boxes = st.builds(box, *[st.integers(0, 400)] * 2, *[st.integers(1, 400)
 @given(upright_boxes | convex_quads(), st.integers(0, 3), st.booleans())
 def test_quadrilaterals_have_the_length_that_their_edges_in_the_order_of_qhull_give(quad, first, is_reversed):
     quad = np.roll(quad, first, axis=0)[:: -1 if is_reversed else 1]
-    polygons = Polygons.read([quad], metric.CLEVAL_MIN_POINTS)
+    polygons = Polygons([quad], metric.CLEVAL_MIN_POINTS)
     by_hull = metric._aspect_ratio(polygons.outline(0))
     for length_of_ratio in (metric._word_length, metric._false_positive_length):
         assert metric._lengths(polygons, np.array([0]), length_of_ratio) == length_of_ratio(by_hull)

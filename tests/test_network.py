@@ -263,7 +263,7 @@ def test_polygons_made_in_other_processes_are_the_same(small):
         assert found.scores == theirs[index].scores
         for polygon, other in zip(found.polygons, theirs[index].polygons, strict=True):
             assert np.array_equal(polygon, other)
-    assert evaluate(here, network).per_image.keys() == {path.name for path in dataset.paths}
+    assert evaluate(here, network).images.keys() == {path.name for path in dataset.paths}
 
 
 def test_polygons_are_made_by_processes_that_are_spawned_on_every_system(small):

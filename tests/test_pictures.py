@@ -17,7 +17,7 @@ from PIL import Image
 
 from dbnet import pictures
 from dbnet.files import read_log
-from dbnet.pictures import BLUE, VERMILION, draw_curves, draw_heat_map, plan_overlays, show_progress, write_figure
+from dbnet.pictures import BLUE, VERMILION, draw_curves, plan_overlays, show_progress, write_figure
 
 
 def make_row(epoch, hmean, **values):
@@ -158,22 +158,7 @@ def test_the_curves_of_an_epoch_are_freed_once_they_are_written(tmp_path):
     assert not [each for each in gc.get_objects() if isinstance(each, Figure)]
 
 
-# ------------------------------------------------------------------------------------------- heat map and overlays
-
-
-def test_the_heat_map_is_brightest_at_the_best_value_and_frames_it(tmp_path):
-    values = np.array([[0.1, 0.2], [0.3, 0.9], [0.4, 0.5]])
-    figure = draw_heat_map(values, (1, 2, 3), (0.1, 0.2), ("box", "thresh"), "title", {"best": (1, 1), "own": (0, 0)})
-    [axes] = figure.axes
-    [image] = axes.get_images()
-    assert image.get_array().tolist() == values.tolist() and image.origin == "lower"
-    assert [text.get_text() for text in axes.texts][3] == "0.9000"
-    assert [(frame.get_xy(), frame.get_label()) for frame in axes.patches] == [
-        ((0.5, 0.5), "best"),
-        ((-0.5, -0.5), "own"),
-    ]
-    write_figure(tmp_path / "a.png", figure)
-    assert Image.open(tmp_path / "a.png").height > 300
+# -------------------------------------------------------------------------------------------------------- overlays
 
 
 @pytest.mark.parametrize(

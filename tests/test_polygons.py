@@ -44,7 +44,7 @@ any_polygons = upright_rectangles() | convex_quads() | simple_polygons()
 @given(st.lists(any_polygons, max_size=4), st.lists(any_polygons, max_size=4))
 def test_areas_and_common_areas_are_those_of_the_intersections(some, others):
     first, second = np.indices((len(some), len(others))).reshape(2, -1)
-    a, b = Polygons.read(some, 3), Polygons.read(others, 3)
+    a, b = Polygons(some, 3), Polygons(others, 3)
     computed = common_areas(a, b, first, second)
     expected = [shapely.Polygon(p).intersection(shapely.Polygon(q)).area for p in some for q in others]
     assert computed == pytest.approx(np.array(expected), abs=1e-6)
@@ -58,7 +58,7 @@ def test_areas_and_common_areas_are_those_of_the_intersections(some, others):
 def test_contains_agrees_with_shapely_off_the_outline(polygon, x, y):
     point = shapely.Point(x, y)
     assume(not shapely.LinearRing(polygon).intersects(point))
-    polygons = Polygons.read([polygon], 3)
+    polygons = Polygons([polygon], 3)
     assert contains(polygons, np.array([0]), np.array([[x], [y]]))[0] == shapely.Polygon(polygon).contains(point)
 
 
@@ -81,7 +81,7 @@ tangles = st.lists(st.tuples(small, small), min_size=3, max_size=9).map(np.array
 @given(tangles, tangles)
 @example(np.array([[0, 0], [0, 8], [9, 10]]), np.array([[0, 9], [1, 0], [0, 10], [9, 10], [0, 8]]))  # nearly touch
 def test_areas_of_outlines_that_cross_themselves_are_even_odd(one, other):
-    a, b, pair = Polygons.read([one], 3), Polygons.read([other], 3), np.array([0])
+    a, b, pair = Polygons([one], 3), Polygons([other], 3), np.array([0])
     inside_one, inside_other = raster(one, 12, 600), raster(other, 12, 600)
     assert a.areas[0] == pytest.approx(inside_one.mean() * 144, abs=0.1)
     assert common_areas(a, b, pair, pair)[0] == pytest.approx((inside_one & inside_other).mean() * 144, abs=0.1)
@@ -90,7 +90,7 @@ def test_areas_of_outlines_that_cross_themselves_are_even_odd(one, other):
 @settings(max_examples=150, deadline=None)
 @given(any_polygons, any_polygons)
 def test_the_closed_form_gives_what_shapely_gives(one, other):
-    a, b, pair = Polygons.read([one], 3), Polygons.read([other], 3), np.array([0])
+    a, b, pair = Polygons([one], 3), Polygons([other], 3), np.array([0])
     by_shapely = shapely.area(shapely.intersection(a.shapes(pair), b.shapes(pair)))
     assert common_areas(a, b, pair, pair) == pytest.approx(by_shapely, abs=1e-6)
 
@@ -108,7 +108,7 @@ EDGE_TWICE = [[0, 0], [10, 0], [10, 10], [20, 10], [20, 0], [10, 0], [10, 10], [
     ids=["bow tie", "twice around", "spike", "touching", "edge twice", "point"],
 )
 def test_an_outline_that_meets_itself_has_the_area_of_its_even_odd_inside(outline, area):
-    polygons = Polygons.read([outline, outline[::-1]], 3)
+    polygons = Polygons([outline, outline[::-1]], 3)
     assert not polygons.is_simple.any()
     assert polygons.areas == pytest.approx(np.array([area, area]))
     assert shapely.area(polygons.shapes(np.arange(2))) == pytest.approx(polygons.areas)
@@ -120,7 +120,7 @@ def star(corners, step, radius=1000):
 
 
 def test_a_star_has_the_area_of_its_tips_and_not_of_its_middle():
-    pentagram = Polygons.read([star(5, 2)], 3)
+    pentagram = Polygons([star(5, 2)], 3)
     inner = 1000 * np.cos(2 * np.pi / 5) / np.cos(np.pi / 5)  # radius of the pentagon in the middle
     whole, middle = 5 * 1000 * inner * np.sin(np.pi / 5), 2.5 * inner**2 * np.sin(2 * np.pi / 5)
     assert pentagram.areas[0] == pytest.approx(whole - middle, rel=0.01)
@@ -147,13 +147,13 @@ def test_hundreds_of_tangles_in_an_image_cost_seconds_and_have_their_areas_sampl
     random = np.random.default_rng(0)
     few, many = ([random.integers(0, 300, (100, 2)) for _ in range(count)] for count in (3, 100))
     with in_time():
-        polygons = Polygons.read(many, 3)
+        polygons = Polygons(many, 3)
         first, second = near_pairs(polygons, polygons)
         common_areas(polygons, polygons, first[:3000], second[:3000])
-        bow_ties = Polygons.read([np.multiply(BOW_TIE, 20)] * 100, 3)  # as many that are exact up to MAX_EFFORT
+        bow_ties = Polygons([np.multiply(BOW_TIE, 20)] * 100, 3)  # as many that are exact up to MAX_EFFORT
         common = common_areas(bow_ties, bow_ties, *near_pairs(bow_ties, bow_ties))
     assert common.min() == pytest.approx(common.max(), rel=0.03) and common.max() == 20_000
-    some, insides = Polygons.read(few, 3), [raster(outline, 300, 900) for outline in few]
+    some, insides = Polygons(few, 3), [raster(outline, 300, 900) for outline in few]
     expected = [(insides[i] & insides[j]).mean() * 300**2 for i in range(3) for j in range(3)]
     assert common_areas(some, some, *np.indices((3, 3)).reshape(2, -1)) == pytest.approx(np.array(expected), rel=0.06)
 
@@ -162,28 +162,28 @@ def test_an_outline_with_countless_crossings_has_its_area_sampled():
     scribble = np.random.default_rng(0).integers(0, 300, (400, 2))
     assert is_tangled(scribble.astype(float)) and not is_tangled(star(50, 7))
     area = raster(scribble, 300, 900).mean() * 300**2
-    assert Polygons.read([scribble], 3).areas[0] == pytest.approx(area, rel=0.05)
+    assert Polygons([scribble], 3).areas[0] == pytest.approx(area, rel=0.05)
 
 
 def test_many_points_are_compared_block_by_block(monkeypatch):
-    polygons, columns = Polygons.read([BOW_TIE, TOUCHING], 3), np.indices((2, 12, 12)).reshape(3, -1)
+    polygons, columns = Polygons([BOW_TIE, TOUCHING], 3), np.indices((2, 12, 12)).reshape(3, -1)
     at_once = contains(polygons, columns[0], columns[1:])
     monkeypatch.setattr(geometry, "BLOCK", 50)
     assert (contains(polygons, columns[0], columns[1:]) == at_once).all()
 
 
 def test_coordinates_are_truncated_and_must_be_on_an_image():
-    polygons = Polygons.read([np.array([[0.9, 0], [5.9, -0.9], [5, 5]])], 3)
+    polygons = Polygons([np.array([[0.9, 0], [5.9, -0.9], [5, 5]])], 3)
     assert polygons.points.T.tolist() == [[0, 0], [5, 0], [5, 5]]
     with pytest.raises(ValueError, match="not finite"):
-        Polygons.read([[[0, 0], [1, np.nan], [1, 1]]], 3)
+        Polygons([[[0, 0], [1, np.nan], [1, 1]]], 3)
     with pytest.raises(ValueError, match="array of points"):
-        Polygons.read([[1, 2, 3]], 3)
+        Polygons([[1, 2, 3]], 3)
 
 
 def test_polygons_of_too_few_points_are_marked_and_have_nothing_in_common_with_others():
     quad = [[0, 0], [9, 0], [9, 9], [0, 9]]
-    polygons = Polygons.read([quad, [[1, 1]], [], [[0, 0], [9, 0], [5, 5]], quad], 4)
+    polygons = Polygons([quad, [[1, 1]], [], [[0, 0], [9, 0], [5, 5]], quad], 4)
     assert polygons.is_given.tolist() == [True, False, False, False, True]
     assert polygons.is_quad.tolist() == polygons.is_given.tolist()
     first, second = near_pairs(polygons, polygons)

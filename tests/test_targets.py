@@ -12,7 +12,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support import hostile, in_time, wild_polygons
 
-from dbnet.geometry import clip_polygons, fault_of, offset_distances, visible_shares
+from dbnet.annotations import Annotation
+from dbnet.augment import Augmentation
+from dbnet.dataset import TextDataset, gather_words
+from dbnet.geometry import Letterbox, fault_of, offset_distances
 from dbnet.targets import draw_targets, make_targets, polygon_mask, thresh_mask
 
 STEP = 0.4 / 255  # of a threshold map of 0.3 to 0.7
@@ -210,11 +213,11 @@ def test_any_polygons_make_targets_in_range_and_in_time(polygons):
 @given(st.lists(wild_polygons(), max_size=4))
 def test_any_polygons_of_files_are_clipped_to_the_image(polygons):
     polygons = [polygon for polygon in polygons if fault_of(polygon) is None]
-    counts = np.array([len(polygon) for polygon in polygons], int)
-    clipped, is_degenerate = clip_polygons(np.concatenate([np.empty((0, 2)), *polygons]), counts, 80, 60)
-    assert (clipped >= 0).all() and (clipped <= (80, 60)).all()
-    shares = visible_shares(clipped, counts, 40, 30)
-    assert (shares >= 0).all() and len(shares) == len(is_degenerate) == len(polygons)
+    dataset = TextDataset.__new__(TextDataset)
+    dataset.words = [gather_words(Annotation(polygons, [False] * len(polygons)))]
+    text, masked, degenerate = dataset.polygons(0, Letterbox(80, 60, 40), Augmentation())
+    assert all((polygon >= 0).all() and (polygon <= (40, 30)).all() for polygon in [*text, *masked])
+    assert len(text) + len(masked) == len(polygons) and degenerate <= len(masked)
 
 
 def test_a_tangle_of_countless_crossings_is_named_to_be_masked_in_time():

@@ -11,12 +11,12 @@ from support import make_training, step_batches
 from torch import nn
 
 import train
+from dbnet.annotations import Annotation
 from dbnet.config import PRESETS
 from dbnet.dataset import TextDataset
 from dbnet.device import pick_amp_dtype
 from dbnet.errors import UserError
-from dbnet.evaluation import advise_on_collapse
-from dbnet.metric import CLEval
+from dbnet.evaluation import Evaluation, advise_on_collapse
 from dbnet.training import WeightAverage, learning_rate
 
 
@@ -169,13 +169,12 @@ def test_a_validation_without_detections_says_what_to_look_at():
     config = PRESETS["v1"].changed(thresh=0.3, box_thresh=0.6)
 
     def advice(words, detections, highest):
-        metric = CLEval()
-        metric.update(words, detections)
-        return advise_on_collapse(metric.compute(), highest, config)
+        evaluation = Evaluation()
+        evaluation.update("a.jpg", Annotation(words, [False] * len(words)), detections, highest=highest)
+        return advise_on_collapse(evaluation, config)
 
     assert "0.12, and --thresh is 0.3" in advice([word], [], 0.12)
     assert "reach 0.55" in advice([word], [], 0.55) and "--box-thresh 0.6" in advice([word], [], 0.55)
-    assert "not finite" in advice([word], [], float("nan"))
     assert advice([word], [word], 0.9) is None
     assert advice([], [], 0.1) is None  # no text, none found
 

@@ -1,9 +1,12 @@
 """Tuning: exactly the scores of the long way, a planted optimum, and no leak between the halves of cross-validation."""
 
+from itertools import product
+
 import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dbnet.annotations import Annotation
 from dbnet.checkpoint import change_checkpoint, load_checkpoint, save_checkpoint
@@ -11,14 +14,20 @@ from dbnet.config import Config
 from dbnet.errors import UserError
 from dbnet.inference import polygons_of
 from dbnet.metric import score_image
+from dbnet.pictures import write_figure
 from dbnet.targets import make_targets
-from dbnet.tuning import Grid, ScoredMap, Tuning, Values, choose, cross_validate, draw_tuning, tune
+from dbnet.tuning import ScoredMap, Tuning, draw_tuning, grid_of, tune
 
 BOTH_MODES = pytest.mark.parametrize("use_polygon", [True, False], ids=["polygon", "quad"])
 
 
 def config_of(**changes):
     return Config.from_preset("v1", **changes)
+
+
+def grid_with(*values, use_polygon=True):
+    """A grid of these values of thresh, box_thresh, the unclip ratio and min_size."""
+    return dict(zip(grid_of(config_of(use_polygon=use_polygon)), values, strict=True))
 
 
 def box(left, top, width, height):
@@ -55,12 +64,12 @@ def noisy_page(name, seed):
 @pytest.mark.parametrize("max_candidates", [500, 16])
 def test_every_combination_scores_what_post_processing_and_metric_give(use_polygon, max_candidates):
     config = config_of(use_polygon=use_polygon, max_candidates=max_candidates, image_size=320)
-    grid = Grid((0.3, 0.5), (0.2, 0.75), (1.0, 3.0), (0.0, 4.0, 9.0))
+    grid = grid_with((0.3, 0.5), (0.2, 0.75), (1.0, 3.0), (0.0, 4.0, 9.0), use_polygon=use_polygon)
     pages = [noisy_page(f"{seed}.png", seed) for seed in range(2)]
     tuning = tune(pages, config, grid)
     assert len(np.unique(tuning.scores, axis=0)) > (5 if max_candidates == 500 else 1)  # the grid makes a difference
     for values, scores in zip(tuning.combinations, tuning.scores, strict=True):
-        changed = config.changed(**values.changes(config))
+        changed = config.changed(**values)
         for page, score in zip(pages, scores, strict=True):
             polygons, _ = polygons_of(page.prob_map, page.size, changed)
             expected = score_image(page.annotation.polygons, polygons, page.annotation.dont_care)
@@ -71,19 +80,18 @@ def test_every_combination_scores_what_post_processing_and_metric_give(use_polyg
 def test_the_tuner_finds_a_planted_optimum(use_polygon):
     ratio = "polygon_unclip_ratio" if use_polygon else "box_unclip_ratio"
     config = config_of(use_polygon=use_polygon, thresh=0.1, box_thresh=0.2, min_size=1.0, **{ratio: 9.0})
-    grid = Grid((0.1, 0.3, 0.8), (0.2, 0.6, 0.8), (2.0, 9.0), (1.0, 6.0))
+    grid = grid_with((0.1, 0.3, 0.8), (0.2, 0.6, 0.8), (2.0, 9.0), (1.0, 6.0), use_polygon=use_polygon)
     tuning = tune([planted_page("a.png"), planted_page("b.png", shift=5)], config, grid)
     best = tuning.combinations[tuning.best]
-    assert best == Values(thresh=0.3, box_thresh=0.6, unclip_ratio=2.0, min_size=6.0)
-    assert best.changes(config) == {"thresh": 0.3, "box_thresh": 0.6, ratio: 2.0, "min_size": 6.0}
+    assert best == {"thresh": 0.3, "box_thresh": 0.6, ratio: 2.0, "min_size": 6.0}
     assert tuning.means[tuning.best, 2] == 1.0 == tuning.cross_validated
     assert (tuning.means[:, 2] == 1).sum() == 1  # no other one does
-    assert tuning.combinations[0] == Values.of(config)
+    assert tuning.combinations[0] == {"thresh": 0.1, "box_thresh": 0.2, ratio: 9.0, "min_size": 1.0}
 
 
 def test_processes_score_what_one_process_scores():
     pages = [noisy_page(f"{seed}.png", seed) for seed in range(3)]
-    grid = Grid((0.3,), (0.2, 0.5), (1.5, 2.0), (3.0,))
+    grid = grid_with((0.3,), (0.2, 0.5), (1.5, 2.0), (3.0,))
     alone, shared = (tune(pages, config_of(), grid, workers) for workers in (0, 2))
     assert alone.combinations == shared.combinations
     np.testing.assert_array_equal(alone.scores, shared.scores)
@@ -91,7 +99,7 @@ def test_processes_score_what_one_process_scores():
 
 def test_an_unreadable_image_counts_zero_with_any_values():
     pages = [planted_page("a.png"), planted_page("b.png")._replace(prob_map=None, size=None)]
-    tuning = tune(pages, config_of(), Grid((0.3,), (0.6,), (2.0,), (6.0,)))
+    tuning = tune(pages, config_of(), grid_with((0.3,), (0.6,), (2.0,), (6.0,)))
     assert tuning.scores[:, 1].max() == 0 and tuning.means[tuning.best, 2] == 0.5
 
 
@@ -106,14 +114,15 @@ def test_tuning_needs_two_images():
 def test_an_image_is_scored_with_the_values_that_are_best_on_the_other_half():
     hmeans = np.array([[0.5, 0.5, 0.5, 0.5], [0.9, 0.9, 0.1, 0.3], [0.2, 0.0, 0.8, 0.8]])
     # The first half chooses the second row and the second half the third; each is poor on the other half.
-    assert cross_validate(hmeans).tolist() == [0.2, 0.0, 0.1, 0.3]
-    assert choose(hmeans) == 1
+    assert tuning_of(hmeans).held_out.tolist() == [0.2, 0.0, 0.1, 0.3]
+    assert tuning_of(hmeans).best == 1
 
 
 def test_values_that_are_best_by_chance_gain_nothing_in_cross_validation():
     """Noise around 0.5: the best of many rows seems far better, and would if the choice saw what it is scored on."""
     random = np.random.default_rng(0)
-    results = [(noise.mean(axis=1).max(), cross_validate(noise).mean()) for noise in random.random((40, 300, 16))]
+    noises = random.random((40, 300, 16))
+    results = [(noise.mean(axis=1).max(), tuning_of(noise).cross_validated) for noise in noises]
     best, held_out = np.mean(results, axis=0)
     assert best > 0.68
     assert held_out == pytest.approx(0.5, abs=0.03)
@@ -124,15 +133,15 @@ def test_the_score_of_an_image_takes_no_part_in_the_choice_of_its_own_values():
     hmeans = random.random((20, 9))
     for page in range(9):
         other_half = slice(4, 9) if page < 4 else slice(0, 4)
-        chosen = choose(hmeans[:, other_half])
+        chosen = tuning_of(hmeans[:, other_half]).best
         spoilt = hmeans.copy()
         spoilt[:, page] = 0
         spoilt[(chosen + 1) % 20, page] = 1  # a choice that saw this page might now fall on another row
-        before, after = cross_validate(hmeans).mean(), cross_validate(spoilt).mean()
+        before, after = tuning_of(hmeans).cross_validated, tuning_of(spoilt).cross_validated
         # The values of the page's own half stay; what changes is its score, and the choice for the other half.
         own_half = slice(0, 4) if page < 4 else slice(4, 9)
         for table, total in ((hmeans, before), (spoilt, after)):
-            expected = table[chosen, own_half].sum() + table[choose(table[:, own_half]), other_half].sum()
+            expected = table[chosen, own_half].sum() + table[tuning_of(table[:, own_half]).best, other_half].sum()
             assert total == pytest.approx(expected / 9)
 
 
@@ -140,14 +149,15 @@ def test_halves_are_by_file_name_in_any_order_of_the_images():
     pages = [planted_page(name, shift) for name, shift in (("c.png", 0), ("a.png", 9), ("d.png", 5), ("b.png", 2))]
     pages[0].annotation.polygons.pop()
     pages[0].annotation.dont_care.pop()
-    grid = Grid((0.3,), (0.2, 0.6), (2.0,), (1.0, 6.0))
+    grid = grid_with((0.3,), (0.2, 0.6), (2.0,), (1.0, 6.0))
     one, other = tune(pages, config_of(), grid), tune(pages[::-1], config_of(), grid)
     np.testing.assert_array_equal(one.scores, other.scores)
 
 
 def tuning_of(hmeans):
-    grid = Grid(tuple(np.arange(len(hmeans)) / 10), (0.5,), (2.0,), (3.0,))
-    return Tuning(grid, grid.combinations(), np.repeat(np.array(hmeans, float)[..., None], 3, axis=2))
+    grid = grid_with(tuple(np.arange(len(hmeans)) / 10), (0.5,), (2.0,), (3.0,))
+    combinations = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    return Tuning(grid, combinations, np.repeat(np.array(hmeans, float)[..., None], 3, axis=2))
 
 
 def test_overfitted_values_are_not_saved():
@@ -169,23 +179,30 @@ def test_a_gain_within_its_standard_error_is_not_saved():
 
 def test_own_values_are_kept_where_others_are_only_as_good():
     config = config_of(thresh=0.3, box_thresh=0.6, min_size=6.0)
-    tuning = tune([planted_page("a.png"), planted_page("b.png")], config, Grid((0.25, 0.35), (0.55,), (1.9,), (6.0,)))
+    tuning = tune(
+        [planted_page("a.png"), planted_page("b.png")], config, grid_with((0.25, 0.35), (0.55,), (1.9,), (6.0,))
+    )
     assert (tuning.means[:, 2] == 1).sum() > 1
     assert tuning.best == 0 and tuning.doubt
-    assert tuning.ranking(10)[0] == 0
-    assert len(tuning.ranking(10)) == len(np.unique(tuning.scores.reshape(len(tuning.scores), -1), axis=0))
+    assert tuning.ranking()[0] == 0
+    assert len(tuning.ranking()) == len(np.unique(tuning.scores.reshape(len(tuning.scores), -1), axis=0))
 
 
-def test_the_picture_is_brightest_at_the_best_thresholds():
-    grid = Grid((0.1, 0.3), (0.3, 0.6, 0.8), (2.0,), (6.0,))
+def test_the_picture_is_brightest_at_the_best_thresholds(tmp_path):
+    grid = grid_with((0.1, 0.3), (0.3, 0.6, 0.8), (2.0,), (6.0,))
     config = config_of(thresh=0.1, box_thresh=0.3, polygon_unclip_ratio=2.0, min_size=6.0)
     tuning = tune([planted_page("a.png"), planted_page("b.png")], config, grid)
-    assert tuning.by_thresholds().shape == (3, 2)
-    assert np.unravel_index(tuning.by_thresholds().argmax(), (3, 2)) == (1, 1)
-    [axes] = draw_tuning(tuning).axes
+    figure = draw_tuning(tuning)
+    [axes] = figure.axes
+    [image] = axes.get_images()
+    values = image.get_array()
+    assert values.shape == (3, 2) and np.unravel_index(values.argmax(), (3, 2)) == (1, 1) and image.origin == "lower"
+    assert axes.texts[3].get_text() == "1.0000"
     best, own = axes.patches
     assert (best.get_xy(), own.get_xy()) == ((0.5, 0.5), (-0.5, -0.5))
     assert best.get_label() == "best: 1.0000"
+    write_figure(tmp_path / "a.png", figure)
+    assert Image.open(tmp_path / "a.png").height > 300
 
 
 # ------------------------------------------------------------------------------------------------- the checkpoint
