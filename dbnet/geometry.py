@@ -197,15 +197,17 @@ class Polygons:
         Raises ValueError if a polygon is not (n, 2) or has a coordinate that is not finite or beyond MAX_COORDINATE.
         """
         arrays = [np.asarray(polygon) for polygon in polygons]
-        self.is_given = np.array([len(array) >= min_points for array in arrays], bool)
-        arrays = [array if len(array) >= min_points else np.zeros((3, 2)) for array in arrays]
+        counts = np.array([len(array) for array in arrays], np.intp)
+        self.is_given = counts >= min_points
+        if not self.is_given.all():
+            arrays = [array if len(array) >= min_points else np.zeros((3, 2)) for array in arrays]
         if not {array.shape[1:] for array in arrays} <= {(2,)}:
             raise ValueError("a polygon must be an (n, 2) array of points")
         points = np.concatenate([np.empty((0, 2)), *arrays], dtype=np.float64)
         self.points = np.trunc(points.T, order="C")
         if not (np.abs(self.points) <= MAX_COORDINATE).all():  # False for nan as well
             raise ValueError(f"a polygon has a coordinate that is not finite, or beyond {MAX_COORDINATE}")
-        self.counts = np.array([len(array) for array in arrays], np.intp)
+        self.counts = np.where(self.is_given, counts, 3)
         self.starts = np.cumsum(self.counts) - self.counts
         self.following = self.points.take(next_point(self.counts), axis=1)
         self.low = np.minimum.reduceat(self.points, self.starts, axis=1)
@@ -311,10 +313,10 @@ def contains(polygons: Polygons, select: np.ndarray, points: np.ndarray) -> np.n
     near = np.flatnonzero(is_near.all(axis=0))
     for block in blocks(polygons.counts[select[near]]):
         column, edge = _points_of(polygons, select[near[block]])
-        x, y = points[:, near[block]].take(column, axis=1)
-        straddles = np.flatnonzero((polygons.points[1, edge] > y) != (polygons.following[1, edge] > y))
+        x, y = points.take(near[block].take(column), axis=1)
+        straddles = np.flatnonzero((polygons.points[1].take(edge) > y) != (polygons.following[1].take(edge) > y))
         column, edge, x, y = column[straddles], edge[straddles], x[straddles], y[straddles]
-        (begin_x, begin_y), (end_x, end_y) = polygons.points[:, edge], polygons.following[:, edge]
+        (begin_x, begin_y), (end_x, end_y) = polygons.points.take(edge, axis=1), polygons.following.take(edge, axis=1)
         crosses = x < (begin_x - end_x) * (y - end_y) / (begin_y - end_y) + end_x
         is_inside[near[block]] = np.bincount(column[crosses], minlength=len(block)) % 2 == 1
     return is_inside
