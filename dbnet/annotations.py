@@ -146,8 +146,7 @@ def uncertainty(annotation: Annotation) -> float:
 def as_labels(annotation: Annotation) -> Annotation:
     """Detections as labels: outlines of 4 or 8 whole points (`fit_outline`), in reading order with line numbers.
 
-    Two of which one covers more than MAX_OVERLAP of the other are don't care, until a person has decided which of them
-    is text.
+    Where one covers more than MAX_OVERLAP of another, both are don't care, until a person decides which is text.
     """
     outlines = [np.rint(fit_outline(polygon)).astype(np.int64) for polygon in annotation.polygons]
     order, lines = reading_order(outlines)

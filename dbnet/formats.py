@@ -111,13 +111,13 @@ def check_name(where: str, name: str) -> str:
 class ImageNames:
     """Finds the image that a name in a label file means, in any Unicode form.
 
-    SUB/NAME.jpg may be called so, SUB/NAME, SUB_NAME, NAME.jpg or NAME, if no other image can be called so with more
-    right; and the first page of a file may be called as the file.
+    SUB/NAME.jpg may be called so, or SUB/NAME, SUB_NAME, NAME.jpg or NAME; the first page of a file, like the file.
+    Where several images fit a name, the one of which it says most is meant.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
         self._named: dict[str, list[str]] = {}
-        for key in (  # of two images that can be called the same, the later key decides
+        for key in (  # where images fit a name by several keys, the last of these keys decides
             lambda name: name_stem(name).rpartition("/")[2],
             lambda name: name.rpartition("/")[2],
             lambda name: name_stem(name).replace("/", "_"),
@@ -136,7 +136,7 @@ class ImageNames:
         return [written] if written in found else found
 
     def find_end(self, path: str) -> list[str]:
-        """The same for a path in folders that may be another computer's: the longest end of it that names an image."""
+        """The same for a path in folders of another computer: its longest end that names an image decides."""
         parts = path.split("/")
         ends = ("/".join(parts[start:]) for start in range(len(parts)))
         return next(filter(None, map(self.find, ends)), [])
@@ -202,9 +202,9 @@ def _letters(name: str) -> str:
 
 
 def is_hidden_text(text: object) -> bool:
-    """Whether a transcription is `###`, with more hash marks, full-width ones or in quotes of any kind.
+    """Whether a transcription is `###` or more hash marks, also full-width ones, or in quotes of any kind.
 
-    A lone `*` is a word: receipts have it beside prices, and no data set's definition takes it for don't care.
+    A lone `*` is a word: receipts print it beside prices, and no data set defines it as don't care.
     """
     if not isinstance(text, str):
         return False
@@ -314,9 +314,9 @@ def parse_lines(where: str, text: str, form: str) -> Annotation:
 
 
 def _have_flags(lines: list[str]) -> bool:
-    """Whether all lines have a flag before a text, as in RCTW-17: a text in quotes, or letters on one line at least.
+    """Whether every line has a flag, 0 or 1, before its text, as in RCTW-17.
 
-    For prices can look so: `1,500`, and `1,50 EUR`. Without such letters they are texts with a comma.
+    Prices such as `1,500` and `1,50 EUR` look alike, so all texts must be in quotes, or one must begin with a letter.
     """
     texts = [match[1] for match in map(_FLAGGED.fullmatch, lines) if match]
     is_text = any(text[:1].isalpha() for text in texts) or all(re.fullmatch('".*"', text) for text in texts)
@@ -392,8 +392,9 @@ Entry = tuple[str, str, Annotation]
 
 
 def _read_each(files: list[TextFile], form: str, names: ImageNames) -> Iterator[Entry]:
-    """The words in files for one image. They are called as `ImageNames` says, NAME.txt or NAME.jpg.txt (or .json), or
-    so with a prefix that all have: gt_, poly_gt_ or res_. Raises UserError for a file without an image, or with two."""
+    """The words of files for one image each: NAME.txt, NAME.jpg.txt, SUB/NAME.json and so on (`ImageNames`), or the
+    same after a prefix that all have: gt_, poly_gt_ or res_. Raises UserError for a file without an image, or with two.
+    """
     prefix = next((p for p in ("poly_gt_", "gt_", "res_") if all(file.path.name.startswith(p) for file in files)), "")
     found = [names.find_end(str(file.path.with_suffix(""))) for file in files]
     without = [names.find_end(str(file.path.parent / file.path.stem.removeprefix(prefix))) for file in files]
@@ -605,7 +606,7 @@ def read_labels_at(source: Path, images: list[str], form: str = "auto") -> tuple
 
 
 def _recognize(files: list[TextFile], is_whole: bool) -> str:
-    """The format of text files or of JSON files, by the first of them. `is_whole`: that it is about all images."""
+    """The format of .txt files or of .json files. `is_whole` says that the only one is about all images."""
     first, text = files[0], files[0].read()
     if first.path.suffix.lower() == ".txt":
         is_whole |= {file.path.stem.lower() for file in files} == {"label"} or bool(_PPOCRLABEL.match(text))

@@ -180,8 +180,8 @@ def _read_folder(folder: Path, split: str, form: str, need_images: bool) -> dict
 
 
 def _label_places(folder: Path, split: str, form: str) -> list[Path]:
-    """Places with annotations that can be of the format `form`, the one that is read first: one file for all images,
-    then a zip or a folder of files for each image or for all, at last among the images."""
+    """Places with annotations that can be of the format `form`, in the order of preference: one file for all images, a
+    zip or a folder of files for each image or for all, and such files beside the images."""
     jsons = [folder / "jsons" / f"{split}.json", folder / "labels" / f"{split}.json"]
     texts = [folder / "labels" / f"{split}.txt"]
     folders = [folder / "labels" / f"{split}.zip", folder / "labels" / split, folder / "images" / split]
