@@ -28,7 +28,7 @@ import numpy as np
 from dbnet.annotations import HEADER, Annotation
 from dbnet.errors import UserError, library_errors, one_line
 from dbnet.files import check_regular
-from dbnet.geometry import fault_of
+from dbnet.geometry import MAX_COORDINATE
 from dbnet.images import list_files, name_stem
 
 # ---- files
@@ -171,9 +171,10 @@ def to_polygon(where: str, points: object) -> np.ndarray:
 
 def check_polygon(where: str, polygon: np.ndarray) -> np.ndarray:
     """The (n, 2) polygon. Raises UserError for one that can be neither learned nor scored."""
-    fault = fault_of(polygon)
-    if fault:
-        raise UserError(f"{where}: {fault}")
+    if not np.isfinite(polygon).all():
+        raise UserError(f"{where}: a coordinate is not a finite number")
+    if np.abs(polygon).max(initial=0) > MAX_COORDINATE:
+        raise UserError(f"{where}: a coordinate is beyond {MAX_COORDINATE} pixels")
     return polygon
 
 

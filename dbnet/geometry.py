@@ -111,15 +111,6 @@ def padded(length: int) -> int:
     return -(-length // STRIDE) * STRIDE
 
 
-def fault_of(polygon: np.ndarray) -> str | None:
-    """The reason why an (n, 2) float64 polygon of a file cannot be scored or learned; None if it can."""
-    if not np.isfinite(polygon).all():
-        return "a coordinate is not a finite number"
-    if np.abs(polygon).max(initial=0) > MAX_COORDINATE:
-        return f"a coordinate is beyond {MAX_COORDINATE} pixels"
-    return None
-
-
 # ---- many polygons at once: (total, 2) points, polygon after polygon, and (polygons,) counts, the points of each
 
 

@@ -12,7 +12,7 @@ from support import convex_quads, hostile, in_time, wild_polygons
 
 from dbnet import metric
 from dbnet.formats import read_labels_at, read_submission
-from dbnet.geometry import Polygons, common_areas, fault_of
+from dbnet.geometry import MAX_COORDINATE, Polygons, common_areas
 from dbnet.metric import MAX_DETECTIONS, CLEval, match_image, score_image, score_selections
 
 CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
@@ -381,7 +381,7 @@ def test_of_a_selection_the_first_500_are_scored():
 @hostile
 @given(st.lists(wild_polygons(), max_size=4), st.lists(wild_polygons(), max_size=4), st.integers(0, 15))
 def test_any_polygons_of_files_score_in_range_and_in_time(gt, det, flags):
-    gt, det = ([polygon for polygon in page if fault_of(polygon) is None] for page in (gt, det))
+    gt, det = ([polygon for polygon in page if (np.abs(polygon) <= MAX_COORDINATE).all()] for page in (gt, det))
     with in_time():
         score = score_image(gt, det + gt, [bool(flags >> i & 1) for i in range(len(gt))])
     assert all(0 <= value <= 1 for value in (score.precision, score.recall, score.hmean))
