@@ -48,7 +48,7 @@ with one_line_errors():  # where PyTorch is not installed, or a library that Ope
 
     from dbnet.checkpoint import build_model, save_checkpoint
     from dbnet.dataset import Batches, TextDataset, count_workers, make_loader
-    from dbnet.device import all_processes, all_reduce, from_first, is_first, print0, progress, seed_all, world_size
+    from dbnet.device import all_processes, from_first, is_first, print0, progress, seed_all, world_size
     from dbnet.device import destroy_process_group, init_process_group, peak_memory, pick_amp_dtype, pick_device
     from dbnet.ensemble import Ensemble
     from dbnet.evaluation import Evaluation, advise_on_collapse, evaluate
@@ -58,8 +58,8 @@ with one_line_errors():  # where PyTorch is not installed, or a library that Ope
     from dbnet.memory import micro_batches
     from dbnet.pictures import PICTURE_MARK, sample_sheet, show_progress, write_image
     from dbnet.profile import print_profile
-    from dbnet.training import Interruption, LastSave, NothingTwice, Training, find_run, learning_rate, lock_run
-    from dbnet.training import log_row, new_run, prepare_folder, step_batches
+    from dbnet.training import LastSave, NothingTwice, Training, find_run, learning_rate, lock_run, log_row, new_run
+    from dbnet.training import prepare_folder, step_batches
 
 READING_INTERVAL = 1.0  # seconds between two looks at the losses, each of which waits for the device
 
@@ -102,8 +102,7 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
     from_first(lambda: prepare_folder(run, config))
     images = f"{len(train_set)} training and {len(val_set)} validation images"
     print0(f"{run}: {images} on {device}, {training.describe(config)}")
-    with Interruption() as interruption:
-        saver = LastSave(run, config, interruption)
+    with LastSave(run, config) as saver:
         while training.epoch < config.epochs and not training.is_stuck(config):
             image_size = training.running.image_size if training.running else training.plan.image_size
             if train_set.config.image_size != image_size:  # memory has run out
@@ -119,8 +118,8 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
             training.epoch += 1
             log_epoch(training, config, run, row, evaluation)
             saver.save(training)
-            if interruption.signal:
-                interruption.stop()
+            if saver.signal:
+                saver.stop()
     training.print_end(config, run)
 
 
@@ -139,25 +138,28 @@ def train_epoch(
     loader = make_loader(Batches(train_set, *order), count_workers(config), device.type == "cuda")
     total = len(train_set.draws(training.epoch))
     started, read_at = time.monotonic() - epoch.seconds, time.monotonic()
-    title, seen = f"epoch {training.epoch + 1}/{config.epochs}", epoch.images + epoch.failed
+    title, seen = f"epoch {training.epoch + 1}/{config.epochs}", min(epoch.batches * config.batch_size, total)
     with progress(None, title, total, initial=seen, leave=True) as bar:
         for batches, death in step_batches(loader, plan.accumulate):
             epoch.seconds = time.monotonic() - started
-            counts = training.count_step(batches, config, death, saver)  # saves or stops if due
-            if not counts.batches:
+            batch_count, images = training.count_step(batches, config, death, saver)  # saves or stops if due
+            if not batch_count:
                 break
-            if counts.images:
+            if images:
                 done = (epoch.batches * config.batch_size + 1) / total
-                training.set_learning_rate(learning_rate(config, training.epoch, min(done, 1.0)))
-                losses, gradient_norm = optimizer_step(training, batches, config, counts.images)
+                epoch.lr = learning_rate(config, training.epoch, min(done, 1.0))
+                for group in training.optimizer.param_groups:
+                    group["lr"] = epoch.lr
+                losses, gradient_norm = optimizer_step(training, batches, config, images)
                 epoch.note(losses, gradient_norm)
-            epoch.count(counts)
-            if counts.images and time.monotonic() - read_at > READING_INTERVAL:
+            epoch.batches += batch_count
+            epoch.images += images
+            if images and time.monotonic() - read_at > READING_INTERVAL:
                 read_at = time.monotonic()
                 training.stop_unless_finite()
                 memory = f"{peak_memory(device):.1f} GB, batch {plan.in_force}"
                 bar.set_postfix_str(f"loss {losses[0]:.3f}, lr {epoch.lr:.1e}, {memory}")
-            bar.update(counts.images + counts.failed)
+            bar.update(min(epoch.batches * config.batch_size, total) - bar.n)
     training.stop_unless_finite()
     epoch.seconds = time.monotonic() - started
     return training.finish_epoch(config)
@@ -183,7 +185,7 @@ def optimizer_step(
     training.note_start()
     fits = False
     while not fits:
-        maps = losses = micro = summed = None
+        maps = losses = micro = None
         try:
             optimizer.zero_grad(set_to_none=True)
             mean_losses = torch.zeros(len(Losses._fields), device=device)
@@ -194,23 +196,17 @@ def optimizer_step(
                 weight = len(micro["image"]) / images
                 scaler.scale(losses.total * weight).backward()
                 mean_losses += torch.stack(losses).detach() * weight
-            if world_size() > 1:
-                summed = training.flatten(mean_losses, ours / images)
             fits = True
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        maps = losses = micro = None
+        maps = losses = micro = None  # here, past the except block, which held its tensors too, their memory is free
         fits = all_processes(fits)  # all fall back together
         if not fits:
-            summed = None  # past the except block, which held its tensors too
             plan.shrink()  # 8 x 2 -> 4 x 4 -> 2 x 8 -> 1 x 16, then 896 and 800 px
             training.restore_start()
-    if summed is not None:
-        all_reduce(summed)  # losses, gradients and batch norm statistics in one collective call
+    training.sum_over_processes(mean_losses, ours / images)  # with gradients and batch norm statistics: one call
     with NothingTwice():
-        if summed is not None:
-            training.unflatten(summed, mean_losses)
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or math.inf)
         scaler.step(optimizer)  # on the device, it leaves the weights alone where a gradient is not finite,

@@ -1,8 +1,6 @@
 """A run: its folder, optimizer, schedule and average of weights, and all that a save keeps, so that an interrupted run
 goes on as if it had not been."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math
@@ -16,7 +14,7 @@ from datetime import datetime
 from itertools import chain, islice
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +47,8 @@ from dbnet.splits import data_folders
 RUNS = Path("runs")
 NON_FINITE_LIMIT = 5  # steps in a row without finite loss and gradients; then training stops
 FP16_HALVINGS = 16  # of the loss scale, from 2**16 to 1: so many steps in a row may be lost to find it
+_FP16_GROWTH_INTERVAL = 2000  # steps until the scale is doubled; a scaler with another one is not fp16's
+_ECHO_SECONDS = 1.0  # torchrun passes on the Ctrl-C that its processes get from the terminal as well
 
 
 def new_run(name: str | None, preset: str | None) -> Path:
@@ -64,9 +64,8 @@ def find_run(name: str | None) -> tuple[Path, dict[str, Any] | None]:
 
     A named run that has no save yet starts anew, with None: so the same command serves for each start of a job.
     """
-    saves = sorted(
-        (RUNS / name).glob("last*.pt") if name else RUNS.glob("*/last*.pt"), key=lambda path: path.stat().st_mtime
-    )
+    found = (RUNS / name).glob("last*.pt") if name else RUNS.glob("*/last*.pt")
+    saves = sorted(found, key=lambda path: path.stat().st_mtime)
     if not (name or saves):
         raise UserError("runs/: holds no last.pt to resume; leave out --resume to start a run")
     run = RUNS / name if name else saves[-1].parent
@@ -109,60 +108,6 @@ def log_row(path: Path, row: dict[str, Any]) -> None:
         log.writelines(json.dumps(each) + "\n" for each in [*rows, row])
 
 
-_ECHO_SECONDS = 1.0  # torchrun passes on the Ctrl-C that its processes get from the terminal as well
-
-
-class Interrupted(SystemExit):
-    """The end that a signal asked for; its exit status is 128 and the signal's number."""
-
-
-class Interruption:
-    """Within its block, SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal is closed) only set `signal`; a second SIGINT
-    stops at once.
-
-    Data workers that are forked meanwhile ignore them: they end with the process that they work for.
-    """
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self._at_once, self._noted, self._process = False, 0.0, os.getpid()
-
-    def __enter__(self) -> Self:
-        handled = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-            handled.append(signal.SIGHUP)
-        self._before = {number: signal.signal(number, self._note) for number in handled}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def stop(self) -> None:
-        raise Interrupted(128 + self.signal)
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Let a signal end this block without waiting: nothing in it can be left half done."""
-        self._at_once = True
-        try:
-            if self.signal:
-                self.stop()
-            yield
-        finally:
-            self._at_once = False
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        if os.getpid() != self._process:
-            return
-        echo = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._noted < _ECHO_SECONDS
-        if self.signal and number == signal.SIGINT and not echo:
-            raise KeyboardInterrupt
-        self.signal, self._noted = self.signal or number, time.monotonic()
-        if self._at_once:
-            self.stop()
-
-
 def step_batches(loader: Iterable[dict[str, Any]], accumulate: int) -> Iterator[tuple[list[dict[str, Any]], str]]:
     """The batches of each optimizer step, `accumulate` at a time (the last step may have fewer), and an empty text.
 
@@ -177,53 +122,35 @@ def step_batches(loader: Iterable[dict[str, Any]], accumulate: int) -> Iterator[
             yield [], str(error)
 
 
-class StepCounts(NamedTuple):
-    """What the processes tell each other before an optimizer step: each number is a sum over them."""
-
-    batches: int
-    images: int
-    failed: int
-    """images that could not be read"""
-    stops: int
-    """processes that have lost their data workers or the data"""
-    signals: int
-    saves_due: int
-
-
 def accumulation(config: Config) -> int:
     """Micro-batches of one optimizer step in each process. Raises UserError where they cannot make up the batch."""
     if not config.effective_batch:
         return config.accumulate
-    together = config.batch_size * world_size()
-    if config.effective_batch % together:
+    accumulate, rest = divmod(config.effective_batch, config.batch_size * world_size())
+    if rest:
         raise UserError(
             f"--effective-batch {config.effective_batch}: is no multiple of batch {config.batch_size} x "
             f"{world_size()} processes; change --batch-size"
         )
-    return config.effective_batch // together
+    return accumulate
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """Fused, its state made before memory is full: so a step allocates nothing and cannot end half-way."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    optimizer = kind(model.parameters(), lr=0.0, weight_decay=config.weight_decay, fused=True)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for state in optimizer.state.values():
-        for tensor in state.values():
-            tensor.zero_()
-    for group in optimizer.param_groups:
-        group["lr"] = config.lr
+    optimizer = kind(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    for each in model.parameters():
+        moments = {"exp_avg": torch.zeros_like(each), "exp_avg_sq": torch.zeros_like(each)}
+        optimizer.state[each] = {"step": torch.zeros((), device=each.device), **moments}
     return optimizer
 
 
 def make_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
     """Scale the loss for fp16. In other types the scale stays 1 (train.optimizer_step), and the scaler does the rest of
     its work: it skips a step whose gradients are not finite, on the device and without asking the host."""
-    scale = 2.0**FP16_HALVINGS if pick_amp_dtype(config, device) == torch.float16 else 1.0
-    scaler = torch.amp.GradScaler(device.type, init_scale=scale, growth_interval=2000 if scale > 1 else 2**31 - 1)
+    fp16 = pick_amp_dtype(config, device) == torch.float16
+    scale, interval = (2.0**FP16_HALVINGS, _FP16_GROWTH_INTERVAL) if fp16 else (1.0, 2**31 - 1)
+    scaler = torch.amp.GradScaler(device.type, init_scale=scale, growth_interval=interval)
     scaler.scale(torch.zeros(1, device=device))  # creates the scale on the device
     return scaler
 
@@ -251,14 +178,16 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take the weights after an optimizer step into the average."""
-        decay = min(self.decay, (2 + self.steps) / (11 + self.steps))
         self.steps += 1
-        pairs = list(zip(_tensors(self.model), _tensors(model), strict=True))
-        averages, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        averages, current = [], []
+        for average, tensor in zip(_tensors(self.model), _tensors(model), strict=True):
+            if average.is_floating_point():
+                averages.append(average)
+                current.append(tensor)
+            else:
+                average.copy_(tensor)
         torch._foreach_lerp_(averages, current, 1 - decay)
-        for average, counter in pairs:
-            if not average.is_floating_point():
-                average.copy_(counter)
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "model": self.model.state_dict()}
@@ -293,35 +222,21 @@ class NothingTwice(TorchDispatchMode):
 class RunningEpoch:
     """Progress of an epoch, over all processes, and its sums for the log. The tensors are on the device."""
 
-    image_size: int
-    """size that its samples are loaded at; after a fallback they run smaller"""
+    image_size: int  # at which its samples are loaded; after a fallback they run smaller
     batches: int = 0
     images: int = 0
-    failed: int = 0
-    """images that could not be read"""
     seconds: float = 0.0
-    lr: float = 0.0
-    """learning rate of the last step"""
-    losses: Tensor = field(default_factory=lambda: torch.zeros(len(Losses._fields)))
-    """sums over the steps whose loss was finite"""
-    steps: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """number of those steps"""
-    skipped: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """number of steps whose gradient was not finite"""
-    non_finite_streak: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """number of the last steps in a row whose loss or gradient was not finite"""
-    row: dict[str, Any] | None = None
-    """row of the log with what is known before the validation, once all batches are done"""
+    lr: float = 0.0  # of the last step
+    losses: Tensor = field(default_factory=lambda: torch.zeros(len(Losses._fields)))  # sums over steps of finite loss
+    steps: Tensor = field(default_factory=lambda: torch.zeros(()))  # number of those steps
+    skipped: Tensor = field(default_factory=lambda: torch.zeros(()))  # number of steps whose gradient was not finite
+    non_finite_streak: Tensor = field(default_factory=lambda: torch.zeros(()))  # last steps in a row that were not
+    row: dict[str, Any] | None = None  # of the log, without the validation, once all batches are done
 
     def to(self, device: torch.device) -> Self:
         for name in ("losses", "steps", "skipped", "non_finite_streak"):
             setattr(self, name, getattr(self, name).to(device))
         return self
-
-    def count(self, counts: StepCounts) -> None:
-        self.batches += counts.batches
-        self.images += counts.images
-        self.failed += counts.failed
 
     def note(self, losses: Tensor, gradient_norm: Tensor) -> None:
         """Add the losses of a step, on the device: no step waits for the one before."""
@@ -341,18 +256,13 @@ class Training:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     plan: BatchPlan
-    average: WeightAverage | None = None
-    """average of the weights, where config.ema asks for it"""
-    epoch: int = 0
-    """number of epochs that are finished"""
+    average: WeightAverage | None = None  # where config.ema asks for it
+    epoch: int = 0  # number of epochs that are finished
     best_hmean: float = -1.0
     best_epoch: int = 0
-    running: RunningEpoch | None = None
-    """the epoch after those, once it has begun"""
-    random_states: list[dict[str, Any]] = field(default_factory=list)
-    """random states of each process, as of the last call of `note_random_states`"""
-    unreadable: set[str] = field(default_factory=set)
-    """a line for each training image that could not be read since the start of the process"""
+    running: RunningEpoch | None = None  # the epoch after those, once it has begun
+    random_states: list[dict[str, Any]] = field(default_factory=list)  # of each process, as noted last
+    unreadable: set[str] = field(default_factory=set)  # a line for each image, since the start of the process
 
     @classmethod
     def begin(cls, model: DBNet, config: Config, device: torch.device, plan: BatchPlan | None = None) -> Self:
@@ -361,17 +271,16 @@ class Training:
             compile_model(model)
         average = WeightAverage(model, config.ema) if config.ema else None
         plan = plan or BatchPlan(config.batch_size, accumulation(config), config.image_size)
-        training = cls(model, make_optimizer(model, config), make_scaler(config, device), plan, average)
-        # NCCL allocates at its first sum; after the processes have agreed on a step, it must not.
-        all_reduce(torch.zeros(sum(each.numel() for each in _tensors(model)), device=device))
-        return training
+        return cls(model, make_optimizer(model, config), make_scaler(config, device), plan, average)
 
     def __post_init__(self) -> None:
         self._buffers_before = [torch.empty_like(buffer) for buffer in self.model.buffers()]
         self._norms = [layer for layer in self.model.modules() if isinstance(layer, nn.BatchNorm2d)]
-        statistics = ((norm.running_mean, norm.running_var) for norm in self._norms)
-        self._statistics = [each for pair in statistics for each in pair if each is not None]
         self._random_before: dict[str, Any] = {}
+        self._statistics = [buffer for name, buffer in self.model.named_buffers() if "running_" in name]
+        summed = sum(each.numel() for each in [*self.model.parameters(), *self._statistics]) + len(Losses._fields)
+        self._flat = torch.zeros(summed if world_size() > 1 else 0, device=self.device)
+        all_reduce(self._flat)  # NCCL allocates at its first sum; once the processes have agreed on a step, it must not
 
     @property
     def scored_model(self) -> DBNet:
@@ -387,8 +296,7 @@ class Training:
 
     def begin_epoch(self, config: Config) -> RunningEpoch:
         """Make the network and the device ready for an epoch, or for the rest of the running one."""
-        if self.running is None:
-            self.running = RunningEpoch(self.plan.image_size or config.image_size).to(self.device)
+        self.running = self.running or RunningEpoch(self.plan.image_size or config.image_size).to(self.device)
         self.model.train()
         if config.freeze_batch_norm:
             for layer in self._norms:
@@ -400,42 +308,36 @@ class Training:
         return self.running
 
     def count_step(
-        self, batches: list[dict[str, Any]], config: Config, death: str = "", saver: LastSave | None = None
-    ) -> StepCounts:
-        """The counts of an optimizer step on `batches`; all processes call it. Notes what could not be read.
+        self, batches: list[dict[str, Any]], config: Config, death: str = "", saver: "LastSave | None" = None
+    ) -> tuple[int, int]:
+        """How many batches and readable images an optimizer step has in all processes, each of which calls this.
 
-        Saves where that is due or the run has to end: none of the step's samples has been used. Raises UserError for
-        the `death` of a data worker, a data folder that is gone, and with config.strict an image that cannot be read.
+        Notes what could not be read. Saves where that is due or the run has to end: none of the samples has been used.
+        Raises UserError for the `death` of a data worker, a data folder that is gone, and with config.strict an image
+        that cannot be read.
         """
         errors = [error for batch in batches for _, error in batch["failed"]]
         self.unreadable.update(errors)
-        stop = death
-        if errors and config.strict:
-            stop = errors[0]
-        elif errors and not all(folder.is_dir() for folder in data_folders(config.data)):
+        stop = errors[0] if errors and config.strict else death
+        if errors and not all(folder.is_dir() for folder in data_folders(config.data)):
             stop = f"{config.data}: the folder is missing; restore it"
-        ours = StepCounts(
-            batches=len(batches),
-            images=sum(len(batch["image"]) for batch in batches if "image" in batch),
-            failed=len(errors),
-            stops=bool(stop),
-            signals=bool(saver and saver.interruption.signal),
-            saves_due=bool(saver and saver.is_due()),
-        )
-        counts = StepCounts(*map(sum, zip(*all_gather(ours), strict=True)))
-        if saver and (counts.stops or counts.signals or counts.saves_due):
+        ours = [len(batches), sum(len(batch.get("image", ())) for batch in batches), bool(stop)]
+        ours += [bool(saver.signal), saver.is_due()] if saver else [False, False]
+        count, images, stops, signals, saves_due = map(sum, zip(*all_gather(ours), strict=True))
+        if saver and (stops or signals or saves_due):
             saver.save(self)
-        if counts.stops:
+        if stops:
             raise UserError(f"{stop or 'another process has stopped, and says why'}; then go on with --resume")
-        if counts.signals and saver:
-            saver.interruption.stop()
-        return counts
+        if saver and signals:
+            saver.stop()
+        return count, images
 
     def stop_unless_finite(self) -> None:
         """Raise UserError after too many steps in a row without finite loss and gradients. Waits for the device."""
         assert self.running
         streak = int(self.running.non_finite_streak)
-        if streak >= NON_FINITE_LIMIT + (FP16_HALVINGS if self.scaler.get_growth_interval() == 2000 else 0):
+        is_fp16 = self.scaler.get_growth_interval() == _FP16_GROWTH_INTERVAL
+        if streak >= NON_FINITE_LIMIT + (FP16_HALVINGS if is_fp16 else 0):
             steps = f"{streak} steps in a row in epoch {self.epoch + 1}"
             raise UserError(f"loss or gradients were not finite for {steps}; lower --lr, or try --amp off")
 
@@ -481,12 +383,6 @@ class Training:
         else:
             print0("no epoch has found any text; look at --show-samples, train longer, or lower --lr")
 
-    def set_learning_rate(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        if self.running:
-            self.running.lr = lr
-
     def note_start(self) -> None:
         with NothingTwice(), torch.no_grad():
             torch._foreach_copy_(self._buffers_before, list(self.model.buffers()))
@@ -516,27 +412,24 @@ class Training:
             torch.where(finite, buffer, before, out=buffer)
 
     @torch.no_grad()
-    def flatten(self, losses: Tensor, share: float) -> Tensor:
-        """Losses, gradients and batch norm statistics in one tensor, for one sum over the processes.
+    def sum_over_processes(self, losses: Tensor, share: float) -> None:
+        """Replace losses, gradients and batch norm statistics by their sums over the processes, in one collective call.
 
         The statistics are weighted by `share`, this process's part of the samples: their sum is the mean.
         """
+        if world_size() == 1:
+            return
+        torch._foreach_mul_(self._statistics, share)
         for parameter in self.model.parameters():
             if parameter.grad is None:  # a process without samples
                 parameter.grad = torch.zeros_like(parameter)
-        for each in self._statistics:
-            each.mul_(share)
-        return torch.cat([part.reshape(-1) for part in self._summed(losses)])
-
-    @torch.no_grad()
-    def unflatten(self, flat: Tensor, losses: Tensor) -> None:
-        parts = self._summed(losses)
-        for part, numbers in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
-            part.copy_(numbers.view(part.shape))
-
-    def _summed(self, losses: Tensor) -> list[Tensor]:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        return [losses, *gradients, *self._statistics]
+        parts = [losses, *gradients, *self._statistics]
+        pieces = self._flat.split([part.numel() for part in parts])
+        views = [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+        torch._foreach_copy_(views, parts)
+        all_reduce(self._flat)
+        torch._foreach_copy_(parts, views)
 
     def note_random_states(self) -> None:
         """Keep the random states of all processes; all of them call it."""
@@ -560,7 +453,7 @@ class Training:
 
         A running epoch begins again where its batches have changed. Raises UserError where it is no state of a run.
         """
-        before = state["config"]
+        changed = [name for name in _ORDER if getattr(state["config"], name) != getattr(config, name)]
         with library_errors(
             f"{path}: holds no state of a run (a copy of best.pt?)", "start a new run from its weights with --init"
         ):
@@ -568,35 +461,68 @@ class Training:
             settings = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": settings})
             # Only fp16 has a scale; in older saves, other types have one that must not come back.
-            if pick_amp_dtype(config, self.device) == torch.float16 and state["scaler"].get("growth_interval") == 2000:
+            intervals = {self.scaler.get_growth_interval(), state["scaler"].get("growth_interval")}
+            if intervals == {_FP16_GROWTH_INTERVAL}:
                 self.scaler.load_state_dict(state["scaler"])
             if self.average and state.get("average"):
                 self.average.load_state_dict(state["average"])
-            if (before.batch_size, before.image_size) == (config.batch_size, config.image_size):
+            if not {"batch_size", "image_size"} & set(changed):
                 self.plan = BatchPlan(**state["plan"] | {"accumulate": self.plan.accumulate})
             self.epoch, self.best_hmean, self.best_epoch = state["epoch"], state["best_hmean"], state["best_epoch"]
             if len(state.get("random", [])) == world_size():
                 restore_random_state(state["random"][rank()], self.device)
-            if state.get("running"):
-                changed = [name for name in _ORDER if getattr(before, name) != getattr(config, name)]
-                if changed:
-                    flag = f"--{changed[0].replace('_', '-')}"
-                    print0(f"epoch {self.epoch + 1} begins again: {flag} has changed its batches")
-                else:
-                    state["running"].pop("dropped", None)  # older saves have it
-                    self.running = RunningEpoch(**state["running"]).to(self.device)
+            if state.get("running") and changed:
+                flag = f"--{changed[0].replace('_', '-')}"
+                print0(f"epoch {self.epoch + 1} begins again: {flag} has changed its batches")
+            elif state.get("running"):
+                known = {name: value for name, value in state["running"].items() if name not in _RETIRED}
+                self.running = RunningEpoch(**known).to(self.device)
 
 
-# Fields that decide the batches of an epoch.
-_ORDER = ("data", "data_weights", "batch_size", "image_size", "pad", "seed")
+_ORDER = ("data", "data_weights", "batch_size", "image_size", "pad", "seed")  # fields that decide an epoch's batches
+_RETIRED = ("dropped", "failed")  # what a RunningEpoch of an older save has, and no one reads
+
+
+class Interrupted(SystemExit):
+    """The end that a signal asked for; its exit status is 128 and the signal's number."""
 
 
 class LastSave:
-    """last.pt of a run and, until it is whole, the save before it; when to write it, and when to end with it."""
+    """last.pt of a run and, until it is whole, the save before it; when to write it, and when to end with it.
 
-    def __init__(self, run: Path, config: Config, interruption: Interruption | None = None) -> None:
-        self.path, self.config, self.interruption = run / "last.pt", config, interruption or Interruption()
+    Within its block, SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal is closed) only set `signal`; a second SIGINT
+    stops at once. Data workers that are forked meanwhile ignore them: they end with the process that they work for.
+    """
+
+    def __init__(self, run: Path, config: Config) -> None:
+        self.path, self.config = run / "last.pt", config
         self._saved = time.monotonic()  # unaffected by clock changes
+        self.signal, self._noted = 0, 0.0
+        self._process, self._stops_at_once = os.getpid(), False
+
+    def __enter__(self) -> Self:
+        handled = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            handled.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._note) for number in handled}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return
+        echo = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._noted < _ECHO_SECONDS
+        if self.signal and number == signal.SIGINT and not echo:
+            raise KeyboardInterrupt
+        self.signal, self._noted = self.signal or number, time.monotonic()
+        if self._stops_at_once:
+            self.stop()
+
+    def stop(self) -> None:
+        raise Interrupted(128 + self.signal)
 
     def is_due(self) -> bool:
         """Whether config.save_minutes have passed; only the first process counts them."""
@@ -615,15 +541,23 @@ class LastSave:
 
     @contextmanager
     def unless_validated(self, training: Training) -> Iterator[None]:
-        """Save the trained epoch where its validation, the work of this block, does not come to its end."""
+        """Save the trained epoch where its validation, the work of this block, does not come to its end.
+
+        A signal ends the block at once: nothing in it can be left half done.
+        """
         try:
-            with self.interruption.at_once():
-                yield
+            self._stops_at_once = True
+            if self.signal:
+                self.stop()
+            yield
         except (Interrupted, UserError, RuntimeError, MemoryError) as error:
+            self._stops_at_once = False
             self.write(training)
             if is_out_of_memory(error):
                 raise UserError("out of memory in the validation; lower --image-size, --resume") from None
             raise
+        finally:
+            self._stops_at_once = False
 
 
 def save_before(path: Path) -> Path:
