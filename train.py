@@ -14,13 +14,14 @@ the save before it), log.jsonl (a line an epoch), curves.png, and events for `te
 """
 
 import argparse
+import json
 import math
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from dbnet.config import PRESETS, ArgumentParser, Config, print_config, print_difference
+from dbnet.config import PRESETS, ArgumentParser, Config, print_difference
 from dbnet.errors import is_out_of_memory, one_line_errors, run_script
 
 
@@ -74,7 +75,7 @@ def main() -> None:
     if args.diff:
         print_difference(config, args.diff, Config.from_preset(args.diff))
     elif args.print_config:
-        print_config(config)
+        print(json.dumps(config.to_dict(), indent=2))
     elif args.show_samples:
         check_outputs((args.show_samples, PICTURE_MARK))
         write_image(args.show_samples, sample_sheet(TextDataset(config, "train", train=True)))

@@ -59,7 +59,7 @@ def measure_sample(config: Config) -> list[tuple[str, str, str, str]]:
 
     def targets(draw: Draw) -> None:
         _, letterbox = dataset.load(draw.place)
-        text, _, _ = dataset.polygons(draw.place, letterbox, dataset.augmentation(draw))
+        text, _ = dataset.polygons(draw.place, letterbox, dataset.augmentation(draw))
         draw_targets(text, side, side, config.shrink_ratio)
 
     side = config.image_size

@@ -49,7 +49,7 @@ def main() -> None:
 def draw_prob_map(dataset: TextDataset, index: int) -> np.ndarray:
     """(1024, 1024) float32: the text kernels of a receipt as a network gives them, soft and not quite straight."""
     _, letterbox = dataset.load(index)
-    text, _, _ = dataset.polygons(index, letterbox, Augmentation())
+    text, _ = dataset.polygons(index, letterbox, Augmentation())
     side = dataset.config.image_size
     kernels = draw_targets(text, side, side)[0].astype(np.float32)
     noise = np.random.default_rng(index).normal(0, 1, (side // 8, side // 8)).astype(np.float32)

@@ -26,40 +26,21 @@ _SHADOW_EDGE = 0.02  # softness, as a fraction of the longer side
 class Augmentation:
     """What happens to one sample: first to its values, then to its geometry, in the order of the fields."""
 
-    brightness: float = 0.0
-    """added to the values, as a fraction of the full range"""
-    contrast: float = 0.0
-    """values are scaled by 1 + contrast"""
-    clahe_clip: float = 0.0
-    """clip limit of the contrast-limited adaptive histogram equalization; 0 leaves it out"""
-    shadow: tuple[float, float, float] | None = None
-    """direction of the shaded side in radians, distance of its edge from the centre as a fraction of the longer side,
-    and depth"""
-    blur: float = 0.0
-    """standard deviation of a Gaussian blur in pixels"""
-    noise: tuple[float, int] | None = None
-    """standard deviation of grey noise, in grey levels, and its seed"""
-    jpeg_quality: int = 0
-    """quality of a JPEG compression, 1 to 100; 0 leaves it out"""
-    flip: bool = False
-    """mirror left and right"""
-    quarter_turns: int = 0
-    """clockwise turns by 90 degrees, 0 to 3"""
-    scale: float = 1.0
-    """factor on both sides"""
-    angle: float = 0.0
-    """clockwise rotation about the centre in degrees"""
+    brightness: float = 0.0  # added to the values, as a fraction of the full range
+    contrast: float = 0.0  # values are scaled by 1 + contrast
+    clahe_clip: float = 0.0  # clip limit of the contrast-limited adaptive histogram equalization; 0 leaves it out
+    shadow: tuple[float, float, float] | None = None  # direction, distance and depth, as `cast_shadow` takes them
+    blur: float = 0.0  # standard deviation of a Gaussian blur in pixels
+    noise: tuple[float, int] | None = None  # standard deviation of grey noise, in grey levels, and its seed
+    jpeg_quality: int = 0  # 1 to 100; 0 leaves the compression out
+    flip: bool = False  # left and right
+    quarter_turns: int = 0  # clockwise turns by 90 degrees, 0 to 3
+    scale: float = 1.0  # factor on both sides
+    angle: float = 0.0  # clockwise rotation about the centre in degrees
     corners: tuple[tuple[float, float], ...] = ()
     """perspective: shift of the four corners, clockwise from the top left, as fractions of width and height"""
-    limit: int | None = None
-    """longest side in pixels of the result; what is longer after scaling is cut"""
-    cut_position: tuple[float, float] = (0.5, 0.5)
-    """where the part that stays is cut out, from 0 (left, top) to 1 (right, bottom)"""
-
-    @property
-    def is_warp(self) -> bool:
-        """Whether pixels and words may come to lie outside of the result."""
-        return bool(self.angle or self.corners)
+    limit: int | None = None  # longest side in pixels of the result; what is longer after scaling is cut
+    cut_position: tuple[float, float] = (0.5, 0.5)  # of the part that stays, from 0 (left, top) to 1 (right, bottom)
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) of an augmented image of width x height."""
@@ -78,7 +59,7 @@ class Augmentation:
         points = np.stack([x, y], axis=1)
         if self.scale != 1:
             points = points * (scaled / (width, height))
-        if self.is_warp:
+        if self.angle or self.corners:
             projected = np.column_stack([points, np.ones(len(points))]) @ self._homography(*scaled).T
             return projected[:, :2] / projected[:, 2:]
         return points - self._cut(*scaled)
@@ -90,13 +71,13 @@ class Augmentation:
         width, height = self.size(image.shape[1], image.shape[0])
         region = canvas[:height, :width]
         image = self._change_values(image)
-        if self.scale == 1 and not self.is_warp and scaled == (width, height):
+        if self.scale == 1 and not (self.angle or self.corners) and scaled == (width, height):
             self._turn(image, region)
             return
         image = self._turn(image)
         if image.shape[1::-1] != scaled:
             image = cv2.resize(image, scaled, interpolation=cv2.INTER_AREA if self.scale < 1 else cv2.INTER_LINEAR)
-        if self.is_warp:
+        if self.angle or self.corners:
             to_corner = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # OpenCV counts from the centre of pixel 0
             homography = np.linalg.inv(to_corner) @ self._homography(*scaled) @ to_corner
             cv2.warpPerspective(
@@ -161,8 +142,7 @@ class Augmentation:
 def draw_augmentation(config: Config, rng: np.random.Generator, image_size: int | None = None) -> Augmentation:
     """Draw the augmentations that have a probability or a range in `config`. `rng` is the only source of chance.
 
-    `image_size` is the longer side of images before a random scaling, and the longest side of the result; the images
-    that come have config.image_size.
+    `image_size`: longer side of images before a random scaling, and of the result; what comes has config.image_size.
     """
     image_size = image_size or config.image_size
     probabilities = config.flip_p, config.rotate90_p, config.brightness_contrast_p, config.clahe_p
@@ -193,10 +173,8 @@ def draw_augmentation(config: Config, rng: np.random.Generator, image_size: int 
 
 
 def equalize(image: np.ndarray, clip: float) -> None:
-    """Contrast-limited adaptive histogram equalization of the luma of (height, width, 3) uint8 RGB, in place.
-
-    Luma (YCrCb) in place of the lightness of CIELAB, which takes eight times as long to convert to and back.
-    """
+    """Contrast-limited adaptive histogram equalization of (height, width, 3) uint8 RGB, in place: of the luma (YCrCb),
+    because the lightness of CIELAB takes eight times as long to convert to and back."""
     ycrcb = cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb)
     luma = cv2.createCLAHE(clip, _CLAHE_TILES).apply(cv2.extractChannel(ycrcb, 0))
     cv2.insertChannel(luma, ycrcb, 0)

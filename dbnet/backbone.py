@@ -22,8 +22,7 @@ class Backbone(nn.Module):
     """Four features of an image, (N, channels, H / stride, W / stride) at strides 4, 8, 16 and 32.
 
     Input: (N, 3, H, W) RGB in 0..1, normalized by `mean` and `std`, which belong to the weights of the network.
-    `channels` holds the channels of each feature, as a small image has them. Raises UserError where there is no such
-    network, where it has no such features, and where its weights cannot be loaded.
+    `channels` are those of each feature. Raises UserError for a network, features or weights that are not there.
     """
 
     def __init__(self, name: str, weights: str) -> None:
@@ -37,8 +36,7 @@ class Backbone(nn.Module):
             self.stages = _cut_into_stages(_load_torchvision(name, weights))
         with library_errors(f"--backbone {name}: does not take images of any size", "take another"):
             shapes = _probe(self.stages)
-        missing = [str(stride) for stride in STRIDES if stride not in {shape.stride for shape in shapes}]
-        if missing:
+        if missing := [str(stride) for stride in STRIDES if stride not in {shape.stride for shape in shapes}]:
             raise UserError(f"--backbone {name}: has no features at stride {', '.join(missing)}; take another")
         self.layers = [_last(shapes, stride) for stride in STRIDES]
         self.channels = [shapes[layer].channels for layer in self.layers]
@@ -154,11 +152,9 @@ def _probe(network: nn.Module) -> list[_Shape]:
 
 
 def _last(shapes: list[_Shape], stride: int) -> int:
-    """Index of the last feature at `stride`."""
     return max(index for index, shape in enumerate(shapes) if shape.stride == stride)
 
 
 def _similar(name: str, names: list[str]) -> str:
-    """A hint at the names most similar to `name`."""
     matches = difflib.get_close_matches(name, names)
     return f" (did you mean {', '.join(matches)}?)" if matches else ""

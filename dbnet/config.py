@@ -4,7 +4,6 @@ import argparse
 import ast
 import dataclasses
 import inspect
-import json
 import math
 import re
 import sys
@@ -229,11 +228,10 @@ class Config:
 
         `Config().changed(**values)` is the configuration that `to_dict` made.
         """
-        unknown = sorted(changes.keys() - _hints().keys())
-        if unknown:
+        if unknown := sorted(changes.keys() - _hints().keys()):
             raise UserError(f"unknown configuration field {unknown[0]!r}; --help lists all of them")
-        values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in changes.items()}
-        return dataclasses.replace(self, **values)
+        lists = {name: tuple(value) for name, value in changes.items() if isinstance(value, list)}
+        return dataclasses.replace(self, **changes | lists)
 
     def to_dict(self) -> dict[str, Any]:
         """Field names and plain values in the order of the fields, ready for JSON."""
@@ -241,6 +239,7 @@ class Config:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
+# Chapters of the help: their first field and their title.
 CHAPTERS = {
     "backbone": "shape of the network",
     "data": "images, and how they become samples",
@@ -250,18 +249,19 @@ CHAPTERS = {
     "device": "device and precision",
     "tta": "from a probability map to polygons",
 }
-"""Chapters of the help: their first field and their title."""
 
+# Fields that decide the shape of the network: fixed in a checkpoint.
 NETWORK_FIELDS = ("backbone", "weights", "pyramid_channels", "fusion", "binarization_k")
-"""Fields that decide the shape of the network: fixed in a checkpoint."""
 
+# Fields that matter where a checkpoint is used: what the help of evaluate.py, predict.py and export.py shows.
 _READING_FIELDS = {
     *("data", "format", "image_size", "enlarge", "workers", "strict", "batch_size", "device", "amp", "compile"),
     *("tta", "sideways", "use_polygon", "thresh", "box_thresh", "max_candidates", "min_size"),
     *("box_unclip_ratio", "polygon_unclip_ratio"),
 }
-"""Fields that matter where a checkpoint is used: what the help of evaluate.py, predict.py and export.py shows."""
 
+_METAVARS: dict[Any, str] = {bool: "BOOL", int: "INT", float: "FLOAT", str: "NAME", tuple: "N,N,..."}
+_NUMBERS = {int: "whole numbers", float: "numbers"}
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -319,16 +319,8 @@ V2 = V2.changed(tta=True)
 V3 = V1.changed(backbone="resnet50", batch_size=4, accumulate=4, thresh=0.22, box_thresh=0.35)
 SLIM = V1.changed(backbone="mobilenet_v3_large", pyramid_channels=96, pad="tight", batch_size=4, accumulate=1)
 SLIM = SLIM.changed(rotate90_p=0.0)
-LITE = SLIM.changed(
-    image_size=800,
-    flip_p=0.0,
-    scale=2.0,
-    rotate=2.0,
-    perspective=0.03,
-    ema=0.998,
-    box_thresh=0.4,
-    polygon_unclip_ratio=2.3,
-)
+LITE = SLIM.changed(image_size=800, flip_p=0.0, scale=2.0, rotate=2.0, perspective=0.03, ema=0.998)
+LITE = LITE.changed(box_thresh=0.4, polygon_unclip_ratio=2.3)
 DEMO = SLIM.changed(data="demo/data", weights="none", image_size=640, epochs=2, lr=5e-4, flip_p=0.0, box_thresh=0.4)
 BEST = V3.changed(backbone="timm:hrnet_w44", fusion="asf", lr=1.3e-3, epochs=30, ema=0.999, tta=True)
 BEST = BEST.changed(scale=2.0, rotate=2.0, perspective=0.03, brightness_contrast_p=0.4, brightness=0.33, contrast=0.28)
@@ -343,9 +335,8 @@ class ArgumentParser(argparse.ArgumentParser):
         if Path(sys.argv[0]).name.startswith("dbnet-"):  # the commands of an installed copy in place of the scripts
             description = re.sub(r"\bpython (\w+)\.py", r"dbnet-\1", description)
             description = re.sub(r" -- (\w+)\.py", r" -m -- dbnet.scripts.\1", description)
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
@@ -387,17 +378,13 @@ class ArgumentParser(argparse.ArgumentParser):
         """
         tokens = list(sys.argv[1:] if arguments is None else arguments)
         switches = {_flag(name) for name, hint in _hints().items() if hint is bool}
-        for i in range(len(tokens) - 1, -1, -1):
+        for i in reversed(range(len(tokens))):
             if tokens[i] in switches:
                 value = tokens.pop(i + 1) if i + 1 < len(tokens) and tokens[i + 1].lower() in _BOOLEANS else "true"
                 tokens[i] += f"={value}"
         namespace = self.parse_args(tokens)
         changes = {name: vars(namespace).pop(name) for name in _hints() if name in namespace}
         return namespace, changes
-
-
-_METAVARS: dict[Any, str] = {bool: "BOOL", int: "INT", float: "FLOAT", str: "NAME", tuple: "N,N,..."}
-_NUMBERS = {int: "whole numbers", float: "numbers"}
 
 
 def _parse(hint: Any, text: str) -> Any:
@@ -420,19 +407,12 @@ def _as_typed(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def print_config(config: Config) -> None:
-    """Print the configuration as JSON on stdout."""
-    print(json.dumps(config.to_dict(), indent=2))
-
-
 def print_difference(config: Config, name: str, reference: Config) -> None:
     """Print a line for each field in which `config` differs from the preset `reference` called `name`."""
     values, others = config.to_dict(), reference.to_dict()
-    differing = [field for field in values if values[field] != others[field]]
-    if not differing:
+    rows = [(field, str(others[field]), str(values[field])) for field in values if values[field] != others[field]]
+    if not rows:
         print(f"no difference from {name}")
         return
-    rows = [("field", name, "here"), *((field, str(others[field]), str(values[field])) for field in differing)]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for field, theirs, ours in [("field", name, "here"), *rows]:
+        print(f"{field:22}{theirs:24}{ours}")

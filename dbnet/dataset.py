@@ -46,16 +46,14 @@ __all__ = ["ArrayLoader", "Batches", "ImageDataset", "TextDataset", "count_worke
 _START_METHOD = "fork" if sys.platform == "linux" and hasattr(os, "fork") else "spawn"
 _MIN_FREE = 1 << 28  # bytes of the disk that the cache leaves to others
 _LIKE_SHAPES_AMONG = 16  # batches whose images are sorted by shape: few, so that the order stays random
-MOSTLY_VISIBLE = 0.9
-"""Share of a word's area inside an augmented image from which it is still learned; with less it is masked."""
+MOSTLY_VISIBLE = 0.9  # share of a word's area in an augmented image; with less, it is masked
 
 
 class PixelCache:
-    """A slot on disk for the decoded pixels of each image, in one temporary file that all workers map into memory.
+    """A slot for the decoded pixels of each image, in one temporary file that all workers map into memory.
 
-    It lies in the system's temporary folder (TMPDIR) and takes at most config.cache_gb and half of the free space
-    there; images beyond that are not cached. Where workers are forked, the file has no name and vanishes with the last
-    of them; else the process that made it removes it.
+    It takes at most config.cache_gb and half of the free space there; images beyond that are not cached. Where workers
+    are forked, the file has no name and vanishes with the last of them; else the process that made it removes it.
     """
 
     def __init__(self, images: int, config: Config) -> None:
@@ -96,8 +94,8 @@ class PixelCache:
         if index >= len(self._slots) or self._slots[index]["key"].tolist() != key:
             return None
         height, width, *size = self._slots[index]["sizes"].tolist()
-        pixels = self._slots[index]["pixels"][: height * width * 3]
-        return pixels.reshape(height, width, 3).copy(), (size[0], size[1])
+        pixels = self._slots[index]["pixels"][: height * width * 3].reshape(height, width, 3).copy()
+        return pixels, (size[0], size[1])
 
     def store(self, index: int, key: list[int], pixels: np.ndarray, size: tuple[int, int]) -> None:
         """Keep (height, width, 3) pixels and the original (width, height) under a key of all that they are made from.
@@ -142,11 +140,10 @@ class ImageDataset:
     or of `index` and `error`, a line of text, for an image that cannot be read.
     """
 
-    pad = "tight"
-    """or "square": all samples are image_size x image_size"""
+    pad = "tight"  # or "square": all samples are image_size x image_size
 
     def __init__(self, paths: Sequence[Path], config: Config, names: Sequence[str] | None = None) -> None:
-        """`names` are else those of the files."""
+        """Without `names`, they are those of the files."""
         self.paths = list(paths)
         self.names = [path.name for path in paths] if names is None else list(names)
         self.config = config
@@ -207,7 +204,6 @@ class ImageDataset:
         return letterbox.resize(pixels), letterbox
 
     def read(self, place: int, side: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """As `images.read_image`."""
         return read_image(self.paths[place], side)
 
     def side(self, place: int) -> int:
@@ -265,20 +261,17 @@ def gather_words(annotation: Annotation) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 class TextDataset(ImageDataset):
-    """A split of an annotated data set. For training (`train=True`) a sample is a dict of
+    """A split of an annotated data set. Without `train` its samples are those of ImageDataset, else dicts of
 
     image: (height, width, 3) uint8 array, RGB, augmented; image_size x image_size with `config.pad` "square";
     prob_map: (height, width) uint8 array, 1 on text kernels;
     thresh_levels: (height, width) uint8 array, 0 to 255 for thresh_min to thresh_max;
-    mask: (height, width) uint8 array, 0 on don't-care text and on what a cut has left of words;
-    dropped: how many words are masked because they are degenerate or vanish when shrunk;
+    mask: (height, width) uint8 array, 0 on don't-care or degenerate text and on what a cut has left of words;
     side: the image size that the sample was made for;
-    index, or `index` and `error`: as in ImageDataset, which is also the sample where `train` is false.
+    index, or `index` and `error`: as in ImageDataset.
 
-    The augmentation depends on the seed, the image, the epoch and the side alone, not on workers or order: sample `i`
-    of epoch `e` is `dataset[e * len(dataset) + i]`. Decoded images are cached from the first epoch on.
-
-    Raises UserError where the split is missing or its annotations are not of the form that the README shows.
+    The augmentation depends on the seed, the image, the epoch and the side alone, not on workers or order. Decoded
+    images are cached from the first epoch on. Raises UserError for a split or annotations that cannot be read.
     """
 
     def __init__(self, config: Config, split: str, train: bool) -> None:
@@ -361,21 +354,20 @@ class TextDataset(ImageDataset):
     ) -> dict[str, Any]:
         if not self.train:
             return super().labels(draw, letterbox, augmentation, shape)
-        text, masked, dropped = self.polygons(draw.place, letterbox, augmentation)
+        text, masked = self.polygons(draw.place, letterbox, augmentation)
         prob_map, thresh_levels, lost = draw_targets(text, *shape, self.config.shrink_ratio)
         mask = polygon_mask(masked + [text[index] for index in lost], *shape)
         return {
             "prob_map": prob_map,
             "thresh_levels": thresh_levels,
             "mask": np.subtract(1, mask, out=mask),
-            "dropped": dropped + len(lost),
             "side": draw.side or self.config.image_size,
         }
 
     def polygons(
         self, place: int, letterbox: Letterbox, augmentation: Augmentation
-    ) -> tuple[list[np.ndarray], list[np.ndarray], int]:
-        """Text polygons of a training sample, those to be masked, (n, 2) each, and how many of these are degenerate.
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Text polygons of a training sample, and those to be masked, (n, 2) each.
 
         Masked are don't-care and degenerate polygons, and words that the augmentation has cut; those that it has moved
         out of the image are gone.
@@ -389,19 +381,17 @@ class TextDataset(ImageDataset):
         is_masked = dont_care | is_degenerate | (visible < MOSTLY_VISIBLE)
         is_there = is_degenerate | (visible > 0)
         polygons = split_polygons(points, counts)
-        text, masked = (list(compress(polygons, is_there & which)) for which in (~is_masked, is_masked))
-        return text, masked, int((is_degenerate & ~dont_care).sum())
+        return list(compress(polygons, is_there & ~is_masked)), list(compress(polygons, is_there & is_masked))
 
 
 @dataclass(eq=False)
 class Batches:
-    """Batches of Draws, each image once: in order, or with a seed, for training, shuffled anew for each epoch.
+    """Batches of Draws, each image once: in order, or with a seed, for training, in an order for each epoch.
 
-    The order depends on the seed and the epoch alone. Of several processes, each has every world_size-th batch. `start`
-    batches of all of them are left out: those that an interrupted epoch has had. Where the data set pads tightly,
-    images of like shape share a batch in training. Without a seed only images of one padded shape do, so that what is
-    found in an image does not depend on the others. With config.train_sizes, one of them is drawn for each `accumulate`
-    batches, those of an optimizer step.
+    Of several processes, each has every world_size-th batch. `start` batches of all of them are left out: those that an
+    interrupted epoch has had. Where the data set pads tightly, images of like shape share a batch in training. Without
+    a seed only images of one padded shape do, so that what is found in an image does not depend on the others. With
+    config.train_sizes, one of them is drawn for each `accumulate` batches, those of an optimizer step.
     """
 
     dataset: ImageDataset
@@ -421,18 +411,13 @@ class Batches:
     def _of_all_processes(self) -> Iterator[list[Draw]]:
         dataset, draws = self.dataset, self.dataset.draws(self.epoch)
         sizes = dataset.config.train_sizes
-
-        def elongation(draw: Draw) -> int:
-            height, width = dataset.shape(draw)
-            return width - height
-
         rng = None if self.seed is None else np.random.default_rng((self.seed, self.epoch))
         if rng:
             rng.shuffle(draws)
         number, side = 0, None
         for together in _pieces(draws, self.batch_size * _LIKE_SHAPES_AMONG):
             if dataset.pad == "tight" and (rng or self.batch_size > 1):
-                together.sort(key=elongation)
+                together.sort(key=lambda draw: int(np.diff(dataset.shape(draw))[0]))  # width - height
             groups = [together] if rng else [list(group) for _, group in groupby(together, dataset.shapes)]
             batches = [batch for group in groups for batch in _pieces(group, self.batch_size)]
             if rng:
@@ -450,11 +435,8 @@ def _pieces(items: list[Any], size: int) -> list[list[Any]]:
 
 @dataclass
 class ArrayLoader:
-    """Batches of arrays, read where and when they are asked for.
-
-    A batch is a dict of the samples' arrays, stacked, and of `failed`, the (index, error) of the samples that could
-    not be read; with no readable sample, `image` is missing.
-    """
+    """Batches of arrays, read where and when they are asked for: dicts of the samples' arrays, stacked, and `failed`,
+    the (index, error) of each sample that could not be read. With no readable sample, `image` is missing."""
 
     batches: Batches
 
@@ -462,8 +444,8 @@ class ArrayLoader:
         return map(self.load, self.batches)
 
     def load(self, draws: list[Draw]) -> dict[str, Any]:
-        """The batch of these samples."""
-        return _collate(self.batches.dataset.__getitems__(draws), _stack)
+        samples = self.batches.dataset.__getitems__(draws)
+        return _collate(samples, lambda readable: {name: np.stack([s[name] for s in readable]) for name in readable[0]})
 
 
 def make_loader(batches: Batches, workers: int, pin_memory: bool) -> DataLoader:
@@ -492,10 +474,6 @@ def _collate(samples: list[dict[str, Any]], stack: Callable[[list[dict[str, Any]
     batch = stack(readable) if readable else {}
     batch["failed"] = [(sample["index"], sample["error"]) for sample in samples if "error" in sample]
     return batch
-
-
-def _stack(samples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def _prepare_process(_: int = 0) -> None:
@@ -549,10 +527,7 @@ def count_cores() -> int:
 
 
 def map_in_processes(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
-    """`map` by `workers` spawned processes, which share neither threads nor a GPU with this one; below 2, by this one.
-
-    OpenCV has one thread in each of them. Results come in the order of `items`.
-    """
+    """`map` by `workers` spawned processes, with one thread of OpenCV in each; below 2, by this one."""
     if workers < 2:
         yield from map(function, items)
         return

@@ -1,11 +1,10 @@
 """Device, precision, random numbers and processes of a run. PyTorch is imported where it is used: a process that runs
 an exported network works without it.
 
-Several processes work together as torchrun starts them, on one machine or several; alone, all of it is free. Training
-does not use DistributedDataParallel: between its collective calls a process may run out of memory, and all must fall
-back together. So each accumulates its gradients alone, one boolean says whether all got there (`all_processes`), and
-one call sums gradients, losses and batch norm statistics (`all_reduce`). What the host decides (counts, saves, stops)
-goes through gloo and never waits for a GPU.
+Several processes work together as torchrun starts them. Training does not use DistributedDataParallel: between its
+collective calls a process may run out of memory, and all must fall back together. So each accumulates its gradients
+alone, one boolean says whether all got there (`all_processes`), and one call sums gradients, losses and batch norm
+statistics (`all_reduce`). What the host decides (counts, saves, stops) goes through gloo and never waits for a GPU.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 # Where users set up the allocator of GPU memory. By default images of many shapes leave it in pieces of no use.
 _ALLOCATOR_SETTINGS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 _rank, _world_size = 0, 1
+_distributed: Any = None  # torch.distributed, where there are several processes
 _gpu_group: Any = None  # of collective calls on tensors of a GPU
 
 
@@ -41,7 +41,6 @@ def pick_device(name: str) -> torch.device:
     """The device of `--device`; under torchrun, a GPU of its own for each process. Raises UserError without one."""
     global _gpu_group
     import torch
-    import torch.distributed as dist
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,7 +62,7 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"torchrun --nproc-per-node: process {local + 1} finds {torch.cuda.device_count()} GPUs only")
     torch.cuda.set_device(local)
     if _gpu_group is None:
-        _gpu_group = dist.new_group(backend="nccl")
+        _gpu_group = _distributed.new_group(backend="nccl")
     return torch.device("cuda", local)
 
 
@@ -114,8 +113,8 @@ def random_state(device: torch.device) -> dict[str, Any]:
     """State of PyTorch's random numbers, on the CPU and on the device."""
     import torch
 
-    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return {"torch": torch.get_rng_state(), "cuda": on_device}
+    is_gpu = device.type == "cuda"
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if is_gpu else None}
 
 
 def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
@@ -157,29 +156,26 @@ def keep_freed_memory() -> None:
 
 def init_process_group() -> None:
     """Initialise the process group of the processes that torchrun has started, if it has."""
-    global _rank, _world_size
+    global _rank, _world_size, _distributed
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _world_size > 1:
         return
-    import torch.distributed as dist
+    import torch.distributed as _distributed
 
     with _one_line_for_lost_processes():
-        store, _rank, _world_size = next(dist.rendezvous("env://"))
+        store, _rank, _world_size = next(_distributed.rendezvous("env://"))
         # torchrun's store still has the addresses of the processes that these may have been started in place of.
-        attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("gloo", store=attempt, rank=_rank, world_size=_world_size)
+        attempt = _distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        _distributed.init_process_group("gloo", store=attempt, rank=_rank, world_size=_world_size)
 
 
 def destroy_process_group() -> None:
     global _rank, _world_size, _gpu_group
     if _world_size > 1:
-        import torch.distributed as dist
-
-        dist.destroy_process_group()
+        _distributed.destroy_process_group()
         _rank, _world_size, _gpu_group = 0, 1, None
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
     return _rank
 
 
@@ -190,7 +186,7 @@ def world_size() -> int:
 
 def is_first() -> bool:
     """Whether this process is the one that writes files and prints."""
-    return rank() == 0
+    return _rank == 0
 
 
 def print0(*words: Any, **how: Any) -> None:
@@ -212,23 +208,17 @@ def all_processes(flag: bool) -> bool:
 
 def all_reduce(numbers: Tensor) -> None:
     """Replace a tensor by its sum over the processes."""
-    if world_size() == 1:
-        return
-    import torch.distributed as dist
-
-    with _one_line_for_lost_processes():
-        dist.all_reduce(numbers, group=_gpu_group if numbers.is_cuda else None)
+    if _world_size > 1:
+        with _one_line_for_lost_processes():
+            _distributed.all_reduce(numbers, group=_gpu_group if numbers.is_cuda else None)
 
 
 def all_gather(value: Value) -> list[Value]:
     """The value of each process, in the order of their ranks, in every process."""
-    if world_size() == 1:
-        return [value]
-    import torch.distributed as dist
-
-    values: list[Any] = [None] * world_size()
-    with _one_line_for_lost_processes():
-        dist.all_gather_object(values, value)
+    values = [value] * _world_size
+    if _world_size > 1:
+        with _one_line_for_lost_processes():
+            _distributed.all_gather_object(values, value)
     return values
 
 
@@ -237,17 +227,15 @@ def from_first(compute: Callable[[], Value]) -> Value:
 
     An error is raised in the first process; the others end without a message.
     """
-    if world_size() == 1:
+    if _world_size == 1:
         return compute()
-    import torch.distributed as dist
-
     answer: list[Any] = [None]
     try:
         if is_first():
             answer = [(compute(),)]
     finally:
         with _one_line_for_lost_processes():
-            dist.broadcast_object_list(answer)
+            _distributed.broadcast_object_list(answer)
     if answer[0] is None:
         sys.exit(2)
     return answer[0][0]

@@ -24,14 +24,13 @@ class Losses(NamedTuple):
 
 
 def db_loss(maps: Maps, prob_map: Tensor, thresh_levels: Tensor, mask: Tensor, config: Config) -> Losses:
-    """w_p BCE(P) + w_b dice(B) + w_t L1(T) over the pixels that are not don't-care.
+    """w_p BCE(P) + w_b dice(B) + w_t L1(T) over the pixels that are not don't-care, in float32. All maps are (N, H, W).
 
     Args:
-        maps: logits of the network, (N, H, W) each, of any float type; all arithmetic here is float32.
-        prob_map: (N, H, W), 1 on text kernels and 0 elsewhere.
-        thresh_levels: (N, H, W), 0 to 255 for config.thresh_min to config.thresh_max; the L1 distance counts inside the
-            dilated polygons (`dbnet.targets.thresh_mask`).
-        mask: (N, H, W), 0 on don't-care text and 1 elsewhere.
+        maps: logits of the network, of any float type.
+        prob_map: 1 on text kernels and 0 elsewhere.
+        thresh_levels: 0 to 255 for config.thresh_min to config.thresh_max; L1 counts where `targets.thresh_mask` says.
+        mask: 0 on don't-care text and 1 elsewhere.
     """
     with torch.autocast(maps.prob_logits.device.type, enabled=False):
         prob_logits, thresh_logits = maps.prob_logits.float(), maps.thresh_logits.float()
@@ -74,17 +73,11 @@ def dice_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def hardest(losses: Tensor, count: Tensor) -> Tensor:
-    """Weights that pick the `count` largest of `losses`.
+    """Weights that pick the `count` largest of `losses`, float32 of any shape, none negative; zeros are never picked.
 
-    Args:
-        losses: float32 of any shape, none negative; zeros are never picked.
-        count: 0-d tensor, so that the host need not know it, as topk would ask.
-
-    Returns:
-        weights of the shape of `losses` that sum to `count` (or to the number of losses above 0): 1 above the value of
-        rank `count`, 0 below, and an equal share on that value itself.
-
-    The value is found by bisection over the bits: floats that are not negative compare like their bit patterns.
+    `count` is a 0-d tensor, which the host need not know, as topk would ask. The weights sum to it (or to the number of
+    losses above 0): 1 above the value of rank `count`, 0 below, and an equal share on that value itself. The value is
+    found by bisection over the bits: floats that are not negative compare like their bit patterns.
     """
     bits = losses.contiguous().view(torch.int32)
     value = torch.zeros((), dtype=torch.int32, device=losses.device)

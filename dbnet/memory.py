@@ -1,11 +1,8 @@
 """Memory: the batch in force, what is tried next when memory runs out, and micro-batches.
 
-    plan = BatchPlan(batch_size=4)
-    maps = run_until_it_fits(lambda: network(images, plan.micro_batch), plan)
-
 Training (train.optimizer_step) shrinks the micro-batch at a constant effective batch (8 x 2 -> 4 x 4 -> 2 x 8 ->
-1 x 16), then the image (1024 -> 896 -> 800, at the batch that it started with). Inference shrinks the batch
-only, because another image size would give another result.
+1 x 16), then the image (1024 -> 896 -> 800, at the batch that it started with). Inference (`run_until_it_fits`) shrinks
+the batch only, because another image size would give another result.
 """
 
 from __future__ import annotations
@@ -35,16 +32,11 @@ SMALLER_SIZES = (896, 800)
 class BatchPlan:
     """Micro-batch, accumulation and image size in force, and every fallback so far."""
 
-    batch_size: int
-    """micro-batch asked for"""
-    accumulate: int = 1
-    """micro-batches of an optimizer step asked for, in each process"""
-    image_size: int | None = None
-    """image size in force, in pixels; None where it must not change (inference)"""
-    halvings: int = 0
-    """how often the micro-batch has been halved"""
-    fallbacks: list[str] = field(default_factory=list)
-    """a line for each fallback, oldest first"""
+    batch_size: int  # micro-batch asked for
+    accumulate: int = 1  # micro-batches of an optimizer step asked for, in each process
+    image_size: int | None = None  # in force, in pixels; None where it must not change (inference)
+    halvings: int = 0  # of the micro-batch so far
+    fallbacks: list[str] = field(default_factory=list)  # a line for each, oldest first
 
     @property
     def micro_batch(self) -> int:
@@ -66,16 +58,13 @@ class BatchPlan:
             self.image_size, self.halvings = smaller[0], 0
         else:
             tried = "; ".join([*self.fallbacks, f"{before} does not fit either"])
-            raise UserError(
-                f"out of memory: {tried}; lower --image-size, take a smaller --backbone, or use --device cpu"
-            )
+            fix = "lower --image-size, take a smaller --backbone, or use --device cpu"
+            raise UserError(f"out of memory: {tried}; {fix}")
         self.fallbacks.append(f"{before} -> {self._describe()}")
         print0(f"\nout of memory: {self.fallbacks[-1]}", file=sys.stderr)
 
     def _describe(self) -> str:
-        if self.image_size is None:
-            return f"batch {self.micro_batch}"
-        return f"{self.in_force} at {self.image_size} px"
+        return f"{self.in_force} at {self.image_size} px" if self.image_size else f"batch {self.micro_batch}"
 
 
 def run_until_it_fits(work: Callable[[], Result], plan: BatchPlan) -> Result:

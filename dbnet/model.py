@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from dbnet.backbone import Backbone
 from dbnet.config import STRIDE, Config
 
+_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 BATCH_NORM_MOMENTUM = 0.1  # torchvision gives its mobile networks 0.01, too slow for the few steps of a short run
 
 
@@ -124,16 +125,18 @@ def fold_batch_norms(model: DBNet) -> None:
         model(torch.zeros(1, 64, 64, 3, dtype=torch.uint8, device=model.mean.device))
     uses = Counter(id(tensor) for taken, _ in run.calls for tensor in taken)
     names = {layer: name for name, layer in model.named_modules()}
-    by_weight = {id(layer.weight): layer for layer in names if _is_convolution(layer) or type(layer) is nn.BatchNorm2d}
-    makers: dict[int, nn.Module] = {}
+    # A subclass of the batch norm, as timm has it, does more than one.
+    layers = [each for each in names if isinstance(each, _CONVOLUTIONS) or type(each) is nn.BatchNorm2d]
+    by_weight = {id(layer.weight): layer for layer in layers}
+    makers: dict[int, Any] = {}
     for taken, result in run.calls:
-        layer = by_weight.get(id(taken[1])) if len(taken) > 1 else None
+        layer: Any = by_weight.get(id(taken[1])) if len(taken) > 1 else None
         if layer is None or uses[id(layer.weight)] > 1:
             continue
-        if _is_convolution(layer):
+        if isinstance(layer, _CONVOLUTIONS):
             makers[id(result)] = layer
         elif id(taken[0]) in makers and uses[id(taken[0])] == 1:
-            maker: Any = makers[id(taken[0])]
+            maker = makers[id(taken[0])]
             fused = fuse_conv_bn_eval(maker, layer, transpose=isinstance(maker, nn.ConvTranspose2d))
             model.set_submodule(names[maker], fused)
             model.set_submodule(names[layer], nn.Identity())
@@ -152,18 +155,13 @@ class _Calls(TorchDispatchMode):
         return result
 
 
-def _is_convolution(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Conv2d) or (isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1)
-
-
 @torch.no_grad()
 def fold(model: DBNet) -> None:
     """Make a network in eval mode faster, in place; it computes the same, to rounding, and can no longer be trained.
 
-    Batch norms go into the convolutions before them. The pyramid and the first convolution of the head have nothing but
-    linear layers, so what they do at stride 4 with features of coarser strides is done at those strides
-    (`UpConvolution`); the head's transposed convolutions, each as wide as its step, are 1 x 1 convolutions at stride 4.
-    The threshold branch goes.
+    Batch norms go into the convolutions before them. The pyramid and the first convolution of the head are linear: what
+    they do at stride 4 with coarser features is done at the strides of these (`UpConvolution`). The head's transposed
+    convolutions, each as wide as its step, are 1 x 1 convolutions at stride 4. The threshold branch goes.
     """
     fold_batch_norms(model)
     model.thresh_branch = nn.Sequential()
@@ -174,10 +172,8 @@ def fold(model: DBNet) -> None:
 
 
 class UpConvolution(nn.Module):
-    """What a 3 x 3 convolution gives for a feature that nearest-neighbour interpolation has doubled, made from 2 x 2
-    convolutions of the feature itself: (N, C, H, W) to (N, out, 2 H, 2 W). Each of four neighbouring results sees two
-    rows and two columns of the feature.
-    """
+    """A 3 x 3 convolution of a feature that nearest-neighbour interpolation has doubled, by 2 x 2 convolutions of the
+    feature itself: (N, C, H, W) to (N, out, 2 H, 2 W). Each result sees two of its rows and two of its columns."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -241,10 +237,9 @@ def _pointwise_head(second: Any, third: Any) -> list[nn.Module]:
 
 
 class FusedConvolution(nn.Module):
-    """A convolution and the activation after it as one call of oneDNN, its weight stored in the layout of the CPU.
+    """A convolution and the activation after it as one call of oneDNN, faster than PyTorch's own 1 x 1 on one thread.
 
-    On one thread PyTorch itself takes 1 x 1 convolutions of float32 to a slower path. Which layout is best depends on
-    the height and width of the input; a weight in another one would be stored anew in each call.
+    The weight is kept in the layout that is best for the shape of the input, or each call would store it anew.
     """
 
     def __init__(self, layer: nn.Conv2d, activation: str) -> None:

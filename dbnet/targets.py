@@ -1,9 +1,5 @@
 """Polygons to what the network learns: probability map and threshold map (DBNet, arXiv 1911.08947, section 3.4).
 
-    prob_map, thresh_map = make_targets(polygons, height, width)
-    prob_map, thresh_levels, lost = draw_targets(polygons, height, width)     # the same in bytes, for training
-    where_the_threshold_loss_counts = thresh_mask(prob_map, thresh_levels)
-
 A polygon of area A and perimeter L has the distance D = A (1 - r^2) / L. The probability map is 1 inside the polygon
 shrunk by D; the threshold map falls from `thresh_max` on the polygon's outline to `thresh_min` at D from it, on both
 sides. Both maps are drawn for every training sample: each polygon costs work on the box around it only, boxes of like
@@ -26,23 +22,12 @@ if TYPE_CHECKING:
 
 Map = TypeVar("Map", np.ndarray, "Tensor")
 
-BLOCK_ELEMENTS = 1 << 17
-"""Float32 elements of the distance planes that are worked on at once: they fit the processor's cache."""
-
-AT_ONCE = 8
-"""Polygons of like size that are worked on at once."""
-
-OUTSIDE_CIRCLE = 1 << 20
-"""Factor that makes an edge too far to matter for pixels outside its circle; a power of two keeps integers exact."""
-
-LEVELS = 255
-"""Steps of a threshold map's byte, from the lowest threshold to the highest."""
-
-COARSE_DISTANCE = 1.3
-"""Pixels. Below it, rounding to integers and the clipper's coarse arcs cost a dilated polygon pixels within D of it."""
-
-MAX_DRAWN_COORDINATE = 1 << 15
-"""Polygons with a point further than this from the origin, in pixels, are not drawn: OpenCV and float32 end there."""
+BLOCK_ELEMENTS = 1 << 17  # float32 elements of the distance planes worked on at once: they fit the processor's cache
+AT_ONCE = 8  # polygons of like size that are worked on at once
+OUTSIDE_CIRCLE = 1 << 20  # makes an edge too far to matter outside its circle; a power of two keeps integers exact
+LEVELS = 255  # steps of a threshold map's byte, from the lowest threshold to the highest
+COARSE_DISTANCE = 1.3  # pixels; below it, rounding and the clipper's coarse arcs cost a dilated polygon some pixels
+MAX_DRAWN_COORDINATE = 1 << 15  # pixels; polygons with a point further out are not drawn: OpenCV and float32 end there
 
 
 def make_targets(
@@ -53,12 +38,8 @@ def make_targets(
     thresh_min: float = 0.3,
     thresh_max: float = 0.7,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The two target maps of an image: `draw_targets`, with the threshold map in its own unit.
-
-    Returns `prob_map`, (height, width) uint8, 1 inside the shrunk polygons and 0 elsewhere, and `thresh_map`,
-    (height, width) float32 from `thresh_min` (at D and more from every outline) to `thresh_max` (on an outline), in
-    255 steps.
-    """
+    """The two target maps of an image, as `draw_targets` makes them; the second is `thresh_map`, (height, width) float32
+    from `thresh_min` (at D and more from every outline) to `thresh_max` (on an outline), in 255 steps."""
     prob_map, thresh_levels, _ = draw_targets(polygons, height, width, shrink_ratio)
     return prob_map, thresh_of_levels(thresh_levels.astype(np.float32), thresh_min, thresh_max)
 
@@ -102,8 +83,7 @@ def thresh_of_levels(levels: Map, thresh_min: float, thresh_max: float) -> Map:
 def thresh_mask(prob_map: Map, thresh_levels: Map) -> Map:
     """Where the threshold loss counts: inside the dilated polygons (DBNet section 3.5). Bool, shaped as the maps.
 
-    A dilated polygon consists of the pixels within D of its outline, where `thresh_levels` is above 0, and of the core
-    further inside, which is the shrunk polygon; so the mask needs no map of its own. Takes numpy arrays or tensors.
+    Those are the pixels within D of an outline, where `thresh_levels` is above 0, and the shrunk polygons further in.
     """
     return (thresh_levels > 0) | (prob_map > 0)
 
@@ -134,7 +114,7 @@ def _stacked_by_point_count(polygons: Sequence[np.ndarray]) -> Iterator[tuple[np
 
 
 def _offset(polygon: list[list[int]], distance: float) -> list[list[list[int]]]:
-    """The polygon moved outward by `distance` pixels, inward if it is negative, in integer pixels: its pieces."""
+    """The pieces of a polygon moved outward by `distance` pixels, inward if it is negative, in integer pixels."""
     offset = pyclipper.PyclipperOffset()
     offset.AddPath(polygon, pyclipper.JT_ROUND, pyclipper.ET_CLOSEDPOLYGON)
     return offset.Execute(distance)
@@ -191,13 +171,8 @@ def _boxes_within(distances: np.ndarray, points: np.ndarray, shape: tuple[int, i
 
 def _plane_basis(width: int, height: int) -> np.ndarray:
     """1, x, y and x^2 + y^2 of the pixels of a box: (4, height, width) float32."""
-    x = np.arange(width, dtype=np.float32)
-    y = np.arange(height, dtype=np.float32)[:, None]
-    basis = np.ones((4, height, width), np.float32)
-    basis[1] = x
-    basis[2] = y
-    basis[3] = np.square(x) + np.square(y)
-    return basis
+    x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
+    return np.stack(np.broadcast_arrays(np.float32(1), x, y, np.square(x) + np.square(y)))
 
 
 def _plane_coefficients(points: np.ndarray) -> np.ndarray:

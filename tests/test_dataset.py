@@ -112,10 +112,9 @@ def test_words_that_a_cut_parts_are_masked_and_those_outside_are_gone(small):
     ]
     dataset.words = [gather_words(Annotation([np.array(word, float) for word in words], [False] * 3))]
     cut = augment.Augmentation(scale=2.0, limit=128, cut_position=(0.0, 0.0))
-    text, masked, dropped = dataset.polygons(0, letterbox, cut)
+    text, masked = dataset.polygons(0, letterbox, cut)
     assert [polygon.tolist() for polygon in text] == [[[8, 8], [80, 8], [80, 24], [8, 24]]]
     assert [polygon.tolist() for polygon in masked] == [[[100, 60], [180, 60], [180, 76], [100, 76]]]
-    assert dropped == 0
 
 
 def test_words_are_counted_by_what_training_makes_of_them(small):
@@ -189,7 +188,7 @@ def test_points_outside_are_clipped_to_the_image():
     assert (masked[0] == 100).all()
 
 
-def test_text_that_cannot_be_learned_is_masked_and_counted_and_not_left_as_background(small):
+def test_text_that_cannot_be_learned_is_masked_and_not_left_as_background(small):
     dataset = TextDataset(small, "train", train=True)
     word, line, vanishes = [[4, 4], [60, 4], [60, 20], [4, 20]], [[10, 40], [30, 40], [50, 40]], [[10, 60], [40, 62]]
     (left, top), (right, bottom) = vanishes
@@ -197,7 +196,6 @@ def test_text_that_cannot_be_learned_is_masked_and_counted_and_not_left_as_backg
     words = [np.array(each, float) for each in (word, line, [[70, 70], [90, 90]], thin)]
     dataset.words = [gather_words(Annotation(words, [False] * 4))]
     sample = dataset.labels(Draw(0), Letterbox(128, 128, 128), augment.Augmentation(), (128, 128))
-    assert sample["dropped"] == 3
     assert sample["mask"][12, 30] == 1 and sample["prob_map"][12, 30] == 1
     for x, y in ((30, 40), (80, 80), (25, 61)):
         assert sample["mask"][y, x] == 0 and sample["prob_map"][y, x] == 0
