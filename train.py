@@ -112,7 +112,6 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
             in_force = config.changed(image_size=training.plan.image_size)  # memory may have run out since
             if validation.config != in_force:
                 validation = Pipeline(TextDataset(in_force, "val", train=False), in_force, device)
-            training.note_random_states()
             with saver.unless_validated(training):
                 evaluation = evaluate(validation, Ensemble.of(training.scored_model, in_force, device), "validation")
             training.running = None

@@ -69,10 +69,8 @@ def _load_torchvision(name: str, weights: str) -> nn.Module:
     """The classifier `name` of torchvision."""
     names = [known for known in zoo.list_models(module=zoo) if known.startswith(FAMILIES)]
     if name not in names:
-        raise UserError(
-            f"--backbone {name}: no such network{_similar(name, names)}; takes a network of torchvision's families "
-            f"{', '.join(FAMILIES)} by its name there, or timm:NAME"
-        )
+        known = f"takes a network of torchvision's families {', '.join(FAMILIES)} by its name there, or timm:NAME"
+        raise UserError(f"--backbone {name}: no such network{_similar(name, names)}; {known}")
     classifier = zoo.get_model(name, weights=None)
     if weights == "none":
         return classifier

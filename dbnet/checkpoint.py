@@ -18,23 +18,19 @@ from dbnet.files import check_regular, write_whole
 from dbnet.model import DBNet, fold
 
 FORMAT = 3
-"""Format that `save_checkpoint` writes; checkpoints of a higher one are rejected. Old checkpoints when
+"""Format that `save_checkpoint` writes; checkpoints of a higher one are rejected.
 
-- a field is added to the configuration: they get its default, which must mean what the program did before.
-- a field is removed or renamed, or its values change their meaning: raise FORMAT, and translate in `_translate`; drop a
-  value that no longer matters, reject one that can no longer be honoured. An unknown field is never skipped.
-- a layer is renamed: raise FORMAT, and rename the keys of `model` likewise.
-
-Format 2 has a batch norm more in the fusion asf; networks of format 1 with it are rejected. Format 3 lacks the fields
-sync_batch_norm and clahe_clip. tests/data/format-1.pt and weights/lite.pt (format 2) have to stay readable.
+A field that old checkpoints lack gets its default, which must mean what the program did before. When a field or a layer
+is removed or renamed, or values change their meaning: raise FORMAT, and translate in `load_checkpoint`; reject what can
+no longer be honoured. Format 2 has a batch norm more in the fusion asf. Format 3 lacks the fields sync_batch_norm and
+clahe_clip. tests/data/format-1.pt and weights/lite.pt (format 2) have to stay readable.
 """
 
 
 def save_checkpoint(path: Path, config: Config, model: nn.Module, keep: Path | None = None, **state: Any) -> None:
     """Write the configuration, the weights and `state` (tensors and plain values) to `path`, atomically.
 
-    `keep` names a place for the checkpoint that was there. Raises UserError, with that one kept, where it cannot be
-    written.
+    `keep`: where the checkpoint goes that was there. Raises UserError, with that one kept, where it cannot be written.
     """
     _write(path, {"format": FORMAT, "config": config.to_dict(), "model": model.state_dict(), **state}, keep)
 
@@ -61,34 +57,26 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or not {"format", "config", "model"} <= content.keys():
         raise UserError(f"{path}: not a checkpoint of dbnet; it lacks the configuration or the weights")
-    if type(content["format"]) is not int or content["format"] < 1:
-        raise UserError(f"{path}: not a checkpoint of dbnet; its format is no number from 1 up")
-    if content["format"] > FORMAT:
-        raise UserError(f"{path}: written by a newer dbnet (format {content['format']}); update dbnet to read it")
+    written_by = content["format"]
+    if type(written_by) is not int or not 1 <= written_by <= FORMAT:
+        raise UserError(f"{path}: has format {str(written_by)[:9]}; update dbnet if it is by a newer dbnet")
     try:
-        content["config"] = Config().changed(**_translate(content["config"], content["format"]))
-    except (UserError, TypeError, ValueError, AttributeError) as error:  # the last three where it is no dict of fields
+        values = dict(content["config"])
+        if written_by < 3:
+            values = {name: value for name, value in values.items() if name not in ("sync_batch_norm", "clahe_clip")}
+            values |= {"format": "auto"} if values.get("format") == "totaltext" else {}
+        content["config"] = Config().changed(**values)
+    except (UserError, TypeError, ValueError) as error:  # the last two where it is no dict of fields
         reason = f"its configuration is unknown here ({one_line(error)})"
         raise UserError(f"{path}: {reason}; update dbnet if it is of a newer one") from None
-    if content["format"] == 1 and content["config"].fusion == "asf":
+    if written_by == 1 and content["config"].fusion == "asf":
         raise UserError(f"{path}: has the fusion asf of an older dbnet, which often failed to learn; train it anew")
     return content
 
 
-def _translate(values: dict[str, Any], written_by: int) -> dict[str, Any]:
-    """The configuration of a checkpoint of format `written_by`, as FORMAT has it."""
-    if written_by >= 3:
-        return values
-    kept = {name: value for name, value in values.items() if name not in ("sync_batch_norm", "clahe_clip")}
-    return kept | {"format": "auto"} if kept.get("format") == "totaltext" else kept
-
-
 def _check_archive(path: Path) -> None:
-    """Raise unless a file is a zip archive as torch.save writes it, with all its checksums right.
-
-    torch itself does not look at them: a flipped bit would be a silently changed weight. What is packed or overlaps
-    could unfold to more than memory holds.
-    """
+    """Raise unless a file is a zip archive as torch.save writes it, with all its checksums right: torch does not look at
+    them. What is packed or overlaps could unfold to more than memory holds."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
@@ -101,8 +89,7 @@ def _check_archive(path: Path) -> None:
 
 
 def load_weights(model: nn.Module, content: dict[str, Any], path: Path, config: Config) -> None:
-    """Copy the weights of a loaded checkpoint into `model`. Raises UserError where they are of another architecture,
-    or no finite numbers, with which every image would come back empty."""
+    """Copy the weights of a loaded checkpoint into `model`. Raises UserError if they do not fit or are not finite."""
     try:
         model.load_state_dict(content["model"])
     except MemoryError:
@@ -135,9 +122,9 @@ def build_model(config: Config, run: Path, last: dict[str, Any] | None, init: Pa
 
 
 def start_from(model: nn.Module, content: dict[str, Any], path: Path) -> None:
-    """Copy what fits of a loaded checkpoint of any architecture into `model`, and say in one line what does not.
+    """Copy what fits of a loaded checkpoint of any architecture into `model`, and print what is left as it was.
 
-    A layer is taken where all of its tensors agree in name and shape; the backbone as a whole or not at all. Raises
+    A layer is taken where all of its tensors agree in name and shape, the backbone as a whole or not at all. Raises
     UserError where nothing fits.
     """
     ours, theirs = model.state_dict(), content["model"]
@@ -153,11 +140,10 @@ def start_from(model: nn.Module, content: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: none of its weights fits this network; leave out --init")
     _check_finite(path, taken)
     model.load_state_dict(taken, strict=False)
-    print(
-        f"{path}: {len(taken)} of {len(ours)} tensors taken"
-        + _list_parts("left as they were", ours.keys() - taken.keys())
-        + _list_parts("not used", theirs.keys() - taken.keys() - ours.keys())
-    )
+    left = [_layer(name) + "." for name in ours.keys() - taken.keys()]
+    parts = sorted({match[0] for name in left if (match := re.match(r"[^.]+(\.[^.\d]+(?=\.))?", name))})
+    rest = f"; left as they were: {', '.join(parts)}" if parts else ""
+    print(f"{path}: {len(taken)} of {len(ours)} tensors taken{rest}")
 
 
 def _layer(name: str) -> str:
@@ -165,15 +151,8 @@ def _layer(name: str) -> str:
     return "backbone" if name.startswith("backbone.") else name.rpartition(".")[0]
 
 
-def _list_parts(title: str, names: set[str]) -> str:
-    """The parts of the network, such as pyramid.lateral or thresh_branch, that tensors belong to."""
-    parts = {match[0] for name in names if (match := re.match(r"[^.]+(\.[^.\d]+(?=\.))?", _layer(name) + "."))}
-    return f"; {title}: {', '.join(sorted(parts))}" if parts else ""
-
-
 def load_model(path: Path, changes: dict[str, Any]) -> tuple[DBNet, Config, dict[str, Any]]:
-    """The network of a checkpoint, in eval mode and folded, its configuration with `changes` applied, and the whole
-    content."""
+    """The folded network of a checkpoint, its configuration with `changes` applied, and the whole content."""
     content = load_checkpoint(path)
     config = content["config"].changed(**changes)
     model = DBNet(config.changed(weights="none"))
@@ -183,10 +162,7 @@ def load_model(path: Path, changes: dict[str, Any]) -> tuple[DBNet, Config, dict
 
 
 def change_checkpoint(path: Path, changes: dict[str, Any], **state: Any) -> None:
-    """Change fields of the configuration in a checkpoint and add `state` (tensors and plain values), atomically.
-
-    Raises UserError as `load_checkpoint` does, and where the file cannot be written.
-    """
+    """Change fields of the configuration in a checkpoint and add `state` (tensors and plain values), atomically."""
     content = load_checkpoint(path)
     content["config"] = content["config"].changed(**changes).to_dict()
     _write(path, {**content, **state})
@@ -194,11 +170,8 @@ def change_checkpoint(path: Path, changes: dict[str, Any], **state: Any) -> None
 
 def write_half(source: Path, path: Path, changes: dict[str, Any]) -> None:
     """Write the network and the configuration of a checkpoint, with `changes`, at half the size: kernels as 16-bit
-    floats, which loading widens again; what only training needs is left out.
-
-    Raises UserError as `load_checkpoint` does, where a weight has no place in 16 bits, and where `path` cannot be
-    written.
-    """
+    floats, which loading widens again; what only training needs is left out. Raises UserError as `load_checkpoint`
+    does, where a weight has no place in 16 bits, and where `path` cannot be written."""
     content = load_checkpoint(source)
     halved = {name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in content["model"].items()}
     if not all(tensor.isfinite().all() for tensor in halved.values()):

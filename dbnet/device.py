@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-# Where users set up the allocator of GPU memory. By default images of many shapes leave it in pieces of no use.
-_ALLOCATOR_SETTINGS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+_ALLOCATOR_SETTINGS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # where users set up the memory of GPUs
 _rank, _world_size = 0, 1
 _distributed: Any = None  # torch.distributed, where there are several processes
 _gpu_group: Any = None  # of collective calls on tensors of a GPU
@@ -45,7 +44,8 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and sys.platform == "linux" and not _ALLOCATOR_SETTINGS & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read when the GPU is first used
+        # By default images of many shapes leave the memory in useless pieces. Read when the GPU is first used.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -86,10 +86,9 @@ def has_fast_bf16() -> bool:
 
 
 def compile_model(model: torch.nn.Module, freeze: bool = False) -> None:
-    """Compile `model` in place at its first call, for batches of any shape; its state_dict stays as it is.
+    """Compile `model` in place at its first call, for batches of any shape, and keep that in the user's cache folder.
 
-    With `freeze`, for inference on a CPU, its weights become constants of what is compiled. That is kept in the user's
-    cache folder for the next call. Raises UserError where there is no C++ compiler for it.
+    With `freeze`, for inference on a CPU, its weights become constants. Raises UserError without a C++ compiler.
     """
     if not shutil.which(os.environ.get("CXX", "g++")) and not shutil.which("clang++"):
         raise UserError("--compile: needs a C++ compiler (g++, or CXX in the environment); leave it out")
@@ -141,11 +140,8 @@ def peak_memory(device: torch.device) -> float:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse the memory of freed arrays, in this process and in those forked from it.
-
-    By default it maps each large array anew, and the system fills it with zeros: on a CPU, half of the time of a
-    training step (benchmarks/RESULTS.md).
-    """
+    """Let glibc reuse the memory of freed arrays, in this process and in those forked from it. By default it maps each
+    large array anew, and the system fills it with zeros: on a CPU, half of the time of a training step."""
     try:
         set_option = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
@@ -223,10 +219,8 @@ def all_gather(value: Value) -> list[Value]:
 
 
 def from_first(compute: Callable[[], Value]) -> Value:
-    """Result of `compute` in the first process, in every process: files need to be on its machine only.
-
-    An error is raised in the first process; the others end without a message.
-    """
+    """Result of `compute` in the first process, in every process: files need to be on its machine only. An error is
+    raised in the first process; the others end without a message."""
     if _world_size == 1:
         return compute()
     answer: list[Any] = [None]

@@ -57,6 +57,7 @@ def locked(path: Path, message: str) -> Iterator[None]:
     The lock of a process that has died does not count. Raises UserError, beginning with `message`, where another
     process holds it. On a system or a file system without locks the block runs without one.
     """
+    make_folder(path.parent)
     with path.open("a+") as file:
         try:
             import fcntl

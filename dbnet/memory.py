@@ -68,10 +68,7 @@ class BatchPlan:
 
 
 def run_until_it_fits(work: Callable[[], Result], plan: BatchPlan) -> Result:
-    """Call `work` until memory suffices, and `plan.shrink()` after each time that it does not.
-
-    `work` must start from the beginning at each call and read the plan then.
-    """
+    """Call `work`, which reads the plan, from its beginning until memory suffices, each time under a smaller plan."""
     while True:
         try:
             return work()
@@ -140,7 +137,6 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
 
 def resize_sample(micro: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     """Images and target maps loaded before a fallback of the image size, at the new size."""
-    import torch
     from torch.nn import functional as F
 
     size = tuple(padded(round(side * scale)) for side in micro["image"].shape[1:3])
@@ -150,7 +146,7 @@ def resize_sample(micro: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
 
     image = resize(micro["image"].permute(0, 3, 1, 2), mode="bilinear", antialias=True)
     return {
-        "image": image.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1),
+        "image": image.round().clamp(0, 255).byte().permute(0, 2, 3, 1),
         "prob_map": resize(micro["prob_map"][:, None], mode="nearest-exact")[:, 0],
         "thresh_levels": resize(micro["thresh_levels"][:, None], mode="bilinear")[:, 0],
         "mask": resize(micro["mask"][:, None], mode="nearest-exact")[:, 0],

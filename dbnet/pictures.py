@@ -156,7 +156,7 @@ def sample_sheet(dataset: TextDataset, count: int = 4, side: int = 480) -> np.nd
     rows = []
     for index in range(min(count, len(dataset))):
         _, letterbox = dataset.load(index)
-        text, illegible, _ = dataset.polygons(index, letterbox, dataset.augmentation(Draw(index)))
+        text, illegible = dataset.polygons(index, letterbox, dataset.augmentation(Draw(index)))
         sample = dataset[index]
         image = sample["image"]
         panels = [

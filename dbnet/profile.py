@@ -1,6 +1,4 @@
-"""Memory and speed of a preset on this device, before a long run.
-
-    python train.py --preset v1 --profile
+"""Memory and speed of a preset on this device, before a long run: `python train.py --preset v1 --profile`.
 
 Real optimizer steps on synthetic batches, for each plan of the fallback (`dbnet.memory`): 8 x 2, 4 x 4, 2 x 8 and
 1 x 16 at 1024, 896 and 800 px. A plan that was not measured, for lack of memory or time, says so.
@@ -13,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,30 +41,24 @@ class _OnlyPlan(BatchPlan):
 def print_profile(preset: str | None, config: Config, step: Step) -> None:
     """Measure every case and print the table. Raises UserError without such a device or for a broken data set."""
     device = pick_device(config.device)
-    images, source = COMPETITION_IMAGES, f"the competition's; there is no {config.data}"
+    is_gpu, images, source = device.type == "cuda", COMPETITION_IMAGES, f"the competition's; there is no {config.data}"
     if all(folder.exists() for folder in data_folders(config.data)):
         images, source = len(read_split(config.data, "train").images), config.data
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{preset or 'v1'} on {name}: {config.backbone}, torch {torch.__version__}")
     row = "{:1}  {:>7}  {:>6}  {:>4}  {:>7}  {:>8}  {}".format
     print(row("", "image", "batch", "amp", "peak GB", "images/s", f"{config.epochs} epochs"))
     cases, initial = fallback_cases(config, device), config.changed(amp=_amp_in_force(config, device))
     for case, result in zip(cases, measure_cases(cases, device, step), strict=True):
-        plan = (
-            "*" if case == initial else "",
-            f"{case.image_size} px",
-            f"{case.batch_size} x {case.accumulate}",
-            case.amp,
-        )
-        if isinstance(result, str):
-            print(row(*plan, "-", "-", result))
-            continue
-        memory, speed = result
-        minutes = config.epochs * images / speed / 60
-        taken = f"{minutes / 60:.1f} h" if minutes >= 60 else f"{minutes:.1f} min"
-        print(row(*plan, f"{memory:.2f}", f"{speed:.3g}", taken))
+        memory, speed, taken = "-", "-", result
+        if not isinstance(result, str):
+            minutes = config.epochs * images / result[1] / 60
+            taken = f"{minutes / 60:.1f} h" if minutes >= 60 else f"{minutes:.1f} min"
+            memory, speed = f"{result[0]:.2f}", f"{result[1]:.3g}"
+        plan = f"{case.image_size} px", f"{case.batch_size} x {case.accumulate}", case.amp
+        print(row("*" if case == initial else "", *plan, memory, speed, taken))
     print("* what training starts with; the other rows are what it falls back to when memory runs out")
-    print("peak: " + ("of tensors on the GPU" if device.type == "cuda" else "growth of a process that does only this"))
+    print("peak: " + ("of tensors on the GPU" if is_gpu else "growth of a process that does only this"))
     print(f"epochs: {images:,} images each ({source}), square and of full size, training steps alone")
 
 
@@ -79,9 +72,7 @@ def fallback_cases(config: Config, device: torch.device) -> list[Config]:
     together = config.batch_size * config.accumulate
     return [
         config.changed(amp=amp, image_size=size, batch_size=batch, accumulate=-(-together // batch))
-        for amp in amps
-        for size in sizes
-        for batch in batches
+        for amp, size, batch in product(amps, sizes, batches)
     ]
 
 

@@ -38,8 +38,8 @@ def make_targets(
     thresh_min: float = 0.3,
     thresh_max: float = 0.7,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The two target maps of an image, as `draw_targets` makes them; the second is `thresh_map`, (height, width) float32
-    from `thresh_min` (at D and more from every outline) to `thresh_max` (on an outline), in 255 steps."""
+    """The two target maps of an image, as `draw_targets` makes them, but the second in its own unit: (height, width)
+    float32 from `thresh_min` (at D and more from every outline) to `thresh_max` (on an outline), in 255 steps."""
     prob_map, thresh_levels, _ = draw_targets(polygons, height, width, shrink_ratio)
     return prob_map, thresh_of_levels(thresh_levels.astype(np.float32), thresh_min, thresh_max)
 

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from itertools import chain, islice
 from pathlib import Path
@@ -38,7 +38,7 @@ from dbnet.device import (
     world_size,
 )
 from dbnet.errors import UserError, is_out_of_memory, library_errors, typed
-from dbnet.files import check_writable, locked, make_folder, read_log, remove_leftovers, write_json, write_whole
+from dbnet.files import check_writable, locked, read_log, remove_leftovers, write_json, write_whole
 from dbnet.loss import Losses
 from dbnet.memory import BatchPlan, free_memory
 from dbnet.model import BATCH_NORM_MOMENTUM, DBNet
@@ -64,11 +64,10 @@ def find_run(name: str | None) -> tuple[Path, dict[str, Any] | None]:
 
     A named run that has no save yet starts anew, with None: so the same command serves for each start of a job.
     """
-    found = (RUNS / name).glob("last*.pt") if name else RUNS.glob("*/last*.pt")
-    saves = sorted(found, key=lambda path: path.stat().st_mtime)
+    saves = [*(RUNS / name).glob("last*.pt")] if name else [*RUNS.glob("*/last*.pt")]
     if not (name or saves):
         raise UserError("runs/: holds no last.pt to resume; leave out --resume to start a run")
-    run = RUNS / name if name else saves[-1].parent
+    run = RUNS / name if name else max(saves, key=lambda path: path.stat().st_mtime).parent
     return run, load_last(run) if saves else None
 
 
@@ -79,12 +78,7 @@ def lock_run(run: Path) -> Iterator[None]:
     Raises UserError where another process trains there.
     """
     with ExitStack() as held:
-
-        def hold() -> None:
-            make_folder(run)
-            held.enter_context(locked(run / ".lock", f"{run}: is being trained"))
-
-        from_first(hold)
+        from_first(lambda: held.enter_context(locked(run / ".lock", f"{run}: is being trained")))
         try:
             yield
         except (UserError, Interrupted, KeyboardInterrupt):
@@ -128,10 +122,8 @@ def accumulation(config: Config) -> int:
         return config.accumulate
     accumulate, rest = divmod(config.effective_batch, config.batch_size * world_size())
     if rest:
-        raise UserError(
-            f"--effective-batch {config.effective_batch}: is no multiple of batch {config.batch_size} x "
-            f"{world_size()} processes; change --batch-size"
-        )
+        asked, together = f"--effective-batch {config.effective_batch}", f"{config.batch_size} x {world_size()} processes"
+        raise UserError(f"{asked}: is no multiple of batch {together}; change --batch-size")
     return accumulate
 
 
@@ -234,9 +226,8 @@ class RunningEpoch:
     row: dict[str, Any] | None = None  # of the log, without the validation, once all batches are done
 
     def to(self, device: torch.device) -> Self:
-        for name in ("losses", "steps", "skipped", "non_finite_streak"):
-            setattr(self, name, getattr(self, name).to(device))
-        return self
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
     def note(self, losses: Tensor, gradient_norm: Tensor) -> None:
         """Add the losses of a step, on the device: no step waits for the one before."""
@@ -534,7 +525,7 @@ class LastSave:
         self.write(training)
 
     def write(self, training: Training) -> None:
-        """Save the run with the random states that were noted last. Only the first process writes."""
+        """Save the run with the random states that were noted last; only the first process writes."""
         if is_first():
             save_checkpoint(self.path, self.config, training.model, keep=save_before(self.path), **training.state())
         self._saved = time.monotonic()
@@ -545,6 +536,7 @@ class LastSave:
 
         A signal ends the block at once: nothing in it can be left half done.
         """
+        training.note_random_states()
         try:
             self._stops_at_once = True
             if self.signal:
