@@ -75,8 +75,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _check_archive(path: Path) -> None:
-    """Raise unless a file is a zip archive as torch.save writes it, with all its checksums right: torch does not look at
-    them. What is packed or overlaps could unfold to more than memory holds."""
+    """Raise unless a file is a zip archive as torch.save writes it, with right checksums, which torch does not look at.
+
+    What is packed or overlaps could unfold to more than memory holds.
+    """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):

@@ -122,8 +122,8 @@ def accumulation(config: Config) -> int:
         return config.accumulate
     accumulate, rest = divmod(config.effective_batch, config.batch_size * world_size())
     if rest:
-        asked, together = f"--effective-batch {config.effective_batch}", f"{config.batch_size} x {world_size()} processes"
-        raise UserError(f"{asked}: is no multiple of batch {together}; change --batch-size")
+        flag, together = f"--effective-batch {config.effective_batch}", f"{config.batch_size} x {world_size()}"
+        raise UserError(f"{flag}: is no multiple of batch {together} processes; change --batch-size")
     return accumulate
 
 
