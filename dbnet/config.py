@@ -224,10 +224,8 @@ class Config:
         return PRESETS[name].changed(**changes)
 
     def changed(self, **changes: Any) -> Self:
-        """A copy with some fields changed; lists, as in JSON, become tuples. Raises UserError for an unknown field.
-
-        `Config().changed(**values)` is the configuration that `to_dict` made.
-        """
+        """A copy with some fields changed; lists become tuples, so that `Config().changed(**values)` undoes `to_dict`.
+        Raises UserError for an unknown field."""
         if unknown := sorted(changes.keys() - _hints().keys()):
             raise UserError(f"unknown configuration field {unknown[0]!r}; --help lists all of them")
         lists = {name: tuple(value) for name, value in changes.items() if isinstance(value, list)}
@@ -342,10 +340,9 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
     def add_config_flags(self, of_checkpoint: bool = False) -> None:
-        """Add `--field-name VALUE` for every field of Config, in the chapters of CHAPTERS.
+        """Add `--field-name VALUE` for every field of Config, after the script's own flags, which the usage line lists.
 
         In scripts whose values come from a checkpoint, the help shows the flags that matter there; all are accepted.
-        Call this after adding the script's own flags, which the usage line lists.
         """
         self.usage = self.format_usage().removeprefix("usage: ").rstrip().replace("%", "%%") + " [--FIELD VALUE ...]"
         self.epilog = (
@@ -372,10 +369,8 @@ class ArgumentParser(argparse.ArgumentParser):
             )
 
     def parse(self, arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
-        """The script's own arguments, and the configuration fields that the command changes.
-
-        A boolean field may stand alone (`--strict`) or with a value (`--use-polygon false`).
-        """
+        """The script's own arguments, and the configuration fields that the command changes. A boolean field may stand
+        alone (`--strict`) or with a value (`--use-polygon false`)."""
         tokens = list(sys.argv[1:] if arguments is None else arguments)
         switches = {_flag(name) for name, hint in _hints().items() if hint is bool}
         for i in reversed(range(len(tokens))):
@@ -415,4 +410,4 @@ def print_difference(config: Config, name: str, reference: Config) -> None:
         print(f"no difference from {name}")
         return
     for field, theirs, ours in [("field", name, "here"), *rows]:
-        print(f"{field:22}{theirs:24}{ours}")
+        print(f"{field:22}  {theirs:22}  {ours}")

@@ -98,14 +98,11 @@ class PixelCache:
         return pixels, (size[0], size[1])
 
     def store(self, index: int, key: list[int], pixels: np.ndarray, size: tuple[int, int]) -> None:
-        """Keep (height, width, 3) pixels and the original (width, height) under a key of all that they are made from.
-
-        On a full disk, where writing to a mapped file would end the process, it prints a line and caches no more.
-        """
+        """Keep (height, width, 3) pixels and the original (width, height) under a key of what they are made from."""
         if index >= len(self._slots):
             return
         if _free_bytes() < _MIN_FREE + self._slots.itemsize:
-            self._slots = np.empty(0, self._slots.dtype)
+            self._slots = np.empty(0, self._slots.dtype)  # writing to a mapped file on a full disk ends the process
             print(f"\nimages are no longer cached ({tempfile.gettempdir()} is nearly full)", file=sys.stderr)
             return
         slot = self._slots[index]
@@ -194,10 +191,7 @@ class ImageDataset:
         return samples
 
     def load(self, place: int) -> tuple[np.ndarray, Letterbox]:
-        """The resized image, (height, width, 3) uint8 RGB, and how it was resized.
-
-        Raises ImageError for an image that cannot be read.
-        """
+        """The resized image, (height, width, 3) uint8 RGB, and how it was resized. Raises ImageError."""
         side = self.side(place)
         pixels, size = self.read(place, side)
         letterbox = Letterbox(*size, side)
@@ -239,10 +233,8 @@ class ImageDataset:
         return self._padded([self.augmentation(draw).size(*resized)], draw.side)
 
     def _padded(self, sizes: list[tuple[int, int]], side: int | None) -> tuple[int, int]:
-        """(height, width) that holds images of these (width, height), none longer than `side` (config.image_size).
-
-        It is more than one pixel at the coarsest stride: a batch norm in training cannot normalize a single one.
-        """
+        """(height, width) that holds images of these (width, height), none longer than `side` (config.image_size): more
+        than one pixel at the coarsest stride, because a batch norm in training cannot normalize a single one."""
         if self.pad == "square":
             square = max(side or self.config.image_size, 2 * STRIDE)
             return square, square
@@ -253,8 +245,7 @@ class ImageDataset:
 def gather_words(annotation: Annotation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The polygons of an image in three arrays: points (total, 2), number of points of each, don't-care flags.
 
-    Forked workers share them with their parent. Polygons in a list would have a reference count each, and counting
-    copies memory page by page.
+    Forked workers share them with their parent; polygons in a list would be copied when their references are counted.
     """
     points = np.concatenate([np.empty((0, 2)), *annotation.polygons])
     return points, np.array([*map(len, annotation.polygons)], int), np.array(annotation.dont_care, bool)
@@ -289,31 +280,24 @@ class TextDataset(ImageDataset):
                 raise UserError(f"--data-weights {given}: must be a number for each of the {folders} folders of --data")
 
     def draws(self, epoch: int) -> list[Draw]:
-        """The samples of an epoch: each image as often as config.data_weights says.
-
-        With a weight of 2.3, each image of the folder twice and 0.3 of them once more. They take turns from epoch to
-        epoch, in an order that depends on the seed alone, so that all come equally often over the epochs.
-        """
+        """The samples of an epoch: each image as often as config.data_weights says. With a weight of 2.3, each image of
+        the folder twice and 0.3 of them once more, which take turns from epoch to epoch in an order by the seed."""
         if not (self.train and self.config.data_weights):
             return super().draws(epoch)
         draws: list[Draw] = []
-        first = 0
         for folder, (size, weight) in enumerate(zip(self._folder_sizes, self.config.data_weights, strict=True)):
-            more = round(weight % 1 * size)
+            first, more = sum(self._folder_sizes[:folder]), round(weight % 1 * size)
             order = np.random.default_rng((self.config.seed, folder)).permutation(size)
             once_more = order.take(range(epoch * more, (epoch + 1) * more), mode="wrap").tolist()
             for repeat, places in enumerate([*[range(size)] * int(weight), once_more]):
                 draws += [Draw(first + place, epoch, repeat=repeat) for place in places]
-            first += size
         return draws
 
     def count_words(self) -> str:
-        """A line on how many words are learned, before any augmentation, and how many are not and why.
-
-        Of an image that cannot be read, no word is outside. Raises UserError where there is nothing to learn.
-        """
+        """A line on how many words are learned, before any augmentation, and how many are not and why. Raises UserError
+        where there is nothing to learn."""
         points, counts, dont_care = map(np.concatenate, zip(*self.words, strict=True))
-        sizes = [self.size(place) or (np.inf, np.inf) for place in range(len(self))]
+        sizes = [self.size(place) or (np.inf, np.inf) for place in range(len(self))]  # unreadable: no word is outside
         limits = np.repeat(sizes, [len(points) for points, _, _ in self.words], axis=0)
         visible = areas(np.clip(points, 0, limits), counts)
         outside = (areas(points, counts) > 0) & (visible == 0) & ~dont_care
@@ -477,11 +461,8 @@ def _collate(samples: list[dict[str, Any]], stack: Callable[[list[dict[str, Any]
 
 
 def _prepare_process(_: int = 0) -> None:
-    """Set up a process that loads images, or starts such processes.
-
-    The workers are the parallelism; threads would compete for the same cores. Tensors travel by the names of files in
-    shared memory: by default each holds a descriptor in both processes, and a long accumulation needs thousands.
-    """
+    """Set up a process that loads images, with one thread, or starts such processes. Tensors travel by the names of
+    files in shared memory: by default each holds a descriptor in both processes, of which there are too few."""
     import torch.multiprocessing
 
     cv2.setNumThreads(1)
@@ -515,10 +496,8 @@ def load_batches(loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def count_workers(config: Config) -> int:
     """Loader processes of `--workers`, where -1 means one a core, at most 8."""
-    if config.workers >= 0:
-        return config.workers
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that torchrun has started on these cores
-    return max(1, min(8, count_cores() // sharing))
+    return config.workers if config.workers >= 0 else max(1, min(8, count_cores() // sharing))
 
 
 def count_cores() -> int:

@@ -49,14 +49,12 @@ def draw_targets(
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Draw the two target maps of an image (DBNet section 3.4, "Label generation"), one byte for each pixel.
 
-    `polygons` are (n, 2) arrays of (x, y) in pixels, integer or float; they are rounded to integer pixels. What lies
-    outside the image is cut off. The inside of an outline that crosses itself is drawn as far as it can be shrunk. No
-    polygon raises.
+    `polygons` are (n, 2) arrays of (x, y) in pixels, integer or float; they are rounded to integer pixels, and cut off
+    at the edges of the image. The inside of an outline that crosses itself is drawn as far as it can be shrunk.
 
     Returns `prob_map`, (height, width) uint8, 1 inside the shrunk polygons and 0 elsewhere; `thresh_levels`,
     (height, width) uint8 from 0 (at D and more from every outline) to 255 (on an outline); and the indices of the
-    polygons that no kernel stands for, because they have no area, vanish when shrunk, or are a tangle. Their text would
-    be learned as background: mask it (`polygon_mask`).
+    polygons without area, that vanish when shrunk, or are a tangle: they would be learned as background, so mask them.
     """
     prob_map = np.zeros((height, width), np.uint8)
     thresh_levels = np.zeros((height, width), np.uint8)
@@ -89,10 +87,8 @@ def thresh_mask(prob_map: Map, thresh_levels: Map) -> Map:
 
 
 def polygon_mask(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
-    """(height, width) uint8, 1 inside any of the polygons: the don't-care areas, which no loss looks at.
-
-    `polygons` as in `draw_targets`; those that have no area count with the pixels of their outline.
-    """
+    """(height, width) uint8, 1 inside any of the polygons, or on the outline of one without area: for don't-care areas,
+    which no loss looks at."""
     mask = np.zeros((height, width), np.uint8)
     for _, points in _stacked_by_point_count(polygons):
         for polygon in points:
@@ -206,8 +202,8 @@ def _plane_coefficients(points: np.ndarray) -> np.ndarray:
 def _nearest(planes: np.ndarray) -> np.ndarray:
     """(count, pixels) squared distances to each outline, from (count, 3 n, pixels) planes, which are overwritten.
 
-    As in the baseline, an edge counts only for pixels in its circle; elsewhere its ends do. (Counting it for all pixels
-    beside it would be the exact distance; near the ends of edges the two thresholds differ by up to 0.03.)
+    As in the baseline, an edge counts only for pixels in its circle; elsewhere its ends do. (Near the ends of edges the
+    threshold differs by up to 0.03 from that of the exact distance.)
     """
     edges = planes.shape[1] // 3
     circle, line = planes[:, :edges], planes[:, edges : 2 * edges]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -173,7 +173,8 @@ class WeightAverage:
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         averages, current = [], []
-        for average, tensor in zip(_tensors(self.model), _tensors(model), strict=True):
+        ours, theirs = ([*each.parameters(), *each.buffers()] for each in (self.model, model))
+        for average, tensor in zip(ours, theirs, strict=True):
             if average.is_floating_point():
                 averages.append(average)
                 current.append(tensor)
@@ -187,10 +188,6 @@ class WeightAverage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
         self.model.load_state_dict(state["model"])
-
-
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    return chain(model.parameters(), model.buffers())
 
 
 class NothingTwice(TorchDispatchMode):
@@ -226,8 +223,8 @@ class RunningEpoch:
     row: dict[str, Any] | None = None  # of the log, without the validation, once all batches are done
 
     def to(self, device: torch.device) -> Self:
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **tensors)
+        tensors = [name for name, value in vars(self).items() if isinstance(value, Tensor)]
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
     def note(self, losses: Tensor, gradient_norm: Tensor) -> None:
         """Add the losses of a step, on the device: no step waits for the one before."""
@@ -265,6 +262,7 @@ class Training:
         return cls(model, make_optimizer(model, config), make_scaler(config, device), plan, average)
 
     def __post_init__(self) -> None:
+        self.device = next(self.model.parameters()).device
         self._buffers_before = [torch.empty_like(buffer) for buffer in self.model.buffers()]
         self._norms = [layer for layer in self.model.modules() if isinstance(layer, nn.BatchNorm2d)]
         self._random_before: dict[str, Any] = {}
@@ -277,10 +275,6 @@ class Training:
     def scored_model(self) -> DBNet:
         """The network that is validated and kept in best.pt."""
         return self.average.model if self.average else self.model
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     def is_stuck(self, config: Config) -> bool:
         return 0 < config.patience <= self.epoch - self.best_epoch
