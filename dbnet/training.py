@@ -218,8 +218,8 @@ class RunningEpoch:
     lr: float = 0.0  # of the last step
     losses: Tensor = field(default_factory=lambda: torch.zeros(len(Losses._fields)))  # sums over steps of finite loss
     steps: Tensor = field(default_factory=lambda: torch.zeros(()))  # number of those steps
-    skipped: Tensor = field(default_factory=lambda: torch.zeros(()))  # number of steps whose gradient was not finite
-    non_finite_streak: Tensor = field(default_factory=lambda: torch.zeros(()))  # last steps in a row that were not
+    skipped: Tensor = field(default_factory=lambda: torch.zeros(()))  # steps whose gradient was not finite
+    non_finite_streak: Tensor = field(default_factory=lambda: torch.zeros(()))  # last steps in a row where either was not finite
     row: dict[str, Any] | None = None  # of the log, without the validation, once all batches are done
 
     def to(self, device: torch.device) -> Self:
