@@ -219,7 +219,7 @@ class RunningEpoch:
     losses: Tensor = field(default_factory=lambda: torch.zeros(len(Losses._fields)))  # sums over steps of finite loss
     steps: Tensor = field(default_factory=lambda: torch.zeros(()))  # number of those steps
     skipped: Tensor = field(default_factory=lambda: torch.zeros(()))  # steps whose gradient was not finite
-    non_finite_streak: Tensor = field(default_factory=lambda: torch.zeros(()))  # last steps in a row where either was not finite
+    non_finite_streak: Tensor = field(default_factory=lambda: torch.zeros(()))  # last steps in a row that were not
     row: dict[str, Any] | None = None  # of the log, without the validation, once all batches are done
 
     def to(self, device: torch.device) -> Self:
