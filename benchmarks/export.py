@@ -16,7 +16,7 @@ from measure import milliseconds, parse_arguments, print_table, print_versions
 
 from dbnet.checkpoint import load_model
 from dbnet.config import Config
-from dbnet.dataset import ArrayLoader, Batches, ImageDataset, TextDataset
+from dbnet.dataset import Batches, ImageDataset, TextDataset
 from dbnet.ensemble import Ensemble
 from dbnet.evaluation import evaluate
 from dbnet.inference import Network, OnnxNetwork, Pipeline, write_onnx
@@ -80,7 +80,7 @@ def quantize(path: Path, quantized: Path, dataset: ImageDataset) -> None:
 
         def __init__(self) -> None:
             del dataset.paths[CALIBRATION_IMAGES:]
-            self.batches = iter(ArrayLoader(Batches(dataset, 1)))
+            self.batches = map(dataset.batch, Batches(dataset, 1))
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             batch = next(self.batches, None)

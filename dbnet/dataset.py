@@ -40,7 +40,7 @@ from dbnet.targets import draw_targets, make_targets, polygon_mask
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
-__all__ = ["ArrayLoader", "Batches", "ImageDataset", "TextDataset", "count_workers", "make_loader", "make_targets"]
+__all__ = ["Batches", "ImageDataset", "TextDataset", "count_workers", "make_loader", "make_targets"]
 
 # Forked workers share the annotations. Elsewhere than on Linux forking is not safe, or there is no such thing.
 _START_METHOD = "fork" if sys.platform == "linux" and hasattr(os, "fork") else "spawn"
@@ -169,6 +169,11 @@ class ImageDataset:
                 other = resized[sample["index"]]
                 sample.update({"error": other["error"]} if "error" in other else {f"image_{side}": other["image"]})
         return samples
+
+    def batch(self, draws: list[Draw]) -> dict[str, Any]:
+        """The samples' arrays, stacked, and `failed`, the (index, error) of each sample that could not be read. With no
+        readable sample, `image` is missing."""
+        return _collate(self.__getitems__(draws), _stack)
 
     def _resized(self, image_size: int) -> Self:
         other = copy.copy(self)
@@ -417,23 +422,8 @@ def _pieces(items: list[Any], size: int) -> list[list[Any]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-@dataclass
-class ArrayLoader:
-    """Batches of arrays, read where and when they are asked for: dicts of the samples' arrays, stacked, and `failed`,
-    the (index, error) of each sample that could not be read. With no readable sample, `image` is missing."""
-
-    batches: Batches
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(self.load, self.batches)
-
-    def load(self, draws: list[Draw]) -> dict[str, Any]:
-        samples = self.batches.dataset.__getitems__(draws)
-        return _collate(samples, lambda readable: {name: np.stack([s[name] for s in readable]) for name in readable[0]})
-
-
 def make_loader(batches: Batches, workers: int, pin_memory: bool) -> DataLoader:
-    """The batches of ArrayLoader, but of tensors, loaded in `workers` processes that live as long as the loader."""
+    """Batches as of `ImageDataset.batch`, but of tensors, loaded in processes that live as long as the loader."""
     import torch
     from torch.utils.data import DataLoader, default_collate
 
@@ -451,6 +441,10 @@ def make_loader(batches: Batches, workers: int, pin_memory: bool) -> DataLoader:
         worker_init_fn=_prepare_process,
         generator=torch.Generator(),  # else each pass draws from the one that the network's layers draw from
     )
+
+
+def _stack(samples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def _collate(samples: list[dict[str, Any]], stack: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dbnet.config import NETWORK_FIELDS, Config
-from dbnet.dataset import ArrayLoader, Batches, ImageDataset, count_cores, count_workers, load_batches, make_loader
+from dbnet.dataset import Batches, ImageDataset, count_cores, count_workers, load_batches, make_loader
 from dbnet.errors import ImageError, UserError, is_out_of_memory, library_errors
 from dbnet.files import check_regular, write_whole
 from dbnet.geometry import MOST_TALL, Letterbox, in_windows, inference_side, padded, tall_share, windows
@@ -334,7 +334,7 @@ class Pipeline:
             self.loader = self.loader or make_loader(batches, self.workers, pin_memory=True)
             yield from self._beside_device(network, self.loader, plan)
             return
-        look = partial(self._look, network, ArrayLoader(batches))
+        look = partial(self._look, network)
         threads = min(network.threads, len(batches))
         if threads <= 1:
             for draws in batches:
@@ -356,9 +356,9 @@ class Pipeline:
                 waiting.extend((draws, pool.submit(look, draws, plan)) for draws in islice(ahead, 1))
                 yield from found
 
-    def _look(self, network: Network, loader: ArrayLoader, draws: list[Any], plan: BatchPlan) -> list[Detection]:
+    def _look(self, network: Network, draws: list[Any], plan: BatchPlan) -> list[Detection]:
         """What is found in a batch, all of it by this thread."""
-        [batch] = load_batches(map(loader.load, [draws]))
+        [batch] = load_batches(map(self.dataset.batch, [draws]))
         found = self._unreadable(batch)
         if "image" in batch:
             for image in self._mapped(batch, self._launch(network, batch, plan)()):

@@ -122,11 +122,16 @@ def _raise_near_outlines(thresh_levels: np.ndarray, points: np.ndarray, distance
     seen = (first < last).all(axis=1)
     points, distances, first, last = points[seen], distances[seen], first[seen], last[seen]
     is_whole = (first + last - 1 == points.min(axis=1) + points.max(axis=1)).all(axis=1)
-    is_mirrored = is_whole & _is_upright(points)
+    along_x, along_y = np.moveaxis(np.roll(points, -1, axis=1) == points, 2, 0)
+    is_upright = (along_x != along_y).all(axis=1) & (points.shape[1] == 4)  # rectangles with sides along x and y
+    is_mirrored = is_whole & is_upright
     sizes = np.where(is_mirrored[:, None], (last - first + 1) // 2, last - first)
     coefficients = _plane_coefficients(points - first[:, None])
     slopes = (-LEVELS / distances).astype(np.float32)[:, None]
-    basis = _plane_basis(*sizes.max(axis=0, initial=0).tolist())
+    width, height = sizes.max(axis=0, initial=0).tolist()
+    x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
+    basis = np.ones((4, height, width), np.float32)
+    basis[1], basis[2], basis[3] = x, y, np.square(x) + np.square(y)
     planes, order = coefficients.shape[1], np.lexsort(sizes.T)
     boxes = np.concatenate([first, last, sizes], axis=1).tolist()
     for group in np.split(order, range(AT_ONCE, len(order), AT_ONCE)):
@@ -148,12 +153,6 @@ def _raise_near_outlines(thresh_levels: np.ndarray, points: np.ndarray, distance
                     np.maximum(part, level, out=part)
 
 
-def _is_upright(points: np.ndarray) -> np.ndarray:
-    """(count,) whether the (count, n, 2) polygons are rectangles with sides along x and y."""
-    along_x, along_y = np.moveaxis(np.roll(points, -1, axis=1) == points, 2, 0)
-    return (along_x != along_y).all(axis=1) & (points.shape[1] == 4)
-
-
 def _boxes_within(distances: np.ndarray, points: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """The box around each dilated polygon, cut to the image: its first pixel and the one past its last, (count, 2)."""
     margins = distances.astype(np.int32)[:, None]  # pixels and points are integers: further out a pixel is at D
@@ -165,14 +164,8 @@ def _boxes_within(distances: np.ndarray, points: np.ndarray, shape: tuple[int, i
     return np.maximum(first, 0), np.minimum(last, shape[::-1])
 
 
-def _plane_basis(width: int, height: int) -> np.ndarray:
-    """1, x, y and x^2 + y^2 of the pixels of a box: (4, height, width) float32."""
-    x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
-    return np.stack(np.broadcast_arrays(np.float32(1), x, y, np.square(x) + np.square(y)))
-
-
 def _plane_coefficients(points: np.ndarray) -> np.ndarray:
-    """Weights of 1, x, y and x^2 + y^2 in three functions of a pixel for each edge of (count, n, 2) polygons.
+    """Weights of 1, x, y and x^2 + y^2 of a pixel in three functions for each edge of (count, n, 2) polygons.
 
     With u and v the vectors from the pixel to the ends of the edge: u . v, which is at most 0 in the circle that has
     the edge as its diameter; u x v / |v - u|, the distance to the edge's line; |u|^2, the squared distance to its first

@@ -8,7 +8,7 @@ from torch import nn
 
 from dbnet.checkpoint import save_checkpoint
 from dbnet.config import Config
-from dbnet.dataset import ArrayLoader, Batches, ImageDataset, TextDataset
+from dbnet.dataset import Batches, ImageDataset, TextDataset
 from dbnet.ensemble import TTA_SCALES, Ensemble, View, fitted, mirrored
 from dbnet.errors import UserError
 from dbnet.inference import Pipeline, load_network
@@ -32,7 +32,7 @@ class Brightness(nn.Module):
 
 def infer(ensemble, dataset, micro_batch=8):
     dataset.further_sizes = ensemble.sides[1:]
-    [batch] = ArrayLoader(Batches(dataset, len(dataset)))
+    [batch] = map(dataset.batch, Batches(dataset, len(dataset)))
     images = [batch["image"], *(batch[f"image_{side}"] for side in ensemble.sides[1:])]
     return batch, ensemble.infer(images, batch["size"].tolist(), BatchPlan(micro_batch))()
 
@@ -170,7 +170,7 @@ def test_a_broken_image_fails_alone_at_several_sizes(pictures):
     dataset, _ = pictures
     dataset.further_sizes = (64,)
     dataset.paths[0].write_bytes(dataset.paths[0].read_bytes()[:200])
-    [batch] = ArrayLoader(Batches(dataset, 2))
+    [batch] = map(dataset.batch, Batches(dataset, 2))
     assert [index for index, _ in batch["failed"]] == [0]
     assert len(batch["image"]) == len(batch["image_64"]) == 1
 
