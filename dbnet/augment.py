@@ -141,9 +141,7 @@ class Augmentation:
 
 def draw_augmentation(config: Config, rng: np.random.Generator, image_size: int | None = None) -> Augmentation:
     """Draw the augmentations that have a probability or a range in `config`. `rng` is the only source of chance.
-
-    `image_size`: longer side of images before a random scaling, and of the result; what comes has config.image_size.
-    """
+    `image_size`: longer side of images before a random scaling, and of the result; what comes has config.image_size."""
     image_size = image_size or config.image_size
     probabilities = config.flip_p, config.rotate90_p, config.brightness_contrast_p, config.clahe_p
     flip, turn, shade, equalized = rng.random(4) < probabilities

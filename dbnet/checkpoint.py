@@ -28,10 +28,8 @@ clahe_clip. tests/data/format-1.pt and weights/lite.pt (format 2) have to stay r
 
 
 def save_checkpoint(path: Path, config: Config, model: nn.Module, keep: Path | None = None, **state: Any) -> None:
-    """Write the configuration, the weights and `state` (tensors and plain values) to `path`, atomically.
-
-    `keep`: where the checkpoint goes that was there. Raises UserError, with that one kept, where it cannot be written.
-    """
+    """Write the configuration, the weights and `state` (tensors and plain values) to `path`, atomically. `keep`: where
+    the checkpoint goes that was there. Raises UserError, with that one kept, where it cannot be written."""
     _write(path, {"format": FORMAT, "config": config.to_dict(), "model": model.state_dict(), **state}, keep)
 
 
@@ -76,9 +74,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def _check_archive(path: Path) -> None:
     """Raise unless a file is a zip archive as torch.save writes it, with right checksums, which torch does not look at.
-
-    What is packed or overlaps could unfold to more than memory holds.
-    """
+    What is packed or overlaps could unfold to more than memory holds."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
@@ -124,11 +120,9 @@ def build_model(config: Config, run: Path, last: dict[str, Any] | None, init: Pa
 
 
 def start_from(model: nn.Module, content: dict[str, Any], path: Path) -> None:
-    """Copy what fits of a loaded checkpoint of any architecture into `model`, and print what is left as it was.
-
-    A layer is taken where all of its tensors agree in name and shape, the backbone as a whole or not at all. Raises
-    UserError where nothing fits.
-    """
+    """Copy what fits of a loaded checkpoint of any architecture into `model`, and print what is left as it was. A layer
+    is taken where all of its tensors agree in name and shape, the backbone as a whole or not at all. Raises UserError
+    where nothing fits."""
     ours, theirs = model.state_dict(), content["model"]
     if not isinstance(theirs, dict) or not all(isinstance(name, str) for name in theirs):
         raise UserError(f"{path}: holds no weights; leave out --init")

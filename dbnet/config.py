@@ -341,9 +341,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def add_config_flags(self, of_checkpoint: bool = False) -> None:
         """Add `--field-name VALUE` for every field of Config, after the script's own flags, which the usage line lists.
-
-        In scripts whose values come from a checkpoint, the help shows the flags that matter there; all are accepted.
-        """
+        In scripts whose values come from a checkpoint, the help shows the flags that matter there; all are accepted."""
         self.usage = self.format_usage().removeprefix("usage: ").rstrip().replace("%", "%%") + " [--FIELD VALUE ...]"
         self.epilog = (
             "A FIELD that is not named keeps the checkpoint's value. Those of training (train.py --help) are taken too."

@@ -50,11 +50,9 @@ MOSTLY_VISIBLE = 0.9  # share of a word's area in an augmented image; with less,
 
 
 class PixelCache:
-    """A slot for the decoded pixels of each image, in one temporary file that all workers map into memory.
-
-    It takes at most config.cache_gb and half of the free space there; images beyond that are not cached. Where workers
-    are forked, the file has no name and vanishes with the last of them; else the process that made it removes it.
-    """
+    """A slot for the decoded pixels of each image, in one temporary file that all workers map into memory. It takes at
+    most config.cache_gb and half of the free space there; images beyond that are not cached. Where workers are forked,
+    the file has no name and vanishes with the last of them; else the process that made it removes it."""
 
     def __init__(self, images: int, config: Config) -> None:
         slot = np.dtype([("key", "i8", 3), ("sizes", "i8", 4), ("pixels", "u1", 3 * config.image_size**2)])
@@ -248,10 +246,8 @@ class ImageDataset:
 
 
 def gather_words(annotation: Annotation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The polygons of an image in three arrays: points (total, 2), number of points of each, don't-care flags.
-
-    Forked workers share them with their parent; polygons in a list would be copied when their references are counted.
-    """
+    """The polygons of an image in three arrays: points (total, 2), number of points of each, don't-care flags. Forked
+    workers share them with their parent; polygons in a list would be copied when their references are counted."""
     points = np.concatenate([np.empty((0, 2)), *annotation.polygons])
     return points, np.array([*map(len, annotation.polygons)], int), np.array(annotation.dont_care, bool)
 
@@ -356,11 +352,8 @@ class TextDataset(ImageDataset):
     def polygons(
         self, place: int, letterbox: Letterbox, augmentation: Augmentation
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Text polygons of a training sample, and those to be masked, (n, 2) each.
-
-        Masked are don't-care and degenerate polygons, and words that the augmentation has cut; those that it has moved
-        out of the image are gone.
-        """
+        """Text polygons of a training sample, and those to be masked, (n, 2) each. Masked are don't-care and degenerate
+        polygons, and words that the augmentation has cut; those that it has moved out of the image are gone."""
         points, counts, dont_care = self.words[place]
         points = points.clip(0, (letterbox.width, letterbox.height))
         is_degenerate = (counts < 3) | (areas(points, counts) < 1)

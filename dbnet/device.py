@@ -87,9 +87,7 @@ def has_fast_bf16() -> bool:
 
 def compile_model(model: torch.nn.Module, freeze: bool = False) -> None:
     """Compile `model` in place at its first call, for batches of any shape, and keep that in the user's cache folder.
-
-    With `freeze`, for inference on a CPU, its weights become constants. Raises UserError without a C++ compiler.
-    """
+    With `freeze`, for inference on a CPU, its weights become constants. Raises UserError without a C++ compiler."""
     if not shutil.which(os.environ.get("CXX", "g++")) and not shutil.which("clang++"):
         raise UserError("--compile: needs a C++ compiler (g++, or CXX in the environment); leave it out")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

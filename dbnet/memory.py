@@ -89,10 +89,8 @@ def free_memory() -> None:
 
 
 def micro_batches(batches: list[dict[str, Any]], plan: BatchPlan, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """The tensors of `batches` on the device, in micro-batches and at the image size of the plan in force.
-
-    A GPU copies each of them while it works on the one before.
-    """
+    """The tensors of `batches` on the device, in micro-batches and at the image size of the plan in force. A GPU copies
+    each of them while it works on the one before."""
     import torch
 
     stream = _copy_stream(device)

@@ -238,9 +238,7 @@ def _pointwise_head(second: Any, third: Any) -> list[nn.Module]:
 
 class FusedConvolution(nn.Module):
     """A convolution and the activation after it as one call of oneDNN, faster than PyTorch's own 1 x 1 on one thread.
-
-    The weight is kept in the layout that is best for the shape of the input, or each call would store it anew.
-    """
+    The weight is kept in the layout that is best for the shape of the input, or each call would store it anew."""
 
     def __init__(self, layer: nn.Conv2d, activation: str) -> None:
         super().__init__()

@@ -79,10 +79,8 @@ def thresh_of_levels(levels: Map, thresh_min: float, thresh_max: float) -> Map:
 
 
 def thresh_mask(prob_map: Map, thresh_levels: Map) -> Map:
-    """Where the threshold loss counts: inside the dilated polygons (DBNet section 3.5). Bool, shaped as the maps.
-
-    Those are the pixels within D of an outline, where `thresh_levels` is above 0, and the shrunk polygons further in.
-    """
+    """Where the threshold loss counts: inside the dilated polygons (DBNet section 3.5). Bool, shaped as the maps. Those
+    are the pixels within D of an outline, where `thresh_levels` is above 0, and the shrunk polygons further in."""
     return (thresh_levels > 0) | (prob_map > 0)
 
 
@@ -193,11 +191,9 @@ def _plane_coefficients(points: np.ndarray) -> np.ndarray:
 
 
 def _nearest(planes: np.ndarray) -> np.ndarray:
-    """(count, pixels) squared distances to each outline, from (count, 3 n, pixels) planes, which are overwritten.
-
-    As in the baseline, an edge counts only for pixels in its circle; elsewhere its ends do. (Near the ends of edges the
-    threshold differs by up to 0.03 from that of the exact distance.)
-    """
+    """(count, pixels) squared distances to each outline, from (count, 3 n, pixels) planes, which are overwritten. As in
+    the baseline, an edge counts only for pixels in its circle; elsewhere its ends do. (Near the ends of edges the
+    threshold differs by up to 0.03 from that of the exact distance.)"""
     edges = planes.shape[1] // 3
     circle, line = planes[:, :edges], planes[:, edges : 2 * edges]
     np.multiply(line, line, out=line)

@@ -60,10 +60,8 @@ def new_run(name: str | None, preset: str | None) -> Path:
 
 
 def find_run(name: str | None) -> tuple[Path, dict[str, Any] | None]:
-    """The folder of the run to resume and its last save; without a name, the newest run.
-
-    A named run that has no save yet starts anew, with None: so the same command serves for each start of a job.
-    """
+    """The folder of the run to resume and its last save; without a name, the newest run. A named run that has no save
+    yet starts anew, with None: so the same command serves for each start of a job."""
     saves = [*(RUNS / name).glob("last*.pt")] if name else [*RUNS.glob("*/last*.pt")]
     if not (name or saves):
         raise UserError("runs/: holds no last.pt to resume; leave out --resume to start a run")
@@ -73,10 +71,8 @@ def find_run(name: str | None) -> tuple[Path, dict[str, Any] | None]:
 
 @contextmanager
 def lock_run(run: Path) -> Iterator[None]:
-    """Let only one process train in a run's folder. When its block ends early, print how to go on.
-
-    Raises UserError where another process trains there.
-    """
+    """Let only one process train in a run's folder. When its block ends early, print how to go on. Raises UserError
+    where another process trains there."""
     with ExitStack() as held:
         from_first(lambda: held.enter_context(locked(run / ".lock", f"{run}: is being trained")))
         try:
@@ -104,10 +100,8 @@ def log_row(path: Path, row: dict[str, Any]) -> None:
 
 def step_batches(loader: Iterable[dict[str, Any]], accumulate: int) -> Iterator[tuple[list[dict[str, Any]], str]]:
     """The batches of each optimizer step, `accumulate` at a time (the last step may have fewer), and an empty text.
-
     After the end come empty lists, without end: a process whose batches have ended goes on while others have samples.
-    Where the data workers have failed, the text says so.
-    """
+    Where the data workers have failed, the text says so."""
     batches = load_batches(loader)
     while True:
         try:
@@ -157,11 +151,9 @@ def learning_rate(config: Config, epoch: int, progress: float = 1.0) -> float:
 
 
 class WeightAverage:
-    """Exponential moving average of a network's weights and batch norm statistics, on the network's device.
-
-    In the first steps the decay is (1 + n) / (10 + n) at step n, so that the average leaves the initial weights soon.
-    torch's AveragedModel asks the device for its count at each step, which would wait for the GPU.
-    """
+    """Exponential moving average of a network's weights and batch norm statistics, on the network's device. In the
+    first steps the decay is (1 + n) / (10 + n) at step n, so that the average leaves the initial weights soon. torch's
+    AveragedModel asks the device for its count at each step, which would wait for the GPU."""
 
     def __init__(self, model: DBNet, decay: float) -> None:
         self.decay, self.steps = decay, 0
@@ -191,10 +183,8 @@ class WeightAverage:
 
 
 class NothingTwice(TorchDispatchMode):
-    """Within its block, an operation that runs out of memory is tried once more after unused memory was returned.
-
-    For what must not run again from its beginning: the update of the weights. Raises UserError where that fails too.
-    """
+    """Within its block, an operation that runs out of memory is tried once more after unused memory was returned. It
+    is for what must not run again from its beginning: the update of the weights. Raises UserError if that fails too."""
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for _ in range(2):
@@ -327,10 +317,8 @@ class Training:
             raise UserError(f"loss or gradients were not finite for {steps}; lower --lr, or try --amp off")
 
     def finish_epoch(self, config: Config) -> dict[str, Any]:
-        """The row of the log for the running epoch, whose batches are done, without the validation.
-
-        Raises UserError where there was nothing to learn.
-        """
+        """The row of the log for the running epoch, whose batches are done, without the validation. Raises UserError
+        where there was nothing to learn."""
         running = self.running
         assert running
         if not running.images:
@@ -399,9 +387,7 @@ class Training:
     @torch.no_grad()
     def sum_over_processes(self, losses: Tensor, share: float) -> None:
         """Replace losses, gradients and batch norm statistics by their sums over the processes, in one collective call.
-
-        The statistics are weighted by `share`, this process's part of the samples: their sum is the mean.
-        """
+        The statistics are weighted by `share`, this process's part of the samples: their sum is the mean."""
         if world_size() == 1:
             return
         torch._foreach_mul_(self._statistics, share)
@@ -434,10 +420,8 @@ class Training:
         }
 
     def load_state(self, state: dict[str, Any], config: Config, path: Path = Path("last.pt")) -> None:
-        """Go on from what `state` gave, the content of `path`; where the configurations differ, `config` holds.
-
-        A running epoch begins again where its batches have changed. Raises UserError where it is no state of a run.
-        """
+        """Go on from what `state` gave, the content of `path`; where the configurations differ, `config` holds. A
+        running epoch begins again where its batches have changed. Raises UserError where it is no state of a run."""
         changed = [name for name in _ORDER if getattr(state["config"], name) != getattr(config, name)]
         with library_errors(
             f"{path}: holds no state of a run (a copy of best.pt?)", "start a new run from its weights with --init"
@@ -473,11 +457,9 @@ class Interrupted(SystemExit):
 
 
 class LastSave:
-    """last.pt of a run and, until it is whole, the save before it; when to write it, and when to end with it.
-
-    Within its block, SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal is closed) only set `signal`; a second SIGINT
-    stops at once. Data workers that are forked meanwhile ignore them: they end with the process that they work for.
-    """
+    """last.pt of a run and, until it is whole, the save before it; when to write it, and when to end with it. Within
+    its block, SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal is closed) only set `signal`; a second SIGINT stops at
+    once. Data workers that are forked meanwhile ignore them: they end with the process that they work for."""
 
     def __init__(self, run: Path, config: Config) -> None:
         self.path, self.config = run / "last.pt", config
@@ -526,10 +508,8 @@ class LastSave:
 
     @contextmanager
     def unless_validated(self, training: Training) -> Iterator[None]:
-        """Save the trained epoch where its validation, the work of this block, does not come to its end.
-
-        A signal ends the block at once: nothing in it can be left half done.
-        """
+        """Save the trained epoch where its validation, the work of this block, does not come to its end. A signal ends
+        the block at once: nothing in it can be left half done."""
         training.note_random_states()
         try:
             self._stops_at_once = True
