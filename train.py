@@ -48,12 +48,12 @@ with one_line_errors():  # where PyTorch is not installed, or a library that Ope
     from torch import Tensor, nn
 
     from dbnet.checkpoint import build_model, save_checkpoint
-    from dbnet.dataset import Batches, TextDataset, count_workers, make_loader
+    from dbnet.dataset import Batch, Batches, TextDataset, count_workers, make_loader
     from dbnet.device import all_processes, from_first, is_first, print0, progress, seed_all, world_size
     from dbnet.device import destroy_process_group, init_process_group, peak_memory, pick_amp_dtype, pick_device
     from dbnet.ensemble import Ensemble
     from dbnet.evaluation import Evaluation, advise_on_collapse, evaluate
-    from dbnet.files import check_outputs
+    from dbnet.files import Row, check_outputs
     from dbnet.inference import Pipeline
     from dbnet.loss import Losses, db_loss
     from dbnet.memory import micro_batches
@@ -123,9 +123,7 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
     training.print_end(config, run)
 
 
-def train_epoch(
-    training: Training, train_set: TextDataset, config: Config, saver: LastSave | None = None
-) -> dict[str, Any]:
+def train_epoch(training: Training, train_set: TextDataset, config: Config, saver: LastSave | None = None) -> Row:
     """One pass over the training images, or the rest of one that has begun (training.running).
 
     Returns its row of the log, which training.running also keeps. Saves when `saver` is due, and ends with a save at a
@@ -165,9 +163,7 @@ def train_epoch(
     return training.finish_epoch(config)
 
 
-def optimizer_step(
-    training: Training, batches: list[dict[str, Any]], config: Config, images: int = 0
-) -> tuple[Tensor, Tensor]:
+def optimizer_step(training: Training, batches: list[Batch], config: Config, images: int = 0) -> tuple[Tensor, Tensor]:
     """One optimizer step on all samples of `batches`, in micro-batches that fit into memory.
 
     When memory runs out, in any process, the same samples run again under a smaller plan, from the state before the
@@ -217,7 +213,7 @@ def optimizer_step(
     return mean_losses, norm
 
 
-def log_epoch(training: Training, config: Config, run: Path, row: dict[str, Any], evaluation: Evaluation) -> None:
+def log_epoch(training: Training, config: Config, run: Path, row: Row, evaluation: Evaluation) -> None:
     """Print and log the result of an epoch, and keep the best network."""
     score, plan = evaluation.compute(), training.plan
     row |= {name: getattr(score, name) for name in ("precision", "recall", "hmean", "detections")}

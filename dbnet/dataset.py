@@ -40,6 +40,9 @@ from dbnet.targets import draw_targets, make_targets, polygon_mask
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
+Sample = dict[str, Any]
+Batch = dict[str, Any]  # of samples: their arrays or tensors by name, stacked
+
 __all__ = ["Batches", "ImageDataset", "TextDataset", "count_workers", "make_loader", "make_targets"]
 
 # Forked workers share the annotations. Elsewhere than on Linux forking is not safe, or there is no such thing.
@@ -153,12 +156,12 @@ class ImageDataset:
         """The samples of an epoch: each image once."""
         return [Draw(place, epoch) for place in range(len(self))]
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Sample:
         """Sample `index`; of an augmented split, that of epoch `index // len(self)`."""
         epoch, place = divmod(index, len(self))
         return self.__getitems__([Draw(place, epoch)])[0]
 
-    def __getitems__(self, draws: list[Draw]) -> list[dict[str, Any]]:
+    def __getitems__(self, draws: list[Draw]) -> list[Sample]:
         """The samples of a batch, all of one shape. (The data loader looks for this name.)"""
         samples = self._at_one_size(draws)
         for side in self.further_sizes:
@@ -168,7 +171,7 @@ class ImageDataset:
                 sample.update({"error": other["error"]} if "error" in other else {f"image_{side}": other["image"]})
         return samples
 
-    def batch(self, draws: list[Draw]) -> dict[str, Any]:
+    def batch(self, draws: list[Draw]) -> Batch:
         """The samples' arrays, stacked, and `failed`, the (index, error) of each sample that could not be read. With no
         readable sample, `image` is missing."""
         return _collate(self.__getitems__(draws), _stack)
@@ -178,7 +181,7 @@ class ImageDataset:
         other.config = self.config.changed(image_size=image_size)
         return other
 
-    def _at_one_size(self, draws: list[Draw]) -> list[dict[str, Any]]:
+    def _at_one_size(self, draws: list[Draw]) -> list[Sample]:
         loaded, samples = [], []
         for draw in draws:
             try:
@@ -212,9 +215,7 @@ class ImageDataset:
         """The augmentation of a sample in addition to resizing and padding: here, none."""
         return Augmentation()
 
-    def labels(
-        self, draw: Draw, letterbox: Letterbox, augmentation: Augmentation, shape: tuple[int, int]
-    ) -> dict[str, Any]:
+    def labels(self, draw: Draw, letterbox: Letterbox, augmentation: Augmentation, shape: tuple[int, int]) -> Sample:
         """What a sample of this padded (height, width) has beside the image."""
         return {"size": np.array((letterbox.width, letterbox.height))}
 
@@ -334,24 +335,16 @@ class TextDataset(ImageDataset):
         self._cache.store(place, key, pixels, size)
         return pixels, size
 
-    def labels(
-        self, draw: Draw, letterbox: Letterbox, augmentation: Augmentation, shape: tuple[int, int]
-    ) -> dict[str, Any]:
+    def labels(self, draw: Draw, letterbox: Letterbox, augmentation: Augmentation, shape: tuple[int, int]) -> Sample:
         if not self.train:
             return super().labels(draw, letterbox, augmentation, shape)
         text, masked = self.polygons(draw.place, letterbox, augmentation)
         prob_map, thresh_levels, lost = draw_targets(text, *shape, self.config.shrink_ratio)
         mask = polygon_mask(masked + [text[index] for index in lost], *shape)
-        return {
-            "prob_map": prob_map,
-            "thresh_levels": thresh_levels,
-            "mask": np.subtract(1, mask, out=mask),
-            "side": draw.side or self.config.image_size,
-        }
+        maps = {"prob_map": prob_map, "thresh_levels": thresh_levels, "mask": np.subtract(1, mask, out=mask)}
+        return {**maps, "side": draw.side or self.config.image_size}
 
-    def polygons(
-        self, place: int, letterbox: Letterbox, augmentation: Augmentation
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def polygons(self, place: int, letterbox: Letterbox, augmentation: Augmentation) -> tuple[list, list]:
         """Text polygons of a training sample, and those to be masked, (n, 2) each. Masked are don't-care and degenerate
         polygons, and words that the augmentation has cut; those that it has moved out of the image are gone."""
         points, counts, dont_care = self.words[place]
@@ -436,11 +429,11 @@ def make_loader(batches: Batches, workers: int, pin_memory: bool) -> DataLoader:
     )
 
 
-def _stack(samples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+def _stack(samples: list[Sample]) -> Batch:
     return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
-def _collate(samples: list[dict[str, Any]], stack: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> dict[str, Any]:
+def _collate(samples: list[Sample], stack: Callable[[list[Sample]], Batch]) -> Batch:
     readable = [sample for sample in samples if "error" not in sample]
     batch = stack(readable) if readable else {}
     batch["failed"] = [(sample["index"], sample["error"]) for sample in samples if "error" in sample]
@@ -457,7 +450,7 @@ def _prepare_process(_: int = 0) -> None:
     torch.multiprocessing.set_sharing_strategy("file_system")
 
 
-def load_batches(loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def load_batches(loader: Iterable[Batch]) -> Iterator[Batch]:
     """The batches of a loader. Raises UserError where its workers have died or memory is short, with what to do."""
     try:
         batches = iter(loader)

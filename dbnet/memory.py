@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from dbnet.dataset import Batch
 from dbnet.device import print0
 from dbnet.errors import UserError, is_out_of_memory
 from dbnet.geometry import padded
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # most of this is used without PyTorch
 Result = TypeVar("Result")
 
 SMALLER_SIZES = (896, 800)
+_TENSORS = ("image", "prob_map", "thresh_levels", "mask")  # of a batch, that go to the device
 
 
 @dataclass
@@ -88,13 +90,13 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def micro_batches(batches: list[dict[str, Any]], plan: BatchPlan, device: torch.device) -> Iterator[dict[str, Tensor]]:
+def micro_batches(batches: list[Batch], plan: BatchPlan, device: torch.device) -> Iterator[Batch]:
     """The tensors of `batches` on the device, in micro-batches and at the image size of the plan in force. A GPU copies
     each of them while it works on the one before."""
     import torch
 
     stream = _copy_stream(device)
-    copies = _copies(batches, plan.micro_batch, device, stream)
+    copies = _copies(batches, plan, device, stream)
     following = next(copies, None)
     while following:
         micro, loaded_at = following
@@ -108,20 +110,16 @@ def micro_batches(batches: list[dict[str, Any]], plan: BatchPlan, device: torch.
         yield micro if loaded_at <= side else resize_sample(micro, side / loaded_at)
 
 
-def _copies(
-    batches: list[dict[str, Any]], micro_batch: int, device: torch.device, stream: torch.cuda.Stream | None
-) -> Iterator[tuple[dict[str, Tensor], int]]:
+def _copies(batches: list[Batch], plan: BatchPlan, device: torch.device, stream: Any) -> Iterator[tuple[Batch, int]]:
     """Micro-batches on the device, copied on `stream`, and the image size that each was loaded at."""
     import torch
 
     for batch in batches:
         loaded_at = int(batch["side"].numpy()[0])  # on the host, so nothing waits for the device
-        for start in range(0, len(batch["image"]), micro_batch):
+        for start in range(0, len(batch["image"]), plan.micro_batch):
+            part = slice(start, start + plan.micro_batch)
             with torch.cuda.stream(stream) if stream else nullcontext():
-                micro = {
-                    name: batch[name][start : start + micro_batch].to(device, non_blocking=True)
-                    for name in ("image", "prob_map", "thresh_levels", "mask")
-                }
+                micro = {name: batch[name][part].to(device, non_blocking=True) for name in _TENSORS}
             yield micro, loaded_at
 
 
@@ -133,7 +131,7 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
-def resize_sample(micro: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+def resize_sample(micro: Batch, scale: float) -> Batch:
     """Images and target maps loaded before a fallback of the image size, at the new size."""
     from torch.nn import functional as F
 

@@ -13,11 +13,11 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dbnet.config import Config
+from dbnet.dataset import Batch
 from dbnet.device import keep_freed_memory, peak_memory, pick_amp_dtype, pick_device
 from dbnet.errors import is_out_of_memory
 from dbnet.memory import SMALLER_SIZES, BatchPlan, free_memory
@@ -25,7 +25,7 @@ from dbnet.model import DBNet
 from dbnet.splits import data_folders, read_split
 from dbnet.training import Training
 
-Step = Callable[[Training, list[dict[str, Any]], Config], object]  # train.optimizer_step
+Step = Callable[[Training, list[Batch], Config], object]  # train.optimizer_step
 Result = tuple[float, float] | str  # peak memory in GB and images/s, or the reason why they are not known
 
 COMPETITION_IMAGES = 3272  # of its training split, for the hours where there is no data set yet
@@ -133,7 +133,7 @@ def run_steps(config: Config, device: torch.device, step: Step) -> tuple[float, 
     return peak_memory(device) - before, speed
 
 
-def synthetic_batch(config: Config) -> dict[str, Any]:
+def synthetic_batch(config: Config) -> Batch:
     """A batch of config.batch_size square images as the loader makes it: random pixels, a quarter of them text."""
     side, count = config.image_size, config.batch_size
     text = (torch.arange(side) % 32 < 8).to(torch.uint8).repeat(side, 1)

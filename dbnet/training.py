@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbnet.checkpoint import load_checkpoint, save_checkpoint
 from dbnet.config import Config
-from dbnet.dataset import load_batches
+from dbnet.dataset import Batch, load_batches
 from dbnet.device import (
     all_gather,
     all_reduce,
@@ -98,7 +98,7 @@ def log_row(path: Path, row: dict[str, Any]) -> None:
         log.writelines(json.dumps(each) + "\n" for each in [*rows, row])
 
 
-def step_batches(loader: Iterable[dict[str, Any]], accumulate: int) -> Iterator[tuple[list[dict[str, Any]], str]]:
+def step_batches(loader: Iterable[Batch], accumulate: int) -> Iterator[tuple[list[Batch], str]]:
     """The batches of each optimizer step, `accumulate` at a time (the last step may have fewer), and an empty text.
     After the end come empty lists, without end: a process whose batches have ended goes on while others have samples.
     Where the data workers have failed, the text says so."""
@@ -282,9 +282,7 @@ class Training:
             torch.backends.cudnn.benchmark = config.pad == "square" and not config.deterministic
         return self.running
 
-    def count_step(
-        self, batches: list[dict[str, Any]], config: Config, death: str = "", saver: "LastSave | None" = None
-    ) -> tuple[int, int]:
+    def count_step(self, batches: list[Batch], config: Config, death: str, saver: "LastSave | None") -> tuple[int, int]:
         """How many batches and readable images an optimizer step has in all processes, each of which calls this.
 
         Notes what could not be read. Saves where that is due or the run has to end: none of the samples has been used.
@@ -412,9 +410,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "plan": asdict(self.plan),
-            "epoch": self.epoch,
-            "best_hmean": self.best_hmean,
-            "best_epoch": self.best_epoch,
+            **{name: getattr(self, name) for name in ("epoch", "best_hmean", "best_epoch")},
             "running": dict(vars(self.running)) if self.running else None,
             "random": self.random_states,
         }
