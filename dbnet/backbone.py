@@ -22,8 +22,7 @@ class Backbone(nn.Module):
     """Four features of an image, (N, channels, H / stride, W / stride) at strides 4, 8, 16 and 32.
 
     Input: (N, 3, H, W) RGB in 0..1, normalized by `mean` and `std`, which belong to the weights of the network.
-    `channels` are those of each feature. Raises UserError for a network, features or weights that are not there.
-    """
+    `channels` are those of each feature. Raises UserError for a network, features or weights that are not there."""
 
     def __init__(self, name: str, weights: str) -> None:
         super().__init__()

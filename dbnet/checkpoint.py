@@ -41,11 +41,9 @@ def _write(path: Path, content: dict[str, Any], keep: Path | None = None) -> Non
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote, onto the CPU; `config` is a Config again.
-
-    Raises UserError where the file is missing, damaged, no checkpoint of this program, of a newer format, or a pickle
-    of anything but tensors and plain values (such a file could run code; it is not executed).
-    """
+    """Read what `save_checkpoint` wrote, onto the CPU; `config` is a Config again. Raises UserError where the file is
+    missing, damaged, no checkpoint of this program, of a newer format, or a pickle of anything but tensors and plain
+    values (such a file could run code; it is not executed)."""
     check_regular(path)
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint")

@@ -51,12 +51,10 @@ def db_loss(maps: Maps, prob_map: Tensor, thresh_levels: Tensor, mask: Tensor, c
 
 
 def balanced_cross_entropy(logits: Tensor, target: Tensor, mask: Tensor, negative_ratio: float) -> Tensor:
-    """Mean cross entropy of the positives and, for each of them, the `negative_ratio` hardest negatives.
-
-    All maps are (N, H, W) float32; `target` is 0 or 1, `mask` 0 where a pixel does not count. With fewer negatives in
-    the batch, all count; without any positive the loss is 0. Negatives that tie at the border share the places left, so
-    that the result does not depend on their order.
-    """
+    """Mean cross entropy of the positives and, for each of them, the `negative_ratio` hardest negatives. All maps are
+    (N, H, W) float32; `target` is 0 or 1, `mask` 0 where a pixel does not count. With fewer negatives in the batch, all
+    count; without any positive the loss is 0. Negatives that tie at the border share the places left, so that the
+    result does not depend on their order."""
     losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     positive = target * mask
     negative = (1 - target) * mask
@@ -74,11 +72,9 @@ def dice_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 def hardest(losses: Tensor, count: Tensor) -> Tensor:
     """Weights that pick the `count` largest of `losses`, float32 of any shape, none negative; zeros are never picked.
-
     `count` is a 0-d tensor, which the host need not know, as topk would ask. The weights sum to it (or to the number of
     losses above 0): 1 above the value of rank `count`, 0 below, and an equal share on that value itself. The value is
-    found by bisection over the bits: floats that are not negative compare like their bit patterns.
-    """
+    found by bisection over the bits: floats that are not negative compare like their bit patterns."""
     bits = losses.contiguous().view(torch.int32)
     value = torch.zeros((), dtype=torch.int32, device=losses.device)
     for bit in reversed(range(_FLOAT32_BITS)):

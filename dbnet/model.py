@@ -91,12 +91,9 @@ class FeaturePyramid(nn.Module):
 
 
 class ScaleAttention(nn.Module):
-    """Adaptive scale fusion of DBNet++ (arXiv 2202.10304, section 3.2).
-
-    Each level of the joined pyramid, (N, width, H, W), is weighed at each place by a number in 0..1 made of all levels.
-    The paper has no batch norm here; without it, unbounded features drove all weights to 0, where no gradient is, in
-    one training of two (benchmarks/RESULTS.md).
-    """
+    """Adaptive scale fusion of DBNet++ (arXiv 2202.10304, section 3.2): each level of the joined (N, width, H, W) pyramid
+    is weighed at each place by a number in 0..1 made of all levels. The paper has no batch norm here; without it,
+    unbounded features drove all weights to 0, where no gradient is, in one training of two (benchmarks/RESULTS.md)."""
 
     def __init__(self, width: int, levels: int) -> None:
         super().__init__()
@@ -116,11 +113,9 @@ class ScaleAttention(nn.Module):
 @torch.no_grad()
 def fold_batch_norms(model: DBNet) -> None:
     """Fold each batch norm that runs in eval mode into the convolution that it follows, in place: the network then
-    computes the same, to rounding, in less time.
-
-    Which follows which is seen in a run on a small image, because the order of registration need not be that of
-    execution (HRNet). A pair is folded where the batch norm alone takes what the convolution gives, and each runs once.
-    """
+    computes the same, to rounding, in less time. Which follows which is seen in a run on a small image, because the
+    order of registration need not be that of execution (HRNet). A pair is folded where the batch norm alone takes what
+    the convolution gives, and each runs once."""
     with _Calls() as run:
         model(torch.zeros(1, 64, 64, 3, dtype=torch.uint8, device=model.mean.device))
     uses = Counter(id(tensor) for taken, _ in run.calls for tensor in taken)
@@ -158,11 +153,9 @@ class _Calls(TorchDispatchMode):
 @torch.no_grad()
 def fold(model: DBNet) -> None:
     """Make a network in eval mode faster, in place; it computes the same, to rounding, and can no longer be trained.
-
     Batch norms go into the convolutions before them. The pyramid and the first convolution of the head are linear: what
     they do at stride 4 with coarser features is done at the strides of these (`UpConvolution`). The head's transposed
-    convolutions, each as wide as its step, are 1 x 1 convolutions at stride 4. The threshold branch goes.
-    """
+    convolutions, each as wide as its step, are 1 x 1 convolutions at stride 4. The threshold branch goes."""
     fold_batch_norms(model)
     model.thresh_branch = nn.Sequential()
     if isinstance(model.pyramid, FeaturePyramid) and isinstance(model.pyramid.attention, nn.Identity):
