@@ -91,7 +91,7 @@ class FeaturePyramid(nn.Module):
 
 
 class ScaleAttention(nn.Module):
-    """Adaptive scale fusion of DBNet++ (arXiv 2202.10304, section 3.2): each level of the joined (N, width, H, W) pyramid
+    """Adaptive scale fusion of DBNet++ (arXiv 2202.10304, section 3.2): each level of the joined (N, width, H, W) maps
     is weighed at each place by a number in 0..1 made of all levels. The paper has no batch norm here; without it,
     unbounded features drove all weights to 0, where no gradient is, in one training of two (benchmarks/RESULTS.md)."""
 
