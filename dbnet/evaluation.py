@@ -172,10 +172,6 @@ class Evaluation:
             rows.append(row | {"recall": row["chars_tp"] / max(row["chars_gt"], 1)})
         return rows
 
-    def unreadable(self) -> list[str]:
-        """A line for each image that could not be read."""
-        return [image.error for image in self.images.values() if image.error]
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: totals of CLEval and IoU, recall by size of text, and the scores of each image."""
         return {
@@ -184,7 +180,7 @@ class Evaluation:
             "hmean_interval": self.interval(),
             "iou": asdict(self.iou()),
             "by_size": self.by_size(),
-            "unreadable": self.unreadable(),
+            "unreadable": [image.error for image in self.images.values() if image.error],
             "per_image": {
                 name: {**asdict(image.score), "iou": asdict(image.iou), "labels": image.labels}
                 for name, image in self.images.items()
@@ -195,7 +191,7 @@ class Evaluation:
         """Text: totals, recall by size of text and the worst images."""
         score, iou, (low, high) = self.compute(), self.iou(), self.interval()
         lines = [
-            *(f"counts 0: {line}" for line in self.unreadable()),
+            *(f"counts 0: {image.error}" for image in self.images.values() if image.error),
             *self._limit_lines(),
             f"\nprecision {score.precision:.4f}\nrecall    {score.recall:.4f}\nH-Mean    {score.hmean:.4f}",
             f"95% interval of the H-Mean, by resampling the images: {low:.4f} to {high:.4f}\n",
@@ -313,8 +309,8 @@ class Comparison:
         lines.append(f"\n{'':<9}  {'there':>6}    here   change   ({self.path}; {len(self.names)} images in both)")
         for title, there, here in zip(MEANS.values(), self.before.mean(axis=0), self.after.mean(axis=0), strict=True):
             lines.append(f"{title:<9}  {there:6.4f}  {here:6.4f}  {here - there:+z7.4f}")
-        better, worse = len(self.better), len(self.worse)
-        lines.append(f"\n{better} images better, {worse} worse, {len(self.names) - better - worse} as before")
+        same = len(self.names) - len(self.better) - len(self.worse)
+        lines.append(f"\n{len(self.better)} images better, {len(self.worse)} worse, {same} as before")
         for title, changed in (("most improved", self.better[:CHANGED]), ("most worsened", self.worse[:CHANGED])):
             if len(changed):
                 names = [printable(self.names[index]) for index in changed]

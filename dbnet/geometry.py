@@ -35,10 +35,8 @@ BLOCK = 1 << 20  # elements of the arrays that are worked on at once, to bound m
 
 @dataclass(frozen=True)
 class Letterbox:
-    """An image resized so that its longer side is `side`, in the top-left corner of what the network sees.
-
-    Width and height have a scale each, because the resized sides are whole pixels.
-    """
+    """An image resized so that its longer side is `side`, in the top-left corner of what the network sees. Width and
+    height have a scale each, because the resized sides are whole pixels."""
 
     width: int  # of the original image in pixels
     height: int
@@ -115,8 +113,7 @@ def padded(length: int) -> int:
 
 
 def areas(points: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(polygons,) areas in square pixels by the shoelace formula, in which parts that turn in opposite directions
-    cancel."""
+    """(polygons,) areas in square pixels by the shoelace formula, in which parts that turn in opposite ways cancel."""
     return np.abs(_sums(cross(points.T, points[next_point(counts)].T), counts)) / 2
 
 
@@ -249,8 +246,8 @@ class Polygons:
             faces = shapely.get_parts(shapely.polygonize([lines]))
             inner_points = shapely.get_coordinates(shapely.point_on_surface(faces)).T
             shapes[index] = shapely.union_all(faces[contains(self, np.full(len(faces), unique[index]), inner_points)])
-        below = unique[:0] if on_top is None else np.flatnonzero(~on_top[unique])
-        if on_top is not None and below.size:
+        if on_top is not None and not on_top[unique].all():
+            below = np.flatnonzero(~on_top[unique])
             top = self.shapes(np.flatnonzero(on_top))
             hole_of, hole = shapely.STRtree(top).query(shapes[below], predicate="intersects")
             for index in np.unique(hole_of):
@@ -380,8 +377,7 @@ def edges_of(polygons: np.ndarray) -> np.ndarray:
 
 
 def turning(quads: np.ndarray) -> np.ndarray:
-    """(k,) of (2, 4, k) corners: 1 for a strictly convex quadrilateral that turns from x to y, -1 if it does from y to
-    x, else 0."""
+    """(k,) of (2, 4, k) corners: 1 if they are strictly convex and turn from x to y, -1 if from y to x, else 0."""
     edges = edges_of(quads)
     turns = cross(edges, edges[:, [1, 2, 3, 0]])
     return (turns > 0).all(axis=0).astype(int) - (turns < 0).all(axis=0)
@@ -399,9 +395,7 @@ def ranges(counts: np.ndarray) -> np.ndarray:
 
 # ---- outlines as annotations have them: from the upper left along the top, then back along the bottom
 
-ELONGATED = 1.5
-"""Ratio of the sides from which a word surely runs along its longer side."""
-
+ELONGATED = 1.5  # ratio of the sides from which a word surely runs along its longer side
 MOST_TALL = 0.67  # `tall_share` above which a page lies on its side
 
 
@@ -448,9 +442,8 @@ def order_outlines(polygons: list[np.ndarray]) -> tuple[list[np.ndarray], int, i
 
     Returns the outlines, how many were changed, and how many begin elsewhere and are left since neither is certain.
     """
-    polygons = [
-        polygon[:-1] if len(polygon) > 4 and (polygon[0] == polygon[-1]).all() else polygon for polygon in polygons
-    ]
+    is_closed = [len(polygon) > 4 and bool((polygon[0] == polygon[-1]).all()) for polygon in polygons]
+    polygons = [polygon[: len(polygon) - closed] for polygon, closed in zip(polygons, is_closed, strict=True)]
     which = [index for index, polygon in enumerate(polygons) if len(polygon) == 4]
     doubtful = sum(len(polygon) > 4 and not _begins_at_an_end(polygon) for polygon in polygons)
     if not which:

@@ -165,10 +165,8 @@ def sample_sheet(dataset: TextDataset, count: int = 4, side: int = 480) -> np.nd
             cv2.applyColorMap(sample["thresh_levels"], cv2.COLORMAP_VIRIDIS)[..., ::-1],
         ]
         size = Letterbox(image.shape[1], image.shape[0], side).resized
-        row = np.zeros((side, 3 * side, 3), np.uint8)
-        for left, panel in zip(range(0, 3 * side, side), panels, strict=True):
-            row[: size[1], left : left + size[0]] = cv2.resize(panel, size, interpolation=cv2.INTER_AREA)
-        rows.append(row)
+        small = [cv2.resize(panel, size, interpolation=cv2.INTER_AREA) for panel in panels]
+        rows.append(np.hstack([np.pad(panel, ((0, side - size[1]), (0, side - size[0]), (0, 0))) for panel in small]))
     return np.vstack(rows)
 
 

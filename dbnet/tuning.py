@@ -245,9 +245,7 @@ def tune_checkpoint(
 
 def draw_tuning(tuning: Tuning) -> "Figure":
     """Picture of H-Mean over thresh and box_thresh around the best combination, which is framed as the own one is.
-
-    The highest H-Mean is brightest; the lowest quarter has one colour.
-    """
+    The highest H-Mean is brightest; the lowest quarter has one colour."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -257,9 +255,8 @@ def draw_tuning(tuning: Tuning) -> "Figure":
     values = np.array([[hmeans[tuning.combinations.index(cell)] for cell in row] for row in cells])
     figure = Figure((2 + 0.9 * len(threshs), 2.5 + 0.45 * len(box_threshs)), layout="constrained")
     axes = figure.add_subplot(xlabel="thresh", ylabel="box_thresh")
-    *_, unclip_ratio, min_size = best.values()
-    settings = f"unclip ratio {unclip_ratio:g}, min_size {min_size:g}"
-    axes.set_title(f"CLEval H-Mean of {tuning.scores.shape[1]} images; {settings}")
+    rest = [f"unclip ratio {ratio:g}, min_size {size:g}" for *_, ratio, size in (best.values(), own.values())]
+    axes.set_title(f"CLEval H-Mean of {tuning.scores.shape[1]} images; {rest[0]}")
     low, high = float(np.quantile(values, 0.25)), float(values.max())
     axes.imshow(values, "viridis", origin="lower", aspect="auto", vmin=low, vmax=max(high, low + 1e-9))
     for (row, column), value in np.ndenumerate(values):
@@ -267,8 +264,7 @@ def draw_tuning(tuning: Tuning) -> "Figure":
         axes.text(column, row, f"{value:.4f}", ha="center", va="center", color=color)
     axes.set_xticks(range(len(threshs)), [f"{value:g}" for value in threshs])
     axes.set_yticks(range(len(box_threshs)), [f"{value:g}" for value in box_threshs])
-    *_, unclip_ratio, min_size = own.values()
-    own_label = f"own thresholds; with unclip ratio {unclip_ratio:g} and min_size {min_size:g}"
+    own_label = f"own thresholds; with {rest[1]}"
     for label, line, index, each in (("best", "-", tuning.best, best), (own_label, "--", 0, own)):
         corner = threshs.index(each["thresh"]) - 0.5, box_threshs.index(each["box_thresh"]) - 0.5
         style: dict[str, Any] = {"linewidth": 3, "linestyle": line, "label": f"{label}: {hmeans[index]:.4f}"}
