@@ -240,18 +240,11 @@ class Detection:
     """What was found in the image at a place of the data set: nothing but `error`, a line, where it is unreadable."""
 
     index: int
-    polygons: list[np.ndarray]
-    """(n, 2) int arrays, x and y in pixels of the upright original"""
-
-    scores: list[float]
-    """mean probability inside each polygon's region, 0..1"""
-
-    prob_map: np.ndarray | None
-    """(height, width) uint8, probability x 255, of the resized image without its padding"""
-
+    polygons: list[np.ndarray]  # (n, 2) int, x and y in pixels of the upright original
+    scores: list[float]  # mean probability inside each polygon's region, 0..1
+    prob_map: np.ndarray | None  # (height, width) uint8, probability x 255, of the resized image without its padding
     error: str | None
-    size: tuple[int, int] | None = None
-    """(width, height) in pixels of the upright original"""
+    size: tuple[int, int] | None = None  # (width, height) in pixels of the upright original
 
 
 def load_network(paths: Sequence[Path], changes: dict[str, Any]) -> Network:
@@ -296,10 +289,8 @@ class _Mapped(NamedTuple):
 
     batch: dict[str, Any]
     place: int
-    size: tuple[int, int]
-    """(width, height) in pixels of the upright original"""
-    prob_map: np.ndarray
-    """(height, width) uint8, without its padding"""
+    size: tuple[int, int]  # (width, height) in pixels of the upright original
+    prob_map: np.ndarray  # (height, width) uint8, without its padding
 
 
 class Pipeline:
@@ -453,11 +444,8 @@ THRESHOLDS = (
 class Text(NamedTuple):
     """One detected piece of text."""
 
-    polygon: np.ndarray
-    """(n, 2) int array, x and y in pixels of the upright image"""
-
-    score: float
-    """mean probability inside the polygon's region, 0..1"""
+    polygon: np.ndarray  # (n, 2) int, x and y in pixels of the upright image
+    score: float  # mean probability inside the polygon's region, 0..1
 
     @property
     def quad(self) -> np.ndarray:

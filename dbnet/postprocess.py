@@ -64,14 +64,13 @@ def extract_polygons(
 class Region(NamedTuple):
     """Text as the network learned it: shrunk."""
 
-    score: float
-    """mean probability inside, 0..1"""
-
-    shrunk: np.ndarray
-    """(n, 2) int32 simplified contour, or (4, 2) float32 minimum-area rectangle, in pixels of the map"""
-
-    breadth: float
-    """shorter side of the rectangle in pixels; infinite for a contour, which is measured after the offset"""
+    score: float  # mean probability inside, 0..1
+    shrunk: (
+        np.ndarray
+    )  # (n, 2) int32 simplified contour, or (4, 2) float32 minimum-area rectangle, in pixels of the map
+    breadth: (
+        float  # shorter side of the rectangle in pixels; infinite for a contour, which is measured after the offset
+    )
 
 
 def find_regions(prob_map: np.ndarray, config: Config) -> list[Region]:
