@@ -266,9 +266,10 @@ def read_scores(path: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         is_valid = False
     if not is_valid:
         raise UserError(f"{path}: holds no scores by image; write them with evaluate.py CKPT --json FILE")
-    if images.keys().isdisjoint(names):
+    earlier = {name: images[name] for name in names if name in images}
+    if not earlier:
         raise UserError(f"{path}: has no image of this split; name scores of the same --data and --split")
-    return {name: images[name] for name in names if name in images}
+    return earlier
 
 
 class Comparison:
@@ -312,24 +313,22 @@ class Comparison:
         same = len(self.names) - len(self.better) - len(self.worse)
         lines.append(f"\n{len(self.better)} images better, {len(self.worse)} worse, {same} as before")
         for title, changed in (("most improved", self.better[:CHANGED]), ("most worsened", self.worse[:CHANGED])):
-            if len(changed):
-                names = [printable(self.names[index]) for index in changed]
-                width = max(len(title), *map(len, names))
+            names = [printable(self.names[index]) for index in changed]
+            if names:
+                width = max(map(len, [title, *names]))
                 lines.append(f"\n{title:<{width}}   there    here   H-Mean")
-                for name, index in zip(names, changed, strict=True):
-                    there, here = self.before[index, 2], self.after[index, 2]
-                    lines.append(f"{name:<{width}}  {there:6.4f}  {here:6.4f}  {here - there:+z7.4f}")
+            for name, there, here in zip(names, self.before[changed, 2], self.after[changed, 2], strict=True):
+                lines.append(f"{name:<{width}}  {there:6.4f}  {here:6.4f}  {here - there:+z7.4f}")
         return "\n".join(lines)
 
 
-def evaluate(
-    pipeline: Pipeline, network: Network, title: str = "", picture: Callable[..., Any] | None = None
-) -> Evaluation:
+PictureOf = Callable[..., Any]  # of (path, annotation, polygons, scores, prob_map): the `picture` of a ScoredImage
+
+
+def evaluate(pipeline: Pipeline, network: Network, title: str = "", picture: PictureOf | None = None) -> Evaluation:
     """Run a network over an annotated split and score what it finds, with a progress bar.
 
-    Each process that torchrun has started gets the scores of all of them. What
-    `picture(path, annotation, polygons, scores, prob_map)` returns for each image is kept as its `picture`.
-    Raises as `Pipeline.detect` does.
+    Each process that torchrun has started gets the scores of all of them. Raises as `Pipeline.detect` does.
     """
     dataset = pipeline.dataset
     assert isinstance(dataset, TextDataset)
@@ -348,12 +347,10 @@ def evaluate(
     return evaluation
 
 
-def evaluate_submission(
-    path: Path, config: Config, split: str, picture: Callable[..., Any] | None = None
-) -> Evaluation:
+def evaluate_submission(path: Path, config: Config, split: str, picture: PictureOf | None = None) -> Evaluation:
     """Score a file of detections; images that it lacks count as without detections, and are printed.
 
-    `picture` is as for `evaluate`. Raises UserError where the file is not of this split.
+    Raises UserError where the file is not of this split.
     """
     images, annotations, _ = read_split(config.data, split, config.format, need_images=False)
     submission = read_detections(path, list(annotations))

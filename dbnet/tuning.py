@@ -191,12 +191,11 @@ def _score_selections(image: ScoredMap, regions: list[Region], config: Config, g
     scale = 1 / (np.array(image.prob_map.shape[::-1]) / image.size)  # as Letterbox has it, to the last bit
     polygons = to_image_pixels(whole, tuple(scale), image.size)
 
-    region_scores = np.array([region.score for region in regions])
-    breadths = np.array([region.breadth for region in regions])
-    grown_breadths = np.array([breadth for _, breadth in grown])
+    measures = [(region.score, region.breadth, breadth) for region, (_, breadth) in zip(regions, grown, strict=True)]
+    measured = np.array(measures).reshape(-1, 3)
     selections = []
     for box_thresh, min_size in product(grid["box_thresh"], grid["min_size"]):
-        is_chosen = (region_scores >= box_thresh) & (breadths >= min_size) & (grown_breadths >= min_size + 2)
+        is_chosen = (measured >= (box_thresh, min_size, min_size + 2)).all(axis=1)
         selections.append(is_chosen & (is_chosen.cumsum() <= config.max_candidates))
     distinct, place = np.unique(selections, axis=0, return_inverse=True)
     annotation = image.annotation
@@ -211,8 +210,8 @@ def tune_checkpoint(
     """Run a network over an annotated split once, score all combinations, and write and print the best.
 
     `picture` is where H-Mean over the thresholds is drawn, `scores` where all combinations go as JSON, `save_to` the
-    checkpoint that gets the best values, if values chosen like that score better on images that they were not chosen
-    on. Raises UserError as `tune` does, and where a file cannot be written.
+    checkpoint that gets the best values if there is no `Tuning.doubt`. Raises UserError as `tune` does, and where a
+    file cannot be written.
     """
     dataset, config = pipeline.dataset, pipeline.config
     assert isinstance(dataset, TextDataset)
@@ -236,10 +235,9 @@ def tune_checkpoint(
         from dbnet.checkpoint import change_checkpoint, load_checkpoint  # with PyTorch, which a .onnx file does without
 
         own, best = tuning.combinations[0], tuning.combinations[tuning.best]
-        record = {"before": own, "after": best, "split": split, "own_hmean": float(tuning.means[0, 2])}
-        record["cross_validated_hmean"] = tuning.cross_validated
-        tunings = [*load_checkpoint(save_to).get("tunings", []), record]
-        change_checkpoint(save_to, best, tunings=tunings)
+        hmeans = {"own_hmean": float(tuning.means[0, 2]), "cross_validated_hmean": tuning.cross_validated}
+        tunings = load_checkpoint(save_to).get("tunings", [])
+        change_checkpoint(save_to, best, tunings=[*tunings, {"before": own, "after": best, "split": split, **hmeans}])
         print(f"saved: {save_to} now has the best values; its old ones are kept in it, under `tunings`")
 
 
