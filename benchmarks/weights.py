@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FONTS = ("NanumGothic.ttf", "NanumBarunGothic.ttf", "NanumGothicCoding.ttf", "NanumMyeongjo.ttf")
 TRAINING = (
     "--preset lite --batch-size 1 --accumulate 4 --amp bf16 --freeze-batch-norm true --ema 0.996 --min-lr 5e-6 "
-    "--warmup-epochs 0.05 --lr 5e-4 --rotate 3 --blur-p 0.1 --noise-p 0.1 --jpeg-p 0.1 --shadow-p 0.1"
+    "--warmup-epochs 0.05 --lr 5e-4 --rotate 3 --rotate90-p 0.1 --blur-p 0.1 --noise-p 0.1 --jpeg-p 0.1 --shadow-p 0.1"
 )
 
 
@@ -313,15 +313,15 @@ def lines_data(data: Path, work: Path) -> dict[Path, float]:
 
     return {
         data / "sroie": 2,
-        render(work / "rendered-lines", 400, 30, 7, "--lines"): 1,
+        render(work / "rendered-lines", 400, 30, 7, "--lines"): 0.5,
         dark["sroie"]: 1,
-        data / "doclaynet": 2,
+        data / "doclaynet": 3,
         dark["doclaynet"]: 1,
-        data / "tapus": 1,
+        data / "tapus": 4,
         data / "fondue": 1,
         gaps: 2,
-        make(work / "street", streets, 2): 1,
-        make(work / "sparse", sparse_pages, 3): 1,
+        make(work / "street", streets, 2): 0.5,
+        make(work / "sparse", sparse_pages, 3): 0.5,
     }
 
 
@@ -351,17 +351,16 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--init", type=Path, default=ROOT / "weights" / "lite.pt", help="start from this checkpoint")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=6)
     args = parser.parse_args()
     data, work = args.data.resolve(), args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     folders = (lines_data if args.file == "lines" else words_data)(data, work)
     shares = ["--data", ",".join(map(str, folders)), "--data-weights", ",".join(f"{n:g}" for n in folders.values())]
-    turns = "0.35" if args.file == "lines" else "0.15"
     start = ["--init", str(args.init.resolve())]
     if (work / "runs" / args.file / "last.pt").exists():
         start = ["--resume"]
-    length = ["--epochs", str(args.epochs), "--rotate90-p", turns]
+    length = ["--epochs", str(args.epochs)]
     run([str(ROOT / "train.py"), "--run", args.file, *start, *TRAINING.split(), *length, *shares], work)
     name = "lite.pt" if args.file == "lines" else "lite-words.pt"
     run([str(ROOT / "export.py"), str(work / "runs" / args.file / "best.pt"), "--half", str(work / name)], work)
