@@ -333,7 +333,7 @@ def words_data(data: Path, work: Path) -> dict[Path, float]:
         pages.mkdir(parents=True)
         (pages / "images").symlink_to((data / "doclaynet" / "images").resolve())
         (pages / "jsons").symlink_to((data / "doclaynet" / "jsons_words").resolve())
-    return {cut: 1, render(work / "rendered-words", 260, 30, 11): 1, pages: 1, data / "icdar2015": 1}
+    return {cut: 1, render(work / "rendered-words", 260, 30, 11): 0.8, pages: 2, data / "icdar2015": 1.8}
 
 
 def run(words: list[str], folder: Path) -> None:

@@ -54,6 +54,7 @@ def script(name, arguments, folder, output, environment):
     os.dup2(opened, 2)
     os.chdir(folder)
     os.environ.update(environment)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a test run under nohup ignores it, and so would the script
     torch.set_num_threads(1)
     sys.argv = [name, *arguments]
     run_script(importlib.import_module(Path(name).stem).main)

@@ -127,9 +127,12 @@ def test_onnx_and_pytorch_find_the_same_polygons_on_real_receipts(receipts, tmp_
     for network in (Ensemble.of(model, config, CPU), OnnxNetwork(tmp_path / "lite.onnx", {})):
         found.append({each.index: each.polygons for each in Pipeline(dataset, config, "cpu").detect(network)})
     assert sum(map(len, found[0].values())) > 20 * 20
+    different = 0
     for index in range(20):
         ours, theirs = ({tuple(polygon.ravel().tolist()) for polygon in each[index]} for each in found)
-        assert ours == theirs, dataset.paths[index]
+        assert len(ours) == len(theirs), dataset.paths[index]
+        different += len(ours - theirs)
+    assert different <= 2  # of about a thousand: a probability at the threshold may round to either side
 
 
 def test_what_a_file_cannot_do_is_said(exported, tmp_path):
