@@ -587,13 +587,15 @@ def read_labels_at(source: Path, images: list[str], form: str = "auto") -> tuple
     In the order of the file, or of `images` where each has a file of its own.
     """
     is_file = not source.is_dir() and source.suffix.lower() != ".zip"
-    files = [text_file(source)] if is_file else list_text_files(source, *_SUFFIXES.get(form, (".txt",)))
+    suffixes = _SUFFIXES.get(form, (".txt",))
+    files = [text_file(source)] if is_file else list_text_files(source, *suffixes)
     labels = [file for file in files if file.path.name.lower() == "label.txt"]
     if labels and {file.path.stem for file in files if file not in labels} <= _BESIDE_LABELS:
         files = labels
     if not files:
         foreign = find_foreign_labels([source])
-        raise UserError(foreign or f"{source}: holds no annotations; put a .txt or .json file for each image there")
+        kinds = f"{' or '.join(suffixes)} files"
+        raise UserError(foreign or f"{source}: holds no annotations ({kinds}); put them there, or name their --format")
     if len({file.path.suffix.lower() for file in files}) > 1:
         raise UserError(f"{source}: holds .txt and .json files; say which are the annotations with --format")
     if form == "auto":

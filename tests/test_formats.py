@@ -286,6 +286,9 @@ def test_format_insists(rendered, tmp_path, small):
         assert [len(each) for each in read_split(data, "val", form).annotations["a.jpg"].polygons] == counts
     with pytest.raises(UserError, match=r'labels/val/a\.json: lacks "images" or "annotations"'):
         read_split(data, "val", "coco")
+    (data / "labels" / "val" / "a.json").unlink()
+    with pytest.raises(UserError, match=r"labels/val: holds no annotations \(\.json files\); .* --format"):
+        read_split(data, "val", "coco")
     with pytest.raises(UserError, match=r'lacks "images" or "annotations", the lists of COCO'):
         read_split(rendered, "val", "coco")
 
