@@ -182,7 +182,7 @@ class Config:
     """test-time augmentation: the mean map of the image at several sizes, and mirrored for networks trained with
     flips; a little more accurate, three to six times the time"""
     sideways: bool = True
-    """look again, turned by a quarter, at an image whose lines run up or down"""
+    """look again, turned by a quarter, at an image whose lines run up or down, or in which none is found"""
     use_polygon: bool = False
     """polygons that follow the contour; false gives minimum-area rectangles"""
     thresh: Fraction = 0.3

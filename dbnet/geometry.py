@@ -543,9 +543,9 @@ def reading_order(polygons: list[np.ndarray]) -> tuple[list[int], list[int]]:
     return np.lexsort((x, numbers)).tolist(), numbers.tolist()
 
 
-def tall_share(polygons: list[np.ndarray]) -> float:
-    """Share of those that are higher than long among the elongated of (n, 2) polygons; 0 without any."""
+def tall_share(polygons: list[np.ndarray], without: float = 0.0) -> float:
+    """Share of those that are higher than long among the elongated of (n, 2) polygons; `without` any, this number."""
     sizes = [cv2.boundingRect(polygon.astype(np.float32))[2:] for polygon in polygons]
     tall = sum(height > ELONGATED * width for width, height in sizes)
     wide = sum(width > ELONGATED * height for width, height in sizes)
-    return tall / max(tall + wide, 1)
+    return tall / (tall + wide) if tall + wide else without

@@ -387,7 +387,7 @@ class Pipeline:
         """What is found in an image: the polygons and scores of its map or, where the page lies on its side, those of a
         look at it turned by a quarter."""
         batch, place, size, prob_map = image
-        if self.config.sideways and tall_share(found[0]) > SOME_TALL:
+        if self.config.sideways and tall_share(found[0], without=1) > SOME_TALL:
             views = []
             for side in network.sides:
                 pixels = np.asarray(batch["image" if side == network.sides[0] else f"image_{side}"][place])

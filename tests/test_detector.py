@@ -232,6 +232,16 @@ def test_a_page_on_its_side_is_found_as_well_as_an_upright_one(tmp_path, tta):
         assert all(map(np.array_equal, detection.polygons, [text.polygon for text in found]))
 
 
+def test_a_lone_word_on_its_side_is_found_as_an_upright_one():
+    image = np.full((60, 236, 3), 255, np.uint8)
+    cv2.putText(image, "TOTAL 12", (25, 40), cv2.FONT_HERSHEY_SIMPLEX, 1, (0, 0, 0), 2)
+    detector = Detector.load("lite", device="cpu")
+    [upright] = detector.detect(image)
+    for quarters in (1, 3):  # the first look finds nothing
+        [found] = detector.detect(np.ascontiguousarray(np.rot90(image, quarters)))
+        assert np.allclose(np.ptp(found.polygon, axis=0)[::-1], np.ptp(upright.polygon, axis=0), atol=4)
+
+
 @pytest.mark.parametrize("length", [32, 800, 832, 1600, 7168])
 def test_windows_cover_an_image_once_and_reach_beyond_what_is_kept(length):
     cut, image = windows(length, 800), np.arange(length)
