@@ -39,6 +39,7 @@ OPSET = 17
 CONFIG_KEY = "dbnet_config"
 _EXPORT_ANEW = "export it with export.py"
 SOME_TALL = 0.1  # share of tall words above which a page may lie on its side. Upright pages have 0.03
+FEW_WORDS = 3  # fewer in the turned page are no sign: on a photograph without text they may be tiles or a fence
 _WAITING_IMAGES = 64  # on a GPU, more maps than this do not wait for their polygons; then the network does
 
 
@@ -399,7 +400,7 @@ class Pipeline:
             turned = network.infer(views, [size[::-1]], plan)()[0, :width, :height]
             turned = np.ascontiguousarray(np.rot90(turned, -1))
             found_turned = polygons_of(turned, size, self.config)
-            if tall_share(found_turned[0]) > MOST_TALL:
+            if tall_share(found_turned[0]) > MOST_TALL and len(found_turned[0]) >= FEW_WORDS:
                 prob_map, found = turned, found_turned
         return Detection(int(batch["index"][place]), *found, prob_map, None, size)
 

@@ -232,14 +232,22 @@ def test_a_page_on_its_side_is_found_as_well_as_an_upright_one(tmp_path, tta):
         assert all(map(np.array_equal, detection.polygons, [text.polygon for text in found]))
 
 
-def test_a_lone_word_on_its_side_is_found_as_an_upright_one():
-    image = np.full((60, 236, 3), 255, np.uint8)
+def test_small_print_of_which_the_first_look_finds_next_to_nothing_is_found_on_its_side():
+    page, _ = render_receipt(np.random.default_rng(1), 640, lines=True)
+    turned = np.ascontiguousarray(np.rot90(page))
+    upright, first, both = (
+        len(Detector.load("lite", device="cpu", image_size=256, sideways=sideways).detect(image))
+        for image, sideways in ((page, True), (turned, False), (turned, True))
+    )
+    assert first < upright / 2 and both > 0.7 * upright
+
+
+def test_a_word_on_its_side_that_the_first_look_finds_is_kept():
+    image = np.full((236, 400, 3), 255, np.uint8)
     cv2.putText(image, "TOTAL 12", (25, 40), cv2.FONT_HERSHEY_SIMPLEX, 1, (0, 0, 0), 2)
-    detector = Detector.load("lite", device="cpu")
-    [upright] = detector.detect(image)
-    for quarters in (1, 3):  # the first look finds nothing
-        [found] = detector.detect(np.ascontiguousarray(np.rot90(image, quarters)))
-        assert np.allclose(np.ptp(found.polygon, axis=0)[::-1], np.ptp(upright.polygon, axis=0), atol=4)
+    turned = np.ascontiguousarray(np.rot90(image))
+    detectors = [Detector.load("lite", device="cpu", sideways=sideways) for sideways in (True, False)]
+    assert same(*(detector.detect(turned) for detector in detectors))
 
 
 @pytest.mark.parametrize("length", [32, 800, 832, 1600, 7168])
