@@ -379,8 +379,7 @@ class Pipeline:
 
     def _launch(self, network: Network, batch: dict[str, Any], plan: BatchPlan) -> Callable[[], np.ndarray]:
         """Start on the maps of a batch; the function that waits for them."""
-        images = [batch["image"], *(batch[f"image_{side}"] for side in network.sides[1:])]
-        return network.infer(images, batch["size"].tolist(), plan)
+        return network.infer(images_of(batch, network), batch["size"].tolist(), plan)
 
     def _detection(
         self, network: Network, plan: BatchPlan, image: _Mapped, found: tuple[list[np.ndarray], list[float]]
@@ -390,11 +389,10 @@ class Pipeline:
         batch, place, size, prob_map = image
         if self.config.sideways and tall_share(found[0], without=1) > SOME_TALL:
             views = []
-            for side in network.sides:
-                pixels = np.asarray(batch["image" if side == network.sides[0] else f"image_{side}"][place])
+            for side, images in zip(network.sides, images_of(batch, network), strict=True):
                 width, height = resized_as(size, self.config.changed(image_size=side)).resized
                 view = np.zeros((1, padded(width), padded(height), 3), np.uint8)
-                view[0, :width, :height] = np.rot90(pixels[:height, :width])
+                view[0, :width, :height] = np.rot90(np.asarray(images[place])[:height, :width])
                 views.append(view)
             height, width = prob_map.shape
             turned = network.infer(views, [size[::-1]], plan)()[0, :width, :height]
@@ -415,6 +413,11 @@ class Pipeline:
         for place, (size, prob_map) in enumerate(zip(batch["size"].tolist(), prob_maps, strict=True)):
             width, height = resized_as(size, self.config).resized
             yield _Mapped(batch, place, tuple(size), prob_map[:height, :width])
+
+
+def images_of(batch: dict[str, Any], network: Network) -> list[Any]:
+    """The images of a batch at each of the network's sizes."""
+    return [batch["image"], *(batch[f"image_{side}"] for side in network.sides[1:])]
 
 
 def polygons_of(prob_map: np.ndarray, size: tuple[int, int], config: Config) -> tuple[list[np.ndarray], list[float]]:
