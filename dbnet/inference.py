@@ -137,48 +137,25 @@ def _provider(onnxruntime: Any, path: Path, device: str) -> tuple[str, dict[str,
 
 def check_graph(path: Path) -> None:
     """Raise UserError unless a file is an ONNX model that ends: without loops, branches, functions and other files."""
+    from google.protobuf.empty_pb2 import Empty  # ONNX Runtime needs protobuf too
+    from google.protobuf.unknown_fields import UnknownFieldSet
+
+    def fields(message: bytes, number: int) -> list[bytes]:
+        """What the fields of this number hold: a message without fields of its own keeps all as unknown."""
+        return [each.data for each in UnknownFieldSet(Empty.FromString(message)) if each.field_number == number]
+
     check_regular(path)
     if not path.exists():
         raise UserError(f"{path}: no such file")
     with library_errors(f"{path}: not an ONNX file, or a damaged one"):
-        model = list(_fields(memoryview(path.read_bytes())))
-        parts = [part for field, graph in model if field == 7 for part in _fields(graph)]
-        operations = {
-            bytes(name).decode() for field, node in parts if field == 1 for at, name in _fields(node) if at == 4
-        }
-        is_elsewhere = any(at == 13 for field, tensor in parts if field == 5 for at, _ in _fields(tensor))
+        model = path.read_bytes()
+        [graph] = fields(model, 7)
+        operations = {name.decode() for node in fields(graph, 1) for name in fields(node, 4)}
+        is_elsewhere = any(fields(tensor, 13) for tensor in fields(graph, 5))
     found = sorted(operations & {"Loop", "If", "Scan", "SequenceMap"})
-    if found or is_elsewhere or not parts or any(field == 25 for field, _ in model):
+    if found or is_elsewhere or fields(model, 25):
         what = f"the operation {found[0]}" if found else "functions or data in other files"
         raise UserError(f"{path}: has {what}, which no network of dbnet has; {_EXPORT_ANEW}")
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Number and content of the fields of a protobuf message that have a length; others are passed over."""
-    place = 0
-    while place < len(message):
-        tag, place = _number(message, place)
-        kind, length = tag & 7, {0: 0, 1: 8, 2: 0, 5: 4}[tag & 7]
-        if kind == 0:
-            _, place = _number(message, place)
-        elif kind == 2:
-            length, place = _number(message, place)
-            if length > len(message) - place:
-                raise ValueError("it is cut short")
-            yield tag >> 3, message[place : place + length]
-        place += length
-
-
-def _number(message: memoryview, place: int) -> tuple[int, int]:
-    """A number of 7 bits a byte, and the place behind it."""
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = message[place]
-        place += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, place
-    raise ValueError("not a protobuf message")
 
 
 def write_onnx(path: Path, model: DBNet, config: Config, half: bool = False) -> None:
