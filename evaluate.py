@@ -46,8 +46,6 @@ def main() -> None:
     parser.add_argument("--compare", type=Path, metavar="FILE", help="JSON of another evaluation to compare with")
     parser.add_argument("--tune", action="store_true", help="search the best thresholds, unclip ratio and min_size")
     parser.add_argument("--save", action="store_true", help="with --tune: keep the best ones in the checkpoint")
-    picture_help = "picture of the search (tuning.png beside the checkpoint)"
-    parser.add_argument("--tune-picture", type=Path, metavar="FILE.png", help=picture_help)
     parser.add_config_flags(of_checkpoint=True)
     args, changes = parser.parse()
     if bool(args.checkpoints) == (args.submission is not None):
@@ -61,11 +59,8 @@ def check_tuning_flags(args: argparse.Namespace, changes: dict[str, Any]) -> Non
     for name in ("submission", "report", "compare"):
         if args.tune and getattr(args, name):
             raise UserError(f"--tune: scores combinations of a checkpoint's settings; leave --{name} out")
-    for flag, value in (("--save", args.save), ("--tune-picture", args.tune_picture)):
-        if value and not args.tune:
-            raise UserError(f"{flag}: belongs to --tune; add that, or leave {flag} out")
-    if args.tune_picture and args.tune_picture.suffix.lower() != ".png":
-        raise UserError(f"--tune-picture {args.tune_picture}: the picture is a PNG; name a FILE.png")
+    if args.save and not args.tune:
+        raise UserError("--save: belongs to --tune; add that, or leave --save out")
     others = sorted(changes.keys() - FREE_TO_SAVE)
     if args.save and others:
         values = f"values that were tuned with another --{others[0].replace('_', '-')} than its own"
@@ -82,16 +77,13 @@ def run(args: argparse.Namespace, changes: dict[str, Any]) -> None:
     from dbnet.evaluation import SCORES_MARK, Comparison, advise_on_collapse, evaluate, evaluate_submission, read_scores
     from dbnet.files import check_outputs, write_json
     from dbnet.inference import Pipeline, find_weights, load_network
-    from dbnet.pictures import PICTURE_MARK
     from dbnet.report import REPORT_MARK, picture_of, write_report
     from dbnet.tuning import tune_checkpoint
 
     init_process_group()
     args.checkpoints = [find_weights(path) for path in args.checkpoints]
-    search = args.tune_picture or args.checkpoints[0].with_name("tuning.png") if args.tune else None
     inputs = [path for path in (*args.checkpoints, args.submission, args.compare) if path]
-    outputs = ((args.json, SCORES_MARK), (args.report, REPORT_MARK), (search, PICTURE_MARK))
-    check_outputs(*outputs, inputs=inputs)
+    check_outputs((args.json, SCORES_MARK), (args.report, REPORT_MARK), inputs=inputs)
     picture = picture_of if args.report else None
     names = " ".join(map(str, args.checkpoints or [args.submission]))
     if args.submission:
@@ -107,9 +99,9 @@ def run(args: argparse.Namespace, changes: dict[str, Any]) -> None:
         dataset = TextDataset(config, args.split, train=False)
         print0(f"{names} ({network}) on {args.split} of {config.data}, {network.device}")
         pipeline = Pipeline(dataset, config, network.device)
-        if search:
+        if args.tune:
             save_to = args.checkpoints[0] if args.save else None
-            return tune_checkpoint(pipeline, network, args.split, search, args.json, save_to)
+            return tune_checkpoint(pipeline, network, args.split, args.json, save_to)
         earlier = read_scores(args.compare, dataset.names) if args.compare else None
         evaluation = evaluate(pipeline, network, picture=picture)
         settings = {field: getattr(config, field) for field in REPORTED}

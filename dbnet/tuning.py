@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,11 +28,7 @@ from dbnet.evaluation import SCORES_MARK
 from dbnet.files import write_json
 from dbnet.inference import Network, Pipeline
 from dbnet.metric import score_selections
-from dbnet.pictures import VERMILION, write_figure
 from dbnet.postprocess import Region, find_regions, grow_regions, to_image_pixels
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 BEST = 10  # combinations in the table of the best
 MIN_IMAGES = 10  # on fewer, values are not saved
@@ -205,13 +201,12 @@ def _score_selections(image: ScoredMap, regions: list[Region], config: Config, g
 
 
 def tune_checkpoint(
-    pipeline: Pipeline, network: Network, split: str, picture: Path, scores: Path | None, save_to: Path | None
+    pipeline: Pipeline, network: Network, split: str, scores: Path | None, save_to: Path | None
 ) -> None:
     """Run a network over an annotated split once, score all combinations, and write and print the best.
 
-    `picture` is where H-Mean over the thresholds is drawn, `scores` where all combinations go as JSON, `save_to` the
-    checkpoint that gets the best values if there is no `Tuning.doubt`. Raises UserError as `tune` does, and where a
-    file cannot be written.
+    `scores` is where all combinations go as JSON, `save_to` the checkpoint that gets the best values if there is no
+    `Tuning.doubt`. Raises UserError as `tune` does, and where a file cannot be written.
     """
     dataset, config = pipeline.dataset, pipeline.config
     assert isinstance(dataset, TextDataset)
@@ -224,8 +219,6 @@ def tune_checkpoint(
         return
     tuning = tune(maps, config, workers=count_workers(config))
     print("".join(f"counts 0: {each.error}\n" for each in maps if each.error) + tuning.table())
-    write_figure(picture, draw_tuning(tuning))
-    print(f"picture of H-Mean over thresh and box_thresh: {picture}")
     if scores:
         write_json(scores, tuning.to_dict())
         print(f"all combinations: {scores}")
@@ -239,33 +232,3 @@ def tune_checkpoint(
         tunings = load_checkpoint(save_to).get("tunings", [])
         change_checkpoint(save_to, best, tunings=[*tunings, {"before": own, "after": best, "split": split, **hmeans}])
         print(f"saved: {save_to} now has the best values; its old ones are kept in it, under `tunings`")
-
-
-def draw_tuning(tuning: Tuning) -> "Figure":
-    """Picture of H-Mean over thresh and box_thresh around the best combination, which is framed as the own one is.
-    The highest H-Mean is brightest; the lowest quarter has one colour."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    threshs, box_threshs, hmeans = tuning.grid["thresh"], tuning.grid["box_thresh"], tuning.means[:, 2]
-    own, best = tuning.combinations[0], tuning.combinations[tuning.best]
-    cells = [[best | {"thresh": thresh, "box_thresh": box_thresh} for thresh in threshs] for box_thresh in box_threshs]
-    values = np.array([[hmeans[tuning.combinations.index(cell)] for cell in row] for row in cells])
-    figure = Figure((2 + 0.9 * len(threshs), 2.5 + 0.45 * len(box_threshs)), layout="constrained")
-    axes = figure.add_subplot(xlabel="thresh", ylabel="box_thresh")
-    rest = [f"unclip ratio {ratio:g}, min_size {size:g}" for *_, ratio, size in (best.values(), own.values())]
-    axes.set_title(f"CLEval H-Mean of {tuning.scores.shape[1]} images; {rest[0]}")
-    low, high = float(np.quantile(values, 0.25)), float(values.max())
-    axes.imshow(values, "viridis", origin="lower", aspect="auto", vmin=low, vmax=max(high, low + 1e-9))
-    for (row, column), value in np.ndenumerate(values):
-        color = "black" if value > (low + high) / 2 else "white"
-        axes.text(column, row, f"{value:.4f}", ha="center", va="center", color=color)
-    axes.set_xticks(range(len(threshs)), [f"{value:g}" for value in threshs])
-    axes.set_yticks(range(len(box_threshs)), [f"{value:g}" for value in box_threshs])
-    own_label = f"own thresholds; with {rest[1]}"
-    for label, line, index, each in (("best", "-", tuning.best, best), (own_label, "--", 0, own)):
-        corner = threshs.index(each["thresh"]) - 0.5, box_threshs.index(each["box_thresh"]) - 0.5
-        style: dict[str, Any] = {"linewidth": 3, "linestyle": line, "label": f"{label}: {hmeans[index]:.4f}"}
-        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=VERMILION, **style))
-    figure.legend(loc="outside lower left", frameon=False)
-    return figure

@@ -133,12 +133,10 @@ def test_tuned_values_are_saved_if_they_are_better_and_evaluation_then_uses_them
     tune = [checkpoint, "--data", data, "--tune", "--workers", "0"]
     shown = evaluate(*tune, "--json", tmp_path / "tuning.json")
     assert load_checkpoint(checkpoint)["config"] == before["config"]  # nothing is saved unasked
-    assert Image.open(tmp_path / "tuning.png").height > 400
     best = json.loads((tmp_path / "tuning.json").read_text())["combinations"][0]
     assert best["hmean"] > 0 and f"{best['hmean']:+.4f}" in shown
 
-    assert "\nsaved: " in evaluate(*tune, "--save", "--tune-picture", tmp_path / "b.png")
-    assert (tmp_path / "b.png").exists()
+    assert "\nsaved: " in evaluate(*tune, "--save")
     after = load_checkpoint(checkpoint)
     values = {"thresh": best["thresh"], "box_thresh": best["box_thresh"]}
     values |= {"polygon_unclip_ratio": best["polygon_unclip_ratio"], "min_size": best["min_size"]}
@@ -474,11 +472,8 @@ def test_mistakes_of_evaluate_and_predict(place, tmp_path, typed):
     rejected(typed("evaluate.py", checkpoint, "--split", "absent", cwd=place), "absent")
     rejected(typed("evaluate.py", checkpoint, "--json", tmp_path / "file" / "a.json", cwd=place), "a.json")
     rejected(typed("evaluate.py", checkpoint, "--save", cwd=place), "--save: belongs to --tune")
-    rejected(typed("evaluate.py", checkpoint, "--tune-picture", "a.png", cwd=place), "--tune-picture: belongs to")
     rejected(typed("evaluate.py", "--submission", "a.csv", "--tune", cwd=place), "--tune: ", "leave --submission out")
     rejected(typed("evaluate.py", checkpoint, "--tune", "--save", "--thresh", "0.2", cwd=place), "another --thresh")
-    rejected(typed("evaluate.py", checkpoint, "--tune", "--tune-picture", "absent/a.png", cwd=place), "absent/a.png")
-    rejected(typed("evaluate.py", checkpoint, "--tune", "--tune-picture", "a.gif", cwd=place), "a.gif", ".png")
     rejected(typed("evaluate.py", checkpoint, "--backbone", "resnet18", cwd=place), "another architecture")
     rejected(typed("evaluate.py", checkpoint, "--submission", "a.csv", cwd=place), "--submission")
     rejected(typed("predict.py", checkpoint, "--images", tmp_path / "empty", cwd=place), "holds no images")

@@ -207,7 +207,7 @@ def test_no_script_overwrites_a_file_of_its_user(tmp_path, monkeypatch):
         (export, "best.pt", "--onnx", "a.onnx"),
         (export, "best.pt", "--half", "a.pt"),
         (export, "best.pt", "--half", "best.pt"),
-        (evaluate, "best.pt", "--tune", "--tune-picture", "a.png"),
+        (evaluate, "best.pt", "--tune", "--json", "labels.json"),
         (evaluate, "best.pt", "--json", "best.pt"),
         (predict, "best.pt", "--images", "photo.jpg", "--out", "a.csv"),
         (predict, "best.pt", "--images", "photo.jpg", "--out", "labels.json"),

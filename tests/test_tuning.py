@@ -6,7 +6,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dbnet.annotations import Annotation
 from dbnet.checkpoint import change_checkpoint, load_checkpoint, save_checkpoint
@@ -14,9 +13,8 @@ from dbnet.config import Config
 from dbnet.errors import UserError
 from dbnet.inference import polygons_of
 from dbnet.metric import score_image
-from dbnet.pictures import write_figure
 from dbnet.targets import make_targets
-from dbnet.tuning import ScoredMap, Tuning, draw_tuning, grid_of, tune
+from dbnet.tuning import ScoredMap, Tuning, grid_of, tune
 
 BOTH_MODES = pytest.mark.parametrize("use_polygon", [True, False], ids=["polygon", "quad"])
 
@@ -186,23 +184,6 @@ def test_own_values_are_kept_where_others_are_only_as_good():
     assert tuning.best == 0 and tuning.doubt
     assert tuning.ranking()[0] == 0
     assert len(tuning.ranking()) == len(np.unique(tuning.scores.reshape(len(tuning.scores), -1), axis=0))
-
-
-def test_the_picture_is_brightest_at_the_best_thresholds(tmp_path):
-    grid = grid_with((0.1, 0.3), (0.3, 0.6, 0.8), (2.0,), (6.0,))
-    config = config_of(thresh=0.1, box_thresh=0.3, polygon_unclip_ratio=2.0, min_size=6.0)
-    tuning = tune([planted_page("a.png"), planted_page("b.png")], config, grid)
-    figure = draw_tuning(tuning)
-    [axes] = figure.axes
-    [image] = axes.get_images()
-    values = image.get_array()
-    assert values.shape == (3, 2) and np.unravel_index(values.argmax(), (3, 2)) == (1, 1) and image.origin == "lower"
-    assert axes.texts[3].get_text() == "1.0000"
-    best, own = axes.patches
-    assert (best.get_xy(), own.get_xy()) == ((0.5, 0.5), (-0.5, -0.5))
-    assert best.get_label() == "best: 1.0000"
-    write_figure(tmp_path / "a.png", figure)
-    assert Image.open(tmp_path / "a.png").height > 300
 
 
 # ------------------------------------------------------------------------------------------------- the checkpoint
