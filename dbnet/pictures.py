@@ -1,15 +1,11 @@
 """Pictures to look at: polygons over images, training samples, the curves of a run and the search of a tuning."""
 
 import csv
-import errno
 import gc
-import importlib.util
-import io
 import math
-import os
 import sys
-import time
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,12 +51,6 @@ def write_image(path: Path, image: np.ndarray) -> None:
     note.add_text("Software", PICTURE_MARK)
     with write_whole(path) as file:
         Image.fromarray(image).save(file, kind, pnginfo=note, quality=95, comment=PICTURE_MARK)
-
-
-def write_figure(path: Path, figure: "Figure") -> None:
-    """Write a figure of matplotlib as PNG, whole or not at all. Raises UserError where it cannot be written."""
-    with write_whole(path) as file:
-        figure.savefig(file, format="png", metadata={"Software": PICTURE_MARK})
 
 
 def plan_overlays(folder: Path, images: dict[str, Path]) -> dict[Path, Path]:
@@ -191,13 +181,19 @@ def show_progress(run: Path) -> None:
     rows = read_log(run / "log.jsonl")
     if not rows:
         return
-    for work in (lambda: write_figure(run / "curves.png", draw_curves(rows)), lambda: write_events(run, rows)):
+    for write in (write_curves, write_events):
         try:
-            work()
+            write(run, rows)
         except Exception as error:  # of a full disk, a font, a TensorBoard that does not fit its protobuf
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
             print(f"no curves of this epoch, training goes on: {printable(reason)}", file=sys.stderr)
     gc.collect()  # the parts of a figure refer to each other: until Python's rare full collection, none is freed
+
+
+def write_curves(run: Path, rows: list[Row]) -> None:
+    """Write curves.png, whole or not at all. Raises UserError where it cannot be written."""
+    with write_whole(run / "curves.png") as file:
+        draw_curves(rows).savefig(file, format="png", metadata={"Software": PICTURE_MARK})
 
 
 def draw_curves(rows: list[Row]) -> "Figure":
@@ -251,28 +247,21 @@ def _numbers(rows: list[Row], key: str) -> np.ndarray:
 
 
 def write_events(run: Path, rows: list[Row]) -> None:
-    """Append the last row to the run's file of TensorBoard events; nothing without TensorBoard.
-
-    Earlier events of this epoch and later ones become void. Raises OSError, with the file as it was, where there is no
-    room: torch's SummaryWriter would write in a thread, whose errors nobody can catch.
-    """
-    if not importlib.util.find_spec("tensorboard"):
+    """Write the rows of a log as TensorBoard events; nothing without TensorBoard. torch's SummaryWriter would write in
+    a thread, whose errors on a full disk nobody can catch."""
+    if not find_spec("tensorboard"):
         return
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    scalars = []
-    for name, value in rows[-1].items():
-        if name != "epoch" and isinstance(value, int | float):
-            group = "loss" if name.endswith("_loss") else "score" if name in PANELS[0][2] else "run"
-            scalars.append(Summary.Value(tag=f"{group}/{name.removesuffix('_loss')}", simple_value=value))
-    start, records = SessionLog(status=SessionLog.START), io.BytesIO()
-    for content in ({"file_version": "brain.Event:2"}, {"session_log": start}, {"summary": Summary(value=scalars)}):
-        event = Event(wall_time=time.time(), step=rows[-1]["epoch"], **content)
-        RecordWriter(records).write(event.SerializeToString())
-    with (run / "events.out.tfevents.dbnet").open("ab", buffering=0) as file:
-        end = file.tell()
-        if file.write(records.getbuffer()) != len(records.getbuffer()):
-            file.truncate(end)  # half a record would hide all that come after it
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+    with write_whole(run / "events.out.tfevents.dbnet") as file:
+        records = RecordWriter(file)
+        records.write(Event(file_version="brain.Event:2").SerializeToString())
+        for row in rows:
+            numbers = {name: value for name, value in row.items() if name != "epoch" and isinstance(value, int | float)}
+            summary = Summary()
+            for name, value in numbers.items():
+                group = "loss" if name.endswith("_loss") else "score" if name in PANELS[0][2] else "run"
+                summary.value.add(tag=f"{group}/{name.removesuffix('_loss')}", simple_value=value)
+            records.write(Event(step=row["epoch"], summary=summary).SerializeToString())

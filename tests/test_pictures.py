@@ -123,7 +123,7 @@ def test_tensorboard_reads_the_numbers_of_the_log(tmp_path):
 
 def test_without_tensorboard_there_are_no_events_and_no_message(tmp_path, monkeypatch, capfd):
     write_log(tmp_path, [make_row(1, 0.5)])
-    monkeypatch.setattr(pictures.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
     show_progress(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "log.jsonl"]
     assert capfd.readouterr() == ("", "")
@@ -149,7 +149,7 @@ def test_a_full_disk_costs_the_curves_and_not_the_run(tmp_path):
     assert all(line.startswith("no curves of this epoch, training goes on: ") for line in lines), result.stderr
     assert "curves.png: cannot be written" in lines[0]
     if importlib.util.find_spec("tensorboard"):
-        assert len(lines) == 2 and list(read_events(tmp_path)["score/hmean"]) == [(20, 0.5)]
+        assert len(lines) == 2 and len(read_events(tmp_path)["score/hmean"]) == 20
 
 
 def test_the_curves_of_an_epoch_are_freed_once_they_are_written(tmp_path):
