@@ -17,7 +17,7 @@ from PIL import Image
 
 from dbnet import pictures
 from dbnet.files import read_log
-from dbnet.pictures import BLUE, VERMILION, draw_curves, plan_overlays, show_progress, write_figure
+from dbnet.pictures import BLUE, VERMILION, draw_curves, plan_overlays, show_progress, write_curves
 
 
 def make_row(epoch, hmean, **values):
@@ -72,7 +72,7 @@ def test_a_log_without_numbers_or_scores_is_drawn(tmp_path):
     for rows in ([{"epoch": 1}, {"epoch": 2, "hmean": math.nan, "total_loss": 0.0}], [make_row(1, 0.0)]):
         figure = draw_curves(rows)
         assert not any(lines(axes, VERMILION) for axes in figure.axes)  # 0 is not the best of anything
-        write_figure(tmp_path / "curves.png", figure)
+        write_curves(tmp_path, rows)
         assert Image.open(tmp_path / "curves.png").size == (1500, 820)
 
 
