@@ -45,34 +45,31 @@ def print_profile(preset: str | None, config: Config, step: Step) -> None:
     if all(folder.exists() for folder in data_folders(config.data)):
         images, source = len(read_split(config.data, "train").images), config.data
     name = torch.cuda.get_device_name(device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{preset or 'v1'} on {name}: {config.backbone}, torch {torch.__version__}")
-    row = "{:1}  {:>7}  {:>6}  {:>4}  {:>7}  {:>8}  {}".format
-    print(row("", "image", "batch", "amp", "peak GB", "images/s", f"{config.epochs} epochs"))
-    cases, initial = fallback_cases(config, device), config.changed(amp=_amp_in_force(config, device))
+    dtype = str(pick_amp_dtype(config, device) or torch.float32).removeprefix("torch.")
+    print(f"{preset or 'v1'} on {name}: {config.backbone}, {dtype}, torch {torch.__version__}")
+    row = "{:>7}  {:>6}  {:>7}  {:>8}  {}".format
+    print(row("image", "batch", "peak GB", "images/s", f"{config.epochs} epochs"))
+    cases = fallback_cases(config)
     for case, result in zip(cases, measure_cases(cases, device, step), strict=True):
         memory, speed, taken = "-", "-", result
         if not isinstance(result, str):
             minutes = config.epochs * images / result[1] / 60
             taken = f"{minutes / 60:.1f} h" if minutes >= 60 else f"{minutes:.1f} min"
             memory, speed = f"{result[0]:.2f}", f"{result[1]:.3g}"
-        plan = f"{case.image_size} px", f"{case.batch_size} x {case.accumulate}", case.amp
-        print(row("*" if case == initial else "", *plan, memory, speed, taken))
-    print("* what training starts with; the other rows are what it falls back to when memory runs out")
+        print(row(f"{case.image_size} px", f"{case.batch_size} x {case.accumulate}", memory, speed, taken))
+    print("first, what training starts with; the other rows are what it falls back to when memory runs out")
     print("peak: " + ("of tensors on the GPU" if is_gpu else "growth of a process that does only this"))
     print(f"epochs: {images:,} images each ({source}), square and of full size, training steps alone")
 
 
-def fallback_cases(config: Config, device: torch.device) -> list[Config]:
-    """Every plan of the fallback, in its order, in each precision of the device (on a CPU, in config.amp alone)."""
-    amps = [_amp_in_force(config, device)]
-    if device.type == "cuda" and config.amp == "auto":
-        amps = ["off", "fp16", "bf16"] if torch.cuda.is_bf16_supported() else ["off", "fp16"]
+def fallback_cases(config: Config) -> list[Config]:
+    """Every plan of the fallback, in its order."""
     sizes = [config.image_size, *(size for size in SMALLER_SIZES if size < config.image_size)]
     batches = [config.batch_size >> halvings for halvings in range(config.batch_size.bit_length())]
     together = config.batch_size * config.accumulate
     return [
-        config.changed(amp=amp, image_size=size, batch_size=batch, accumulate=-(-together // batch))
-        for amp, size, batch in product(amps, sizes, batches)
+        config.changed(image_size=size, batch_size=batch, accumulate=-(-together // batch))
+        for size, batch in product(sizes, batches)
     ]
 
 
@@ -145,7 +142,3 @@ def synthetic_batch(config: Config) -> Batch:
         "side": torch.full((count,), side),
         "failed": [],
     }
-
-
-def _amp_in_force(config: Config, device: torch.device) -> str:
-    return {None: "off", torch.float16: "fp16", torch.bfloat16: "bf16"}[pick_amp_dtype(config, device)]
