@@ -12,7 +12,7 @@ import numpy as np
 
 from dbnet.config import Config
 
-CLAHE_CLIP = 2.0
+_CLAHE_CLIP = 2.0
 _CLAHE_TILES = (8, 8)
 _ROTATIONS = {1: cv2.ROTATE_90_CLOCKWISE, 2: cv2.ROTATE_180, 3: cv2.ROTATE_90_COUNTERCLOCKWISE}
 _BLUR_SIGMAS = (0.4, 1.6)  # pixels
@@ -24,12 +24,12 @@ _SHADOW_EDGE = 0.02  # softness, as a fraction of the longer side
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to one sample: first to its values, then to its geometry, in the order of the fields."""
+    """Changes of one sample: first of its values, then of its geometry, in the order of the fields."""
 
     brightness: float = 0.0  # added to the values, as a fraction of the full range
     contrast: float = 0.0  # values are scaled by 1 + contrast
     clahe_clip: float = 0.0  # clip limit of the contrast-limited adaptive histogram equalization; 0 leaves it out
-    shadow: tuple[float, float, float] | None = None  # direction, distance and depth, as `cast_shadow` takes them
+    shadow: tuple[float, float, float] | None = None  # direction, distance and depth, as `_cast_shadow` takes them
     blur: float = 0.0  # standard deviation of a Gaussian blur in pixels
     noise: tuple[float, int] | None = None  # standard deviation of grey noise, in grey levels, and its seed
     jpeg_quality: int = 0  # 1 to 100; 0 leaves the compression out
@@ -56,9 +56,7 @@ class Augmentation:
         for _ in range(self.quarter_turns):
             x, y = height - y, x
             width, height = height, width
-        points = np.stack([x, y], axis=1)
-        if self.scale != 1:
-            points = points * (scaled / (width, height))
+        points = np.stack([x, y], axis=1) * (scaled / (width, height))
         if self.angle or self.corners:
             projected = np.column_stack([points, np.ones(len(points))]) @ self._homography(*scaled).T
             return projected[:, :2] / projected[:, 2:]
@@ -71,18 +69,14 @@ class Augmentation:
         width, height = self.size(image.shape[1], image.shape[0])
         region = canvas[:height, :width]
         image = self._change_values(image)
-        if self.scale == 1 and not (self.angle or self.corners) and scaled == (width, height):
-            self._turn(image, region)
-            return
-        image = self._turn(image)
+        image = cv2.flip(image, 1) if self.flip else image
+        image = cv2.rotate(image, _ROTATIONS[self.quarter_turns]) if self.quarter_turns else image
         if image.shape[1::-1] != scaled:
             image = cv2.resize(image, scaled, interpolation=cv2.INTER_AREA if self.scale < 1 else cv2.INTER_LINEAR)
         if self.angle or self.corners:
             to_corner = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # OpenCV counts from the centre of pixel 0
             homography = np.linalg.inv(to_corner) @ self._homography(*scaled) @ to_corner
-            cv2.warpPerspective(
-                image, homography, (width, height), dst=region, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-            )
+            cv2.warpPerspective(image, homography, (width, height), dst=region, borderMode=cv2.BORDER_REPLICATE)
         else:
             left, top = self._cut(*scaled)
             region[:] = image[top : top + height, left : left + width]
@@ -90,10 +84,13 @@ class Augmentation:
     def _change_values(self, image: np.ndarray) -> np.ndarray:
         if self.brightness or self.contrast:
             cv2.addWeighted(image, 1 + self.contrast, image, 0, self.brightness * 255, dst=image)
-        if self.clahe_clip:
-            equalize(image, self.clahe_clip)
+        if self.clahe_clip:  # of the luma: the lightness of CIELAB takes eight times as long
+            ycrcb = cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb)
+            luma = cv2.createCLAHE(self.clahe_clip, _CLAHE_TILES).apply(cv2.extractChannel(ycrcb, 0))
+            cv2.insertChannel(luma, ycrcb, 0)
+            cv2.cvtColor(ycrcb, cv2.COLOR_YCrCb2RGB, dst=image)
         if self.shadow:
-            cast_shadow(image, *self.shadow)
+            _cast_shadow(image, *self.shadow)
         if self.blur:
             image = cv2.GaussianBlur(image, (0, 0), self.blur)
         if self.noise:
@@ -105,22 +102,10 @@ class Augmentation:
             image = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))
         return image
 
-    def _turn(self, image: np.ndarray, region: np.ndarray | None = None) -> np.ndarray:
-        """Flip and turn by quarters, into `region` if it is given."""
-        if self.quarter_turns:
-            return cv2.rotate(cv2.flip(image, 1) if self.flip else image, _ROTATIONS[self.quarter_turns], dst=region)
-        if self.flip:
-            return cv2.flip(image, 1, dst=region)
-        if region is not None:
-            region[:] = image
-        return image
-
     def _scaled(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) after turns and scaling, before anything is cut off."""
         if self.quarter_turns % 2:
             width, height = height, width
-        if self.scale == 1:
-            return width, height
         return max(1, round(self.scale * width)), max(1, round(self.scale * height))
 
     def _cut(self, width: int, height: int) -> tuple[int, int]:
@@ -155,7 +140,7 @@ def draw_augmentation(config: Config, rng: np.random.Generator, image_size: int 
     return Augmentation(  # the arguments draw in this order
         brightness,
         contrast,
-        CLAHE_CLIP if equalized else 0.0,
+        _CLAHE_CLIP if equalized else 0.0,
         flip=bool(flip),
         quarter_turns=quarter_turns,
         shadow=(rng.uniform(0, 2 * np.pi), rng.uniform(-0.3, 0.3), rng.uniform(*_SHADOW_DEPTHS)) if shaded else None,
@@ -170,16 +155,7 @@ def draw_augmentation(config: Config, rng: np.random.Generator, image_size: int 
     )
 
 
-def equalize(image: np.ndarray, clip: float) -> None:
-    """Contrast-limited adaptive histogram equalization of (height, width, 3) uint8 RGB, in place: of the luma (YCrCb),
-    because the lightness of CIELAB takes eight times as long to convert to and back."""
-    ycrcb = cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb)
-    luma = cv2.createCLAHE(clip, _CLAHE_TILES).apply(cv2.extractChannel(ycrcb, 0))
-    cv2.insertChannel(luma, ycrcb, 0)
-    cv2.cvtColor(ycrcb, cv2.COLOR_YCrCb2RGB, dst=image)
-
-
-def cast_shadow(image: np.ndarray, direction: float, distance: float, depth: float) -> None:
+def _cast_shadow(image: np.ndarray, direction: float, distance: float, depth: float) -> None:
     """Take `depth` of the light from (height, width, 3) uint8, in place, on one side of a soft straight edge: in the
     `direction` (radians), from `distance` of the centre on (a fraction of the longer side)."""
     height, width = image.shape[:2]
