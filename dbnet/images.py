@@ -33,11 +33,7 @@ MAX_BYTES = 1 << 30  # of a file: 100 megapixels that are not compressed are few
 DPI = 200  # of a page of a PDF: its points have no pixels
 
 PAGED_SUFFIXES = (".pdf", ".tif", ".tiff")
-EXTRA_SUFFIXES = {  # that need what may not be installed
-    ".pdf": "pip install pypdfium2",
-    **dict.fromkeys((".heic", ".heif"), "pip install pillow-heif"),
-    ".avif": "pip install 'pillow>=11.3'",
-}
+EXTRAS = {".pdf": "pypdfium2", ".heic": "pillow-heif", ".heif": "pillow-heif", ".avif": "'pillow>=11.3'"}  # packages
 _SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _JPEGS = ("JPEG", "MPO")  # MPO: several JPEGs in a row, as phones write them
@@ -91,7 +87,7 @@ def file_of(path: Path) -> Path:
     return _page_of(path)[0]
 
 
-def _is_in_pdf(path: Path) -> bool:
+def _is_pdf(path: Path) -> bool:
     return file_of(path).suffix.lower() == ".pdf"
 
 
@@ -103,8 +99,8 @@ def list_pages(path: Path) -> list[Path]:
     """
     if file_of(path) != path:
         return [path]
-    if _is_in_pdf(path):
-        answer, _ = _ask_renderer(path)
+    if _is_pdf(path):
+        answer = _ask_renderer(path)
         numbers, claimed = answer["pages"], answer["claimed"]
         if not numbers:
             raise ImageError(f"{path}: has no page that can be opened")
@@ -121,21 +117,19 @@ def list_pages(path: Path) -> list[Path]:
 def read_image(
     path: Path, image_size: int | None = None, data: bytes | None = None
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Read an image file of any mode and format, by its content, or a page, as a viewer shows it.
+    """Read an image file, recognized by its content, or a page; of an animation or a TIFF, the first picture.
 
-    Of an animation, or of a TIFF of which no page is named, it is the first picture. A cut file is rejected in all
-    formats, a changed one where the format has checksums (PNG). `image_size` is the longer side in pixels to which the
-    caller resizes the image: a JPEG of at least twice that is decoded at a half, a quarter or an eighth, which takes a
-    fraction of the time and memory, and a page of a PDF is rendered no larger. With `data`, the content of the file,
-    `path` is only the name in messages.
+    A cut file is rejected in all formats, a changed one where the format has checksums (PNG). `image_size` is the
+    longer side in pixels to which the caller resizes the image: a JPEG of at least twice that is decoded at a half, a
+    quarter or an eighth, a page of a PDF is rendered no larger. With `data`, the content, `path` only names it.
 
     Returns (height, width, 3) uint8 RGB pixels, upright by the EXIF orientation and possibly reduced, with transparency
     on white; and (width, height) of the full image, upright: the pixels of its annotations. Raises ImageError for a
     file that is missing, damaged, no image, or too large to decode, and MemoryError.
     """
-    if data is None and _is_in_pdf(path):
-        answer, rendered = _ask_renderer(path, render=True, image_size=image_size)
-        return np.frombuffer(rendered, np.uint8).reshape(answer["shape"]), tuple(answer["size"])
+    if data is None and _is_pdf(path):
+        answer = _ask_renderer(path, image_size or sys.maxsize)
+        return answer["pixels"], tuple(answer["size"])
     with _opened(path, data) as (image, orientation, size, file):
         pixels = _decode(path, image, file, image_size)
         orientation = 1 if image.format == "TIFF" else orientation  # its decoder has turned it
@@ -146,8 +140,8 @@ def read_image(
 
 def read_size(path: Path, data: bytes | None = None) -> tuple[int, int]:
     """(width, height) in pixels of an image as a viewer shows it, from its header. Raises as `read_image` does."""
-    if data is None and _is_in_pdf(path):
-        return tuple(_ask_renderer(path, render=False)[0]["size"])
+    if data is None and _is_pdf(path):
+        return tuple(_ask_renderer(path, 0)["size"])
     with _opened(path, data) as (_, _, size, _):
         return size
 
@@ -176,25 +170,22 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 @contextmanager
 def _opened(path: Path, data: bytes | None = None) -> Iterator[tuple[Image.Image, int, tuple[int, int], IO[bytes]]]:
     """An image file or a page of a TIFF file before it is decoded: the image, its EXIF orientation, its size (width,
-    height) when upright, and the file; of a page an empty one."""
+    height) when upright, and the file."""
     source, number = _page_of(path) if data is None else (path, None)
     with _reading(path):
         if data is None:
             check_regular(source, ImageError)
         with source.open("rb") if data is None else BytesIO(data) as file:
             image = _open_image(path, file)
-            if number is None:
-                yield image, *_turn(image, file), file
-                return
-            if image.format != "TIFF":
-                raise ImageError(f"{path}: a {image.format} without pages; name it without #page=")
-            count = getattr(image, "n_frames", 1)
-            if not 1 <= number <= count:
-                raise ImageError(f"{path}: no such page; the file has {count}")
-            with library_errors(f"{path}: broken page", kind=ImageError):
-                image.seek(number - 1)
-                orientation, size = _turn(image, file)
-            yield image, orientation, size, BytesIO()
+            if number is not None:
+                if image.format != "TIFF":
+                    raise ImageError(f"{path}: a {image.format} without pages; name it without #page=")
+                with library_errors(f"{path}: broken page", kind=ImageError):
+                    count = getattr(image, "n_frames", 1)
+                    if not 1 <= number <= count:
+                        raise ImageError(f"{path}: no such page; the file has {count}")
+                    image.seek(number - 1)
+            yield image, *_turn(image, file), file
 
 
 @contextmanager
@@ -279,11 +270,13 @@ def _decode(path: Path, image: Image.Image, file: IO[bytes], image_size: int | N
     A JPEG of several scans, a progressive one for example, is held whole in memory even if it is reduced, and each scan
     is a pass over all of it: a small file can ask for thousands.
     """
-    length = file.seek(0, SEEK_END)
-    if length > MAX_BYTES:
-        raise ImageError(f"{path}: a file of {length / 1e9:.1f} GB; compress it, or reduce it first")
-    file.seek(0)
-    data, is_jpeg = file.read(), image.format in _JPEGS
+    data, is_jpeg = b"", image.format in _JPEGS
+    if is_jpeg or image.format == "PNG":  # of the others, Pillow reads what it decodes
+        length = file.seek(0, SEEK_END)
+        if length > MAX_BYTES:
+            raise ImageError(f"{path}: a file of {length / 1e9:.1f} GB; compress it, or reduce it first")
+        file.seek(0)
+        data = file.read()
     times = max(image.size) // image_size if is_jpeg and image_size else 1
     reduction = next((step for step in (8, 4, 2) if times >= step), 1)
     scans, is_complete = _jpeg_scans(path, data) if is_jpeg else (1, False)
@@ -349,34 +342,36 @@ def _renderer(process: int) -> tuple[subprocess.Popen[bytes], Lock, bool]:
     return renderer, Lock(), renderer.stdout.readline() == b"room\n"  # without a line, it could not even start
 
 
-def _ask_renderer(path: Path, **question: Any) -> tuple[dict[str, Any], bytearray]:
-    """What `_serve_pages` answers on a PDF, and the pixels. Raises ImageError, or UserError without pypdfium2."""
+def _ask_renderer(path: Path, longest: int | None = None) -> dict[str, Any]:
+    """The answer of `_serve_pages` on a PDF. Raises ImageError, or UserError without pypdfium2."""
     if find_spec("pypdfium2") is None:
         raise UserError(f"{path}: reading PDF files needs pypdfium2: pip install pypdfium2")
     file, number = _page_of(path)
-    if question and number is None:
+    if longest is not None and number is None:
         raise ImageError(f"{path}: a PDF of {len(list_pages(path))} pages; name one, e.g. {path.name}#page=1")
     check_regular(file, ImageError)
     with _reading(path):
         file.open("rb").close()  # for the system's own reason where it cannot be opened
         renderer, lock, has_room = _renderer(os.getpid())
     assert renderer.stdin and renderer.stdout
+    question = {"file": os.path.abspath(file), "number": number, "longest": longest, "max_pixels": MAX_PIXELS}
     with lock:
         timer = Timer(_PAGE_SECONDS, renderer.kill)
         timer.daemon = True
         timer.start()
         try:
-            question |= {"file": os.path.abspath(file), "page": number, "max_pixels": MAX_PIXELS}
             renderer.stdin.write(json.dumps(question).encode() + b"\n")
             renderer.stdin.flush()
             answer = json.loads(renderer.stdout.readline())
-            pixels = bytearray(math.prod(answer.get("shape", [0])))
-            if renderer.stdout.readinto(pixels) < len(pixels):  # type: ignore[attr-defined]
+            answer["pixels"] = np.empty(answer["shape"], np.uint8)
+            if renderer.stdout.readinto(answer["pixels"]) < answer["pixels"].size:  # type: ignore[attr-defined]
                 raise ValueError("the process has ended")
-        except (OSError, ValueError):
+        except BaseException as error:  # also of Ctrl-C: the next answer would be that to this question
             renderer.kill()
             renderer.wait()
             _renderer.cache_clear()
+            if not isinstance(error, OSError | ValueError):
+                raise
             if not has_room:
                 raise MemoryError(str(path)) from None
             limits = f"{_PAGE_SECONDS} s or {_RENDERER_BYTES >> 30} GB"
@@ -385,42 +380,38 @@ def _ask_renderer(path: Path, **question: Any) -> tuple[dict[str, Any], bytearra
             timer.cancel()
     if "error" in answer:
         raise ImageError(f"{path}: {answer['error']}")
-    return answer, pixels
+    return answer
 
 
 def _serve_pages() -> None:
-    """Answer questions on PDF files from stdin until it closes: a JSON line asks, a JSON line answers, pixels follow.
-
-    A question is {"file", "max_pixels", "page"}: page null asks for the numbers of the pages that can be opened, a
-    number for its "size" at DPI or, above "max_pixels", less; with "render" also for its pixels, with annotations and
-    forms on white, at that size or, if it is smaller, at "image_size". The last file stays open.
-    """
+    """Answer questions on PDF files from stdin until it closes: a JSON line asks, a JSON line answers, with the "shape"
+    of the "pixels" that follow. The last file stays open."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that no library writes into an answer
-    has_room = True
+    room = b"room\n"
     with suppress(ImportError, OSError):  # without such limits, or without /proc
         import resource
 
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        most = sys.maxsize if hard == resource.RLIM_INFINITY else hard
-        resource.setrlimit(resource.RLIMIT_AS, (min(used + _RENDERER_BYTES, most), hard))
-        has_room = used + _RENDERER_BYTES <= most
-    output.write(b"room\n" if has_room else b"\n")
+        try:
+            resource.setrlimit(resource.RLIMIT_AS, (used + _RENDERER_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        except ValueError:  # the user's own limit is lower
+            room = b"\n"
+    output.write(room)
     output.flush()
     for line in sys.stdin.buffer:
-        question, pixels = json.loads(line), b""
         try:
-            answer, pixels = _answer(_open_pdf(question["file"], stamp(Path(question["file"]))), question)
+            answer = _answer(**json.loads(line))
         except Exception as error:  # of pypdfium2, of many kinds; a lack of memory ends this process alone
             if is_out_of_memory(error):
                 raise
             np.empty(_HEADER_ROOM, np.uint8)  # MemoryError, which PDFium reports as a broken file
             answer = {"error": f"cannot be read as a PDF ({one_line(error).rstrip('.')})"}
-        output.write(json.dumps(answer).encode() + b"\n" + pixels)
+        pixels = answer.pop("pixels", np.empty(0, np.uint8))
+        output.write(json.dumps(answer | {"shape": pixels.shape}).encode() + b"\n" + pixels.tobytes())
         output.flush()
 
 
@@ -434,8 +425,10 @@ def _open_pdf(file: str, stamped: tuple[int, int] | None) -> Any:
     return document
 
 
-def _answer(document: Any, question: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-    """The answer of `_serve_pages` and the pixels that follow it."""
+def _answer(file: str, number: int | None, longest: int | None, max_pixels: int) -> dict[str, Any]:
+    """Without a `number`, those of the "pages" that can be opened, and how many are "claimed"; else the "size" of that
+    page at DPI or, above `max_pixels`, less. With `longest`, also its "pixels", with annotations and forms on white, at
+    that size or with this longer side, if it is smaller."""
     from pypdfium2 import PdfiumError
 
     def opens(number: int) -> bool:
@@ -444,19 +437,18 @@ def _answer(document: Any, question: dict[str, Any]) -> tuple[dict[str, Any], by
             return True
         return False
 
-    number, numbers = question["page"], range(1, len(document) + 1)
+    document = _open_pdf(file, stamp(Path(file)))
+    numbers = range(1, len(document) + 1)
     if number is None:  # a file may claim a million pages that are not there: then the last cannot be opened
         pages = numbers if numbers and opens(len(numbers)) else filter(opens, numbers[:_MAX_PAGES_TRIED])
-        return {"claimed": len(numbers), "pages": list(pages)}, b""
+        return {"claimed": len(numbers), "pages": list(pages)}
     if number not in numbers:
-        return {"error": f"no such page; the file has {len(numbers)}"}, b""
+        return {"error": f"no such page; the file has {len(numbers)}"}
     width, height = document.get_page_size(number - 1)
-    scale = min(DPI * _POINT, math.sqrt(question["max_pixels"] / (width * height)))
+    scale = min(DPI * _POINT, math.sqrt(max_pixels / (width * height)))
     size = math.ceil(width * scale), math.ceil(height * scale)
-    if not question["render"]:
-        return {"size": size}, b""
-    if question["image_size"]:
-        scale *= min(1, question["image_size"] / max(size))
+    if not longest:
+        return {"size": size}
     with closing(document[number - 1]) as page:
-        pixels = page.render(scale=scale, rev_byteorder=True).to_numpy()
-    return {"size": size, "shape": pixels.shape}, np.ascontiguousarray(pixels).tobytes()
+        pixels = page.render(scale=scale * min(1, longest / max(size)), rev_byteorder=True).to_numpy()
+    return {"size": size, "pixels": pixels}

@@ -8,13 +8,14 @@ import glob
 import os
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from dbnet.annotations import Annotation, check_sizes, put_in_order
 from dbnet.errors import ImageError, UserError
 from dbnet.formats import IMAGE_PARSERS, find_foreign_labels, list_text_files, read_labels_at
-from dbnet.images import EXTRA_SUFFIXES, PAGED_SUFFIXES, file_of, list_files, list_pages, readable_suffixes
+from dbnet.images import EXTRAS, PAGED_SUFFIXES, file_of, list_files, list_pages, readable_suffixes
 
 _LABEL_SUFFIXES = (".json", ".txt", ".xml", ".csv", ".zip")  # that may lie beside the images of a data set
 
@@ -46,7 +47,7 @@ def read_split(data: str | Path, split: str, form: str = "auto", need_images: bo
     """
     folders = _folders(data, split, form)
     parts = {folder: _read_folder(folder, split, form, need_images) if has else {} for folder, has in folders.items()}
-    found = _join(parts)
+    found = _by_unique_name([(folder, name, each) for folder, part in parts.items() for name, each in part.items()])
     annotations = {name: annotation for name, (_, annotation) in found.items()}
     return Split({name: path for name, (path, _) in found.items()}, annotations, [*map(len, parts.values())])
 
@@ -57,7 +58,7 @@ def read_images(data: str | Path, split: str, form: str = "auto") -> dict[str, P
     places = [_label_places(folder, split, form) for folder in folders]
     if all(found and found[0].suffix == ".json" for found in places):
         return read_split(data, split, form).images
-    return _join({folder: _images_of(folder, split) for folder in folders})
+    return _by_unique_name([(folder, *image) for folder in folders for image in _images_of(folder, split).items()])
 
 
 def find_images_at(places: list[Path]) -> dict[str, Path]:
@@ -68,21 +69,22 @@ def find_images_at(places: list[Path]) -> dict[str, Path]:
     stays as it is, to fail when it is read. Prints which other files of folders are passed over. Raises UserError for a
     place that does not exist or holds nothing to read, and for a PDF where pypdfium2 is missing.
     """
-    found: list[tuple[str, Path]] = []
+    found: dict[str, tuple[Path, str, Path]] = {}
     for place in places:
         if os.path.isdir(place):  # unlike Path's, it does not raise for a name that is too long
-            images = list(list_images(place).items())
+            images = [(place, *image) for image in list_images(place).items()]
         else:
             known = (*readable_suffixes(), place.suffix.lower())
             matches = map(Path, sorted(glob.glob(str(place), recursive=True)))
             files = [path for path in matches if path.suffix.lower() in known and not path.is_dir()]
             files = [place] if os.path.exists(file_of(place)) else files
-            images = [(page.name, page) for path in files for page in _pages_or_itself(path)]
+            images = [(page.parent, page.name, page) for path in files for page in _pages_or_itself(path)]
         if not images:
             nothing = f"holds no images ({', '.join(known)})"
             raise UserError(f"{place}: {nothing if glob.has_magic(str(place)) else 'no such file or folder'}")
-        found += images
-    return _checked_names(_by_unique_name(found))
+        for image in images:
+            found.setdefault(os.path.abspath(image[2]), image)
+    return _checked_names(_by_unique_name(found.values()))
 
 
 def list_images(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, Path]:
@@ -93,7 +95,7 @@ def list_images(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, Path]:
     paths, suffixes = list_files(folder), readable_suffixes()
     others = Counter(path.suffix.lower() for path in paths if path.suffix.lower() not in (*suffixes, *ignored))
     if others:
-        advice = {suffix: f" ({install} to read them)" for suffix, install in EXTRA_SUFFIXES.items()} | {"": ""}
+        advice = {suffix: f" (pip install {package} to read them)" for suffix, package in EXTRAS.items()}
         kinds = [f"{n} {suffix or 'without a suffix'}{advice.get(suffix, '')}" for suffix, n in sorted(others.items())]
         print(f"{folder}: passed over {', '.join(kinds)}")
     pages = [page for path in paths if path.suffix.lower() in suffixes for page in _pages_or_itself(path)]
@@ -190,30 +192,15 @@ def _label_places(folder: Path, split: str, form: str) -> list[Path]:
     return [path for path in places if path.exists() and (not path.is_dir() or list_text_files(path, ".txt", ".json"))]
 
 
-def _join(parts: dict[Path, dict[str, Value]]) -> dict[str, Value]:
-    """What each folder has by name, in one: names that several have get the folder's path in front, from where they
-    part."""
-    absolute = [os.path.abspath(folder) for folder in parts]
-    common = os.path.commonpath([os.path.dirname(path) for path in absolute])
-    counts = Counter(name for part in parts.values() for name in part)
-    return {
-        name if counts[name] == 1 else f"{Path(os.path.relpath(path, common)).as_posix()}/{name}": value
-        for path, part in zip(absolute, parts.values(), strict=True)
-        for name, value in part.items()
-    }
-
-
-def _by_unique_name(found: list[tuple[str, Path]]) -> dict[str, Path]:
-    """Paths by name, each path once; those that share a name are called by their path from where they part."""
-    unique: dict[str, tuple[str, Path]] = {}
-    for name, path in found:
-        unique.setdefault(os.path.abspath(path), (name, path))
-    sharing = defaultdict(list)
-    for place, (name, _) in unique.items():
-        sharing[name].append(os.path.dirname(place))
-    images: dict[str, Path] = {}
-    for place, (name, path) in unique.items():
+def _by_unique_name(found: Collection[tuple[Path, str, Value]]) -> dict[str, Value]:
+    """Values by name, of (folder, name, value): names in several folders become paths from where the folders part."""
+    sharing = defaultdict(set)
+    for folder, name, _ in found:
+        sharing[name].add(os.path.abspath(folder))
+    values: dict[str, Value] = {}
+    for folder, name, value in found:
+        place = os.path.abspath(folder / name)
         if len(sharing[name]) > 1:
             name = Path(os.path.relpath(place, os.path.commonpath(sharing[name]))).as_posix()
-        images[place if name in images else name] = path
-    return images
+        values[place if name in values else name] = value
+    return values

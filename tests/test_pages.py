@@ -203,6 +203,16 @@ def test_a_page_that_does_not_end_or_breaks_pdfium_ends_alone(tmp_path, pdf, mon
     assert read_size(page(pdf, 1)) == (WIDTH, HEIGHT)
 
 
+def test_an_answer_that_was_not_waited_for_is_not_taken_for_the_next_one(pdf, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(json, "loads", interrupt)
+        read_size(page(pdf, 1))
+    assert read_size(page(pdf, 3)) == (3000, 2000)
+
+
 def test_all_pages_of_a_file_are_read_from_one_opening(tmp_path):
     """Opened anew for each page, a file of many takes a time that grows with their square."""
     path = tmp_path / "long.pdf"
