@@ -5,15 +5,13 @@ which detections. A detection may therefore cover several words, or a word sever
 costs one character. This is the variant of the competition; docs/how-it-works.md defines it.
 
     score = score_image(gt_polygons, det_polygons)          # one image
-    metric = CLEval()                                       # a data set
-    for gt_polygons, det_polygons in images:
-        metric.update(gt_polygons, det_polygons)
+    metric = CLEval()                                       # a data set: `update` for each image, then
     print(metric.compute().hmean)
 
 Pairs of polygons are arrays, so that no code here loops over them; their geometry is in `dbnet/geometry.py`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
@@ -32,6 +30,7 @@ MIN_AREA_PRECISION = np.float32(0.3)
 keeps them, so that a share of exactly 3/10 is enough however the last bit of a double falls."""
 
 FLOAT32_EPS = np.finfo(np.float32).eps
+Outlines = Sequence[ArrayLike]  # (n, 2) points (x, y) in pixels of each polygon
 Flags = Sequence[bool] | None  # for each ground truth whether it is don't-care; None for none
 
 
@@ -91,13 +90,13 @@ class ImageMatch:
 
     def gt_outcomes(self) -> list[Outcome]:
         """The outcome of each ground truth; SPLIT if it is both split and merged: they add up to `score.splits`."""
-        names = Outcome.MISSED, Outcome.SPLIT, Outcome.MERGED
-        return _outcomes(self.gt_scored, self.gt_valid, self.gt, self.det, names)
+        outcomes = [Outcome.MISSED, Outcome.SPLIT, Outcome.MERGED]
+        return _outcomes(self.gt_scored, self.gt_valid, self.gt, self.det, outcomes)
 
     def det_outcomes(self) -> list[Outcome]:
         """The outcome of each detection; MERGED if it is both split and merged: they add up to `score.merges`."""
-        names = Outcome.FALSE, Outcome.MERGED, Outcome.SPLIT
-        return _outcomes(self.det_scored, self.det_valid, self.det, self.gt, names)
+        outcomes = [Outcome.FALSE, Outcome.MERGED, Outcome.SPLIT]
+        return _outcomes(self.det_scored, self.det_valid, self.det, self.gt, outcomes)
 
 
 @dataclass
@@ -106,14 +105,10 @@ class CLEval:
 
     images: list[ImageScore] = field(default_factory=list)
 
-    def update(
-        self, gt_polygons: Sequence[ArrayLike], det_polygons: Sequence[ArrayLike], dont_care: Flags = None
-    ) -> ImageScore:
-        """Score an image (see `score_image`), remember the score and return it. Call it for images without
-        predictions too: they count 0."""
-        score = score_image(gt_polygons, det_polygons, dont_care)
-        self.images.append(score)
-        return score
+    def update(self, gt_polygons: Outlines, det_polygons: Outlines, dont_care: Flags = None) -> ImageScore:
+        """Keep and return the `score_image` of an image. Images without predictions belong here too: they count 0."""
+        self.images.append(score_image(gt_polygons, det_polygons, dont_care))
+        return self.images[-1]
 
     def compute(self) -> DatasetScore:
         """Means and sums over the images so far; all 0 if there were none."""
@@ -122,14 +117,12 @@ class CLEval:
         return DatasetScore(**totals | means, images=len(self.images))
 
 
-def score_image(
-    gt_polygons: Sequence[ArrayLike], det_polygons: Sequence[ArrayLike], dont_care: Flags = None
-) -> ImageScore:
+def score_image(gt_polygons: Outlines, det_polygons: Outlines, dont_care: Flags = None) -> ImageScore:
     """CLEval of one image, as docs/how-it-works.md defines it.
 
-    The words are (n, 2) points (x, y) in pixels each, along the top edge, then back along the bottom; the detections
-    are, too, and claim characters in their order. `dont_care` says of each word whether it counts as neither found nor
-    missed. Coordinates are truncated to integers. An outline that crosses itself is even-odd.
+    The points of a word run along its top edge, then back along the bottom. Detections claim characters in their order.
+    A word that is `dont_care` counts as neither found nor missed. Coordinates are truncated to integers. An outline
+    that crosses itself is even-odd.
 
     Raises ValueError if a polygon is not (n, 2) or has a coordinate that is not finite or beyond
     `geometry.MAX_COORDINATE`, or if `dont_care` is not one flag for each ground truth.
@@ -137,23 +130,16 @@ def score_image(
     return match_image(gt_polygons, det_polygons, dont_care).score
 
 
-def match_image(
-    gt_polygons: Sequence[ArrayLike], det_polygons: Sequence[ArrayLike], dont_care: Flags = None
-) -> ImageMatch:
+def match_image(gt_polygons: Outlines, det_polygons: Outlines, dont_care: Flags = None) -> ImageMatch:
     """`score_image` with the matches behind the score; arguments and errors are the same."""
     return _match(_compare(gt_polygons, det_polygons, dont_care), np.ones(len(det_polygons), bool))
 
 
 def score_selections(
-    gt_polygons: Sequence[ArrayLike],
-    det_polygons: Sequence[ArrayLike],
-    dont_care: Flags,
-    selections: Iterable[np.ndarray],
+    gt_polygons: Outlines, det_polygons: Outlines, dont_care: Flags, selections: Iterable[np.ndarray]
 ) -> list[ImageScore]:
-    """`score_image` of each of several selections of the detections; the polygons are compared only once.
-
-    Each selection is (len(det_polygons),) bool. The other arguments are as in `score_image`.
-    """
+    """`score_image` of each of several selections of the detections, (len(det_polygons),) bool; the polygons are
+    compared only once."""
     image = _compare(gt_polygons, det_polygons, dont_care)
     return [_match(image, selection).score for selection in selections]
 
@@ -175,14 +161,14 @@ class _Comparison:
     centre: np.ndarray  # (m,) for each centre inside a detection: index of the centre
 
 
-def _compare(gt_polygons: Sequence[ArrayLike], det_polygons: Sequence[ArrayLike], dont_care: Flags) -> _Comparison:
+def _compare(gt_polygons: Outlines, det_polygons: Outlines, dont_care: Flags) -> _Comparison:
     """Measure the polygons of an image and the pairs of them that can match."""
     gts, dets = Polygons(gt_polygons, CLEVAL_MIN_POINTS), Polygons(det_polygons, CLEVAL_MIN_POINTS)
     if dont_care is not None and len(dont_care) != len(gts):
         raise ValueError(f"dont_care has {len(dont_care)} flags for {len(gts)} ground truths")
     gt_valid = gts.is_given & ~np.asarray(dont_care if dont_care is not None else np.zeros(len(gts)), bool)
     lengths = np.ones(len(gts), np.intp)
-    lengths[gts.is_given] = _lengths(gts, np.flatnonzero(gts.is_given), _word_length)
+    lengths[gts.is_given] = _lengths(gts, np.flatnonzero(gts.is_given), are_words=True)
     centres, first_centres = _character_centres(gts, lengths), np.cumsum(lengths) - lengths
 
     near_gt, near_det = near_pairs(gts, dets)
@@ -212,21 +198,18 @@ def _match(image: _Comparison, selection: np.ndarray) -> ImageMatch:
     det_valid = scored & _is_off_dont_care(image)
     is_matched = _matched_pairs(image, scored, det_valid)
 
-    claims = image.centre[is_matched[image.pair_of_centre]]
-    is_claimed = np.zeros(image.lengths.sum(), bool)
-    is_claimed[claims] = True
-    chars_tp = int(is_claimed.sum())
     gt, det = image.gt[is_matched], image.det[is_matched]
     matches_of_gt = np.bincount(gt, minlength=len(image.gts))
     matches_of_det = np.bincount(det, minlength=len(image.dets))
-    false_positives = np.flatnonzero(det_valid & (matches_of_det == 0))
-    fp_chars = int(_lengths(image.dets, false_positives, _false_positive_length).sum())
-    word = np.repeat(np.arange(len(image.gts)), image.lengths)
-    found = np.bincount(word[is_claimed], minlength=len(image.gts))
+    claims = image.centre[is_matched[image.pair_of_centre]]
+    word_of_centre = np.repeat(np.arange(len(image.gts)), image.lengths)
+    found = np.bincount(word_of_centre[np.unique(claims)], minlength=len(image.gts))
     gt_chars = np.stack([found, image.lengths * image.gt_valid], axis=1)
-    chars_gt, chars_det = int(gt_chars[:, 1].sum()), len(claims) + fp_chars
-    gran_recall = int(np.maximum(matches_of_gt - 1, 0).sum())
-    gran_precision = int(np.maximum(matches_of_det - 1, 0).sum())
+    chars_tp, chars_gt = gt_chars.sum(axis=0).tolist()
+    fp_chars = int(_lengths(image.dets, np.flatnonzero(det_valid & (matches_of_det == 0)), are_words=False).sum())
+    chars_det = len(claims) + fp_chars
+    gran_recall = int((matches_of_gt - 1).clip(0).sum())
+    gran_precision = int((matches_of_det - 1).clip(0).sum())
     recall = max(0, chars_tp - gran_recall) / max(chars_gt, 1)
     precision = max(0, chars_tp - gran_precision) / max(chars_det, 1)
     score = ImageScore(
@@ -277,41 +260,32 @@ def _matched_pairs(image: _Comparison, scored: np.ndarray, det_valid: np.ndarray
 
 
 def _outcomes(
-    is_scored: np.ndarray, is_valid: np.ndarray, own: np.ndarray, partner: np.ndarray, names: tuple[Outcome, ...]
+    is_scored: np.ndarray, is_valid: np.ndarray, own: np.ndarray, partner: np.ndarray, outcomes: list[Outcome]
 ) -> list[Outcome]:
-    """Outcomes of the ground truths, or of the detections, from the matched pairs.
-
-    The pairs are (k,) indices `own` on this side and `partner` on the other. `names` are the outcomes of those without
-    a partner, with several partners, and with one partner that has several.
-    """
+    """Outcomes of the ground truths, or of the detections, from the matched pairs: (k,) indices `own` on this side and
+    `partner` on the other. `outcomes` are those without a partner, with several, and with one that has several."""
     partners = np.bincount(own, minlength=len(is_valid))
     shares_partner = np.zeros(len(is_valid), bool)
     shares_partner[own[np.bincount(partner)[partner] > 1]] = True
     conditions = [~is_scored, ~is_valid, partners == 0, partners > 1, shares_partner]
-    outcomes = np.select(conditions, [Outcome.UNSCORED, Outcome.DONT_CARE, *names], Outcome.CORRECT)
-    return [Outcome(name) for name in outcomes.tolist()]
+    names = np.select(conditions, [Outcome.UNSCORED, Outcome.DONT_CARE, *outcomes], Outcome.CORRECT)
+    return [Outcome(name) for name in names.tolist()]
 
 
-# Lengths in characters, from aspect ratios. The arithmetic is the competition's, step by step in float32: a box of
-# 30 x 10 pixels can have 4 characters in float32 and has 3 in float64, and scans have many boxes of such ratios.
+def _characters(ratio: np.ndarray | np.float32, are_words: bool) -> np.ndarray:
+    """int lengths in characters for float32 aspect ratios of the same shape: words are horizontal or vertical,
+    detections that match nothing are horizontal. Halves are rounded to even.
 
-
-def _word_length(ratio: np.ndarray) -> np.ndarray:
-    """Characters of ground truths of these float32 aspect ratios, horizontal or vertical."""
-    return _characters(np.maximum(ratio, 1 / (ratio + FLOAT32_EPS)))
-
-
-def _false_positive_length(ratio: np.ndarray) -> np.ndarray:
-    """Characters of detections of these float32 aspect ratios that match nothing."""
-    return _characters(1 / (FLOAT32_EPS + ratio))
-
-
-def _characters(elongation: np.ndarray) -> np.ndarray:
-    """float32 -> int of the same shape, halves rounded to even."""
+    The arithmetic is the competition's, step by step in float32: a box of 30 x 10 pixels can have 4 characters in
+    float32 and has 3 in float64, and scans have many boxes of such ratios.
+    """
+    elongation = 1 / (ratio + FLOAT32_EPS)
+    if are_words:
+        elongation = np.maximum(ratio, elongation)
     return np.minimum(np.round(np.float32(0.5) + elongation), MAX_CHARACTERS).astype(np.intp)
 
 
-def _lengths(polygons: Polygons, select: np.ndarray, length_of_ratio: Callable[..., np.ndarray]) -> np.ndarray:
+def _lengths(polygons: Polygons, select: np.ndarray, are_words: bool) -> np.ndarray:
     """(k,) int lengths in characters of the polygons at the (k,) indices `select`.
 
     The first edge of the convex hull with the least rectangle counts. A convex quadrilateral is its own hull; where its
@@ -320,7 +294,7 @@ def _lengths(polygons: Polygons, select: np.ndarray, length_of_ratio: Callable[.
     """
     quads = polygons.quads.take(select, axis=2)
     areas, ratios = _enclosing_rectangles(quads)
-    is_least, candidates = areas == areas.min(axis=0), length_of_ratio(ratios)
+    is_least, candidates = areas == areas.min(axis=0), _characters(ratios, are_words)
     is_vertical, is_horizontal = edges_of(quads) == 0
     first_two_x = polygons.points[0, polygons.starts[select] + [[0], [1]]]
     begins_left = (first_two_x == quads[0].min(axis=0)).all(axis=0)
@@ -329,7 +303,7 @@ def _lengths(polygons: Polygons, select: np.ndarray, length_of_ratio: Callable[.
     lengths = candidates[is_least.argmax(axis=0), np.arange(len(select))]
     needs_hull = ~polygons.is_quad[select] | (is_least & (candidates != lengths)).any(axis=0)
     for index in np.flatnonzero(needs_hull):
-        lengths[index] = length_of_ratio(_aspect_ratio(polygons.outline(select[index])))
+        lengths[index] = _characters(_aspect_ratio(polygons.outline(select[index])), are_words)
     return lengths
 
 

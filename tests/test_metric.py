@@ -350,8 +350,8 @@ def test_quadrilaterals_have_the_length_that_their_edges_in_the_order_of_qhull_g
     quad = np.roll(quad, first, axis=0)[:: -1 if is_reversed else 1]
     polygons = Polygons([quad], metric.CLEVAL_MIN_POINTS)
     by_hull = metric._aspect_ratio(polygons.outline(0))
-    for length_of_ratio in (metric._word_length, metric._false_positive_length):
-        assert metric._lengths(polygons, np.array([0]), length_of_ratio) == length_of_ratio(by_hull)
+    for are_words in (True, False):
+        assert metric._lengths(polygons, np.array([0]), are_words) == metric._characters(by_hull, are_words)
 
 
 # ------------------------------------------------------------------------------------------------ several selections
