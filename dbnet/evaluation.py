@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -12,19 +12,18 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from numpy.typing import ArrayLike
 
 from dbnet.annotations import Annotation
 from dbnet.config import Config
 from dbnet.dataset import TextDataset
 from dbnet.device import all_gather, progress
-from dbnet.errors import ImageError, UserError, printable
+from dbnet.errors import ImageError, UserError, library_errors, printable
 from dbnet.files import check_regular
 from dbnet.formats import read_detections
 from dbnet.geometry import Polygons, common_areas, near_pairs
 from dbnet.images import read_size
 from dbnet.inference import Network, Pipeline
-from dbnet.metric import MAX_DETECTIONS, CLEval, DatasetScore, ImageScore, match_image
+from dbnet.metric import MAX_DETECTIONS, CLEval, DatasetScore, Flags, ImageScore, Outlines, match_image
 from dbnet.splits import read_split
 
 IOU_MIN_POINTS = 3  # polygons with fewer have no area
@@ -45,13 +44,11 @@ class IoUScore:
     detections: int  # detections that are not on a don't-care word
 
 
-def score_iou(
-    gt_polygons: Sequence[ArrayLike], det_polygons: Sequence[ArrayLike], dont_care: Sequence[bool] | None = None
-) -> IoUScore:
-    """Match the (n, 2) detections of an image with its (n, 2) words: each word takes the first free one that matches.
+def score_iou(gt_polygons: Outlines, det_polygons: Outlines, dont_care: Flags = None) -> IoUScore:
+    """Match the detections of an image with its words: each word takes the first free one that matches.
 
     Coordinates are truncated to integers, outlines that cross themselves are even-odd. A polygon without area is
-    counted and matches nothing. `dont_care` None stands for none. Raises ValueError as `metric.score_image` does.
+    counted and matches nothing. Raises ValueError as `metric.score_image` does.
     """
     gts, dets = Polygons(gt_polygons, IOU_MIN_POINTS), Polygons(det_polygons, IOU_MIN_POINTS)
     gt_counts = ~np.asarray(dont_care if dont_care is not None else np.zeros(len(gts)), bool)
@@ -85,12 +82,9 @@ SIZE_EDGES = (0, 0.005, 0.01, 0.015, 0.02, 0.025, 0.1, 0.5, 1)
 """Edges of the bins; a word on an edge is in the bin above it, and the last bin has all larger words."""
 
 
-def size_bins(polygons: Sequence[ArrayLike], size: tuple[int, int]) -> np.ndarray:
-    """(len,) bin of each (n, 2) word by its height over the longer side of the image, of `size` (width, height) pixels.
-
-    The height is the shorter side of the rectangle of least area around a word, however it is turned; for curved text
-    it is the height of the curve.
-    """
+def size_bins(polygons: Outlines, size: tuple[int, int]) -> np.ndarray:
+    """(len,) bin of each word by its height over the longer side of the image, of `size` (width, height) pixels. The
+    height is the shorter side of the rectangle of least area around a word; for curved text, that of the curve."""
     sides = [cv2.minAreaRect(np.asarray(polygon, np.float32).reshape(-1, 2))[1] for polygon in polygons]
     heights = np.array(sides, np.float64).reshape(-1, 2).min(axis=1)
     return np.searchsorted(SIZE_EDGES[1:-1], heights / max(size), side="right")
@@ -124,17 +118,10 @@ class Evaluation:
     max_candidates: float = math.inf  # detections, from which on there may be more text in an image
 
     def update(
-        self,
-        name: str,
-        annotation: Annotation,
-        polygons: Sequence[np.ndarray],
-        size: tuple[int, int] | None = None,
-        **more: Any,
+        self, name: str, annotation: Annotation, polygons: Outlines, size: tuple[int, int] | None = None, **more: Any
     ) -> None:
-        """Score the detected (n, 2) polygons in pixels of an original of `size` (width, height), None if unknown.
-
-        `more` are further fields of its ScoredImage.
-        """
+        """Score the polygons detected in an original of `size` (width, height), None if unknown. `more` are further
+        fields of its ScoredImage."""
         match = match_image(annotation.polygons, polygons, annotation.dont_care)
         iou = score_iou(annotation.polygons, polygons, annotation.dont_care)
         words = np.column_stack([size_bins(annotation.polygons, size), match.gt_chars]) if size else None
@@ -188,18 +175,29 @@ class Evaluation:
         }
 
     def table(self) -> str:
-        """Text: totals, recall by size of text and the worst images."""
-        score, iou, (low, high) = self.compute(), self.iou(), self.interval()
-        lines = [
-            *(f"counts 0: {image.error}" for image in self.images.values() if image.error),
-            *self._limit_lines(),
+        """Text: what could not be read or was cut, totals, recall by size of text and the worst images."""
+        score, iou, (low, high), rows = self.compute(), self.iou(), self.interval(), self.by_size()
+        lines = [f"counts 0: {image.error}" for image in self.images.values() if image.error]
+        scored = f"more detections than the {MAX_DETECTIONS} that CLEval scores"
+        allowed = "as many detections as --max-candidates allows"
+        for limit, what, then in (
+            (MAX_DETECTIONS + 1, scored, "the rest count as not there"),
+            (self.max_candidates, allowed, "text may be missing; raise it"),
+        ):
+            if names := [printable(name) for name, image in self.images.items() if image.found >= limit]:
+                lines.append(f"{len(names)} images have {what}, {names[0]} first: {then}")
+        lines += [
             f"\nprecision {score.precision:.4f}\nrecall    {score.recall:.4f}\nH-Mean    {score.hmean:.4f}",
             f"95% interval of the H-Mean, by resampling the images: {low:.4f} to {high:.4f}\n",
             f"{score.images} images, {score.words} words, {score.detections} detections, "
             f"{score.splits} splits, {score.merges} merges\n",
             f"IoU over 0.5: precision {iou.precision:.4f}, recall {iou.recall:.4f}, H-Mean {iou.hmean:.4f}\n",
-            *self._size_lines(),
+            "size of text  " + "".join(f"{row['from']:>8g}" for row in rows) + f"{rows[-1]['to']:>5g}",
+            "characters    " + "".join(f"{row['chars_gt']:>8d}" for row in rows),
+            "recall        " + "".join(f"{row['recall']:>8.4f}" if row["chars_gt"] else f"{'-':>8}" for row in rows),
         ]
+        if without_size := sum(image.words is None for image in self.images.values()):
+            lines.append(f"{without_size} images whose files are not there to tell their size are left out of these")
         ascending = sorted(self.images, key=lambda name: (self.images[name].score.hmean, name))[:WORST]
         width = max(len("worst images"), *(len(printable(name)) for name in ascending))
         lines.append(f"\n{'worst images':<{width}}  H-Mean  precision  recall  words  detections")
@@ -210,33 +208,6 @@ class Evaluation:
                 f"{each.words:5d}  {each.detections:10d}"
             )
         return "\n".join(lines)
-
-    def _limit_lines(self) -> list[str]:
-        """A line for detections that are not scored, and one for those that max_candidates may have cut."""
-        scored = f"more detections than the {MAX_DETECTIONS} that CLEval scores"
-        limits = (
-            (MAX_DETECTIONS + 1, scored, "the rest count as not there"),
-            (self.max_candidates, "as many detections as --max-candidates allows", "text may be missing; raise it"),
-        )
-        lines = []
-        for limit, what, then in limits:
-            names = [printable(name) for name, image in self.images.items() if image.found >= limit]
-            if names:
-                lines.append(f"{len(names)} images have {what}, {names[0]} first: {then}")
-        return lines
-
-    def _size_lines(self) -> list[str]:
-        """CLEval's characters and their recall, by the height of text over the longer side."""
-        rows = self.by_size()
-        lines = [
-            "size of text  " + "".join(f"{row['from']:>8g}" for row in rows) + f"{rows[-1]['to']:>5g}",
-            "characters    " + "".join(f"{row['chars_gt']:>8d}" for row in rows),
-            "recall        " + "".join(f"{row['recall']:>8.4f}" if row["chars_gt"] else f"{'-':>8}" for row in rows),
-        ]
-        without_size = sum(image.words is None for image in self.images.values())
-        if without_size:
-            lines.append(f"{without_size} images whose files are not there to tell their size are left out of these")
-        return lines
 
 
 def label_fingerprint(annotation: Annotation) -> str:
@@ -251,21 +222,16 @@ _SAME = 5e-5  # of H-Mean: what its four digits do not show
 
 
 def read_scores(path: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """What the JSON of an earlier evaluation has of each of these images, for those that it has.
-
-    Raises UserError where `evaluate.py --json` did not write the file, or it has none of the images.
-    """
+    """What the JSON of an earlier evaluation has of each of these images, for those that it has. Raises UserError where
+    `evaluate.py --json` did not write the file, or it has none of the images."""
     check_regular(path)
-    try:
-        images = json.loads(path.read_text(encoding="utf-8"))["per_image"]
+    with library_errors(f"{path}: cannot be read", of=OSError):
+        content = path.read_bytes()
+    with library_errors(f"{path}: holds no scores by image", "write them with evaluate.py CKPT --json FILE"):
+        images = json.loads(content)["per_image"]
         scores = np.array([[image[mean] for mean in MEANS] for image in images.values()])
-        is_valid = scores.ndim == 2 and scores.dtype.kind in "if" and ((scores >= 0) & (scores <= 1)).all()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        is_valid = False
-    if not is_valid:
-        raise UserError(f"{path}: holds no scores by image; write them with evaluate.py CKPT --json FILE")
+        if scores.ndim != 2 or scores.dtype.kind not in "if" or not ((scores >= 0) & (scores <= 1)).all():
+            raise ValueError("not numbers from 0 to 1")
     earlier = {name: images[name] for name in names if name in images}
     if not earlier:
         raise UserError(f"{path}: has no image of this split; name scores of the same --data and --split")
@@ -273,7 +239,7 @@ def read_scores(path: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 class Comparison:
-    """Scores of an earlier evaluation beside those of this one, for the images that both have.
+    """Scores of an earlier evaluation, from `read_scores`, beside those of this one, for the images that both have.
 
     names: of these images, in the order of the split
     before, after: (images, 3) precision, recall and H-Mean of each
@@ -283,7 +249,6 @@ class Comparison:
     """
 
     def __init__(self, path: Path, earlier: dict[str, dict[str, Any]], evaluation: Evaluation) -> None:
-        """`earlier` is what `read_scores` gives for the images of this evaluation."""
         self.path, self.names = path, list(earlier)
         here = [evaluation.images[name] for name in earlier]
         self.before = np.array([[image[mean] for mean in MEANS] for image in earlier.values()], float)
@@ -295,26 +260,22 @@ class Comparison:
         self.labels_known = any(labels)
         self.other_labels = [name for name, old, new in zip(earlier, labels, here, strict=True) if old != new.labels]
 
-    def warning(self) -> str:
-        """One line on scores that were made on other labels."""
-        if not self.labels_known:
-            return f"{self.path}: does not say which labels it was made on; if they were others, so are its scores"
-        return (
-            f"{self.path}: made on other labels for {len(self.other_labels)} of {len(self.names)} images, "
-            f"{printable(self.other_labels[0])} first; changes there are not those of the detections alone"
-        )
-
     def table(self) -> str:
-        """Text: the change of the means, and the images that changed most."""
-        lines = [f"\n{self.warning()}"] if self.other_labels else []
-        lines.append(f"\n{'':<9}  {'there':>6}    here   change   ({self.path}; {len(self.names)} images in both)")
+        """Text: a warning of other labels, the change of the means, and the images that changed most."""
+        lines, images = [], len(self.names)
+        if self.other_labels:
+            warning = "does not say which labels it was made on; if they were others, so are its scores"
+            if self.labels_known:
+                others = f"{len(self.other_labels)} of {images} images, {printable(self.other_labels[0])} first"
+                warning = f"made on other labels for {others}; changes there are not those of the detections alone"
+            lines.append(f"\n{self.path}: {warning}")
+        lines.append(f"\n{'':<9}  {'there':>6}    here   change   ({self.path}; {images} images in both)")
         for title, there, here in zip(MEANS.values(), self.before.mean(axis=0), self.after.mean(axis=0), strict=True):
             lines.append(f"{title:<9}  {there:6.4f}  {here:6.4f}  {here - there:+z7.4f}")
-        same = len(self.names) - len(self.better) - len(self.worse)
+        same = images - len(self.better) - len(self.worse)
         lines.append(f"\n{len(self.better)} images better, {len(self.worse)} worse, {same} as before")
         for title, changed in (("most improved", self.better[:CHANGED]), ("most worsened", self.worse[:CHANGED])):
-            names = [printable(self.names[index]) for index in changed]
-            if names:
+            if names := [printable(self.names[index]) for index in changed]:
                 width = max(map(len, [title, *names]))
                 lines.append(f"\n{title:<{width}}   there    here   H-Mean")
             for name, there, here in zip(names, self.before[changed, 2], self.after[changed, 2], strict=True):
@@ -326,40 +287,31 @@ PictureOf = Callable[..., Any]  # of (path, annotation, polygons, scores, prob_m
 
 
 def evaluate(pipeline: Pipeline, network: Network, title: str = "", picture: PictureOf | None = None) -> Evaluation:
-    """Run a network over an annotated split and score what it finds, with a progress bar.
-
-    Each process that torchrun has started gets the scores of all of them. Raises as `Pipeline.detect` does.
-    """
+    """Run a network over an annotated split and score what it finds, with a progress bar. Each process that torchrun
+    has started gets the scores of all of them. Raises as `Pipeline.detect` does."""
     dataset = pipeline.dataset
     assert isinstance(dataset, TextDataset)
     evaluation = Evaluation(max_candidates=pipeline.config.max_candidates)
     for found in progress(pipeline.detect(network), title, len(dataset)):
-        annotation, size = dataset.annotations[found.index], dataset.size(found.index)
-        more: dict[str, Any] = {"error": found.error}
-        if found.prob_map is not None:
-            more["highest"] = int(found.prob_map.max(initial=0)) / 255
-        if picture:
-            path = dataset.paths[found.index]
-            more["picture"] = picture(path, annotation, found.polygons, found.scores, found.prob_map)
-        evaluation.update(dataset.names[found.index], annotation, found.polygons, size, **more)
+        index, polygons, scores, prob_map, error, _ = found
+        path, annotation = dataset.paths[index], dataset.annotations[index]
+        highest = 0.0 if prob_map is None else int(prob_map.max(initial=0)) / 255
+        shown = picture(path, annotation, polygons, scores, prob_map) if picture else None
+        more = {"highest": highest, "error": error, "picture": shown}
+        evaluation.update(dataset.names[index], annotation, polygons, dataset.size(index), **more)
     images = {name: image for share in all_gather(evaluation.images) for name, image in share.items()}
     evaluation.images = {name: images[name] for name in dataset.names}
     return evaluation
 
 
 def evaluate_submission(path: Path, config: Config, split: str, picture: PictureOf | None = None) -> Evaluation:
-    """Score a file of detections; images that it lacks count as without detections, and are printed.
-
-    Raises UserError where the file is not of this split.
-    """
+    """Score a file of detections. Images that it lacks count as without detections, and one line says how many. Raises
+    UserError where the file is not of this split."""
     images, annotations, _ = read_split(config.data, split, config.format, need_images=False)
     submission = read_detections(path, list(annotations))
-    unknown = [name for name in submission if name not in images]
-    if unknown:
-        raise UserError(
-            f"{path}: {unknown[0]} is not in the split {split} of {config.data} (nor are {len(unknown) - 1} others); "
-            f"choose the split with --split and the data set with --data"
-        )
+    if unknown := [name for name in submission if name not in images]:
+        where = f"not in the split {split} of {config.data} (nor are {len(unknown) - 1} others)"
+        raise UserError(f"{path}: {unknown[0]} is {where}; choose the split with --split and the data set with --data")
     print(f"{path} on {split} of {config.data}")
     evaluation = Evaluation()
     for name, annotation in annotations.items():
@@ -368,17 +320,14 @@ def evaluate_submission(path: Path, config: Config, split: str, picture: Picture
             size = read_size(images[name])
         shown = picture(images[name], annotation, polygons) if picture else None
         evaluation.update(name, annotation, polygons, size, picture=shown)
-    missing = [name for name in annotations if name not in submission]
-    if missing:
+    if missing := [name for name in annotations if name not in submission]:
         print(f"{len(missing)} images of the split have no row and count 0, {printable(missing[0])} first")
     return evaluation
 
 
 def advise_on_collapse(evaluation: Evaluation, config: Config) -> str | None:
-    """One line of advice if an evaluation finds no text although there is some; else None.
-
-    The highest probability tells a network that has learned nothing from thresholds that are too high.
-    """
+    """One line of advice if an evaluation finds no text although there is some; else None. The highest probability
+    tells a network that has learned nothing from thresholds that are too high."""
     score, highest = evaluation.compute(), max((image.highest for image in evaluation.images.values()), default=0.0)
     if score.detections or not score.words:
         return None
