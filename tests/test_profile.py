@@ -1,5 +1,7 @@
 """--profile: every plan of the fallback has its row, measured or with the reason why not."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support import CPU, command
@@ -9,7 +11,7 @@ from dbnet import profile
 from dbnet.config import Config
 from dbnet.dataset import Batches, TextDataset, make_loader
 from dbnet.model import DBNet
-from dbnet.profile import fallback_cases, measure_case, measure_cases, synthetic_batch
+from dbnet.profile import fallback_cases, measure_case, print_profile, synthetic_batch
 from dbnet.training import Training
 
 
@@ -76,10 +78,10 @@ def test_steps_that_take_long_are_few_and_the_first_counts_only_where_it_is_alon
     assert steps == [2] * 7
 
 
-@pytest.mark.parametrize(("step", "words"), [(exhaust, "out of memory"), (die, "the system ended the process")])
-def test_out_of_memory_is_a_row(small, step, words):
-    result = measure_case(small.changed(image_size=64, batch_size=1, accumulate=2), CPU, step)
-    assert isinstance(result, str) and words in result
+@pytest.mark.parametrize("step", [exhaust, die])
+def test_out_of_memory_is_a_row(small, step, capsys):
+    print_profile(None, small.changed(image_size=64, batch_size=1, accumulate=2), step)
+    assert "  64 px   1 x 2        -         -  out of memory\n" in capsys.readouterr().out
 
 
 def test_the_memory_of_a_case_is_the_growth_of_its_own_process(small):
@@ -88,14 +90,14 @@ def test_the_memory_of_a_case_is_the_growth_of_its_own_process(small):
     assert two - one == pytest.approx(2 * 2**26 / 1e9, abs=0.04)
 
 
-def test_small_cases_come_first_and_what_has_no_time_says_so(small, monkeypatch):
-    measured, order = (1.0, 2.0), []
-    monkeypatch.setattr(profile, "measure_case", lambda case, *_: order.append(case.batch_size) or measured)
-    cases = fallback_cases(small.changed(image_size=64, batch_size=2))
-    assert measure_cases(cases, CPU, train.optimizer_step) == [measured, measured]
-    assert order == [1, 2]
-    monkeypatch.setitem(profile._LIMIT_SECONDS, "cpu", 0.0)
-    assert measure_cases(cases, CPU, train.optimizer_step) == ["not measured: 0 s are the limit"] * 2
+def test_the_plan_that_training_starts_with_comes_first_and_what_has_no_time_says_so(small, monkeypatch, capsys):
+    times = iter([0.0, 119.0, 121.0])
+    monkeypatch.setattr(profile, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    monkeypatch.setattr(profile, "measure_case", lambda *_: (1.0, 2.0))
+    print_profile(None, small.changed(image_size=64, batch_size=2), train.optimizer_step)
+    first, second = [line.split(maxsplit=7) for line in capsys.readouterr().out.splitlines() if " px " in line]
+    assert first[2:7] == ["2", "x", "1", "1.00", "2"]
+    assert second[2:] == ["1", "x", "2", "-", "-", "not measured: 120 s are the limit"]
 
 
 def test_a_micro_batch_that_does_not_fit_is_not_halved_while_it_is_measured(small):
