@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 SIMPLIFY_RATIO = 0.002
 """Distance allowed between a polygon and its contour, as a share of the contour's perimeter."""
 
+SIMPLIFY_BREADTH = 0.25
+"""The same, as a share of the region's breadth, 2 x area / perimeter. A line of text across a page is hundreds of pixels
+long and a few high: by its perimeter alone it would become a stroke without area, and be dropped."""
+
 OFFSET_ERROR = 2
 """Pixels by which an offset polygon may be narrower than twice the distance, because of rounding and coarse arcs."""
 
@@ -94,7 +98,10 @@ def find_regions(prob_map: np.ndarray, config: Config) -> list[Region]:
         if parent >= 0:  # a hole: grown outward, it would be a second polygon over the text around it
             continue
         if config.use_polygon:
-            shrunk = cv2.approxPolyDP(contour, SIMPLIFY_RATIO * cv2.arcLength(contour, True), True)[:, 0]
+            perimeter = max(1.0, cv2.arcLength(contour, True))
+            breadth = 2 * cv2.contourArea(contour) / perimeter
+            error = min(SIMPLIFY_RATIO * perimeter, SIMPLIFY_BREADTH * breadth)
+            shrunk = cv2.approxPolyDP(contour, error, True)[:, 0]
             breadth = math.inf if len(shrunk) >= 4 else 0.0
         else:
             box = cv2.minAreaRect(contour)

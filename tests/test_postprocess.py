@@ -58,6 +58,17 @@ def map_with_blobs(*probabilities, side=20):
     return prob_map
 
 
+@given(length=st.integers(20, 4000), height=st.integers(3, 40), wave=st.integers(0, 1))
+@settings(deadline=None, max_examples=60)
+def test_a_line_of_text_is_found_however_long_and_thin_it_is(length, height, wave):
+    prob_map = np.zeros((60, length + 20), np.float32)
+    for x in range(10, 10 + length):
+        top = 10 + wave * (x // 50 % 2)
+        prob_map[top : top + height, x] = 1
+    [polygon], _ = extract_polygons(prob_map, settings_of())
+    assert np.ptp(polygon[:, 0]) >= length - 2 and np.ptp(polygon[:, 1]) >= height
+
+
 @pytest.fixture(scope="module")
 def baseline_cases():
     if not (CASES / "postprocess.json").exists():
