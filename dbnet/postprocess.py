@@ -27,8 +27,8 @@ SIMPLIFY_RATIO = 0.002
 """Distance allowed between a polygon and its contour, as a share of the contour's perimeter."""
 
 SIMPLIFY_BREADTH = 0.25
-"""The same, as a share of the region's breadth, 2 x area / perimeter. A line of text across a page is hundreds of pixels
-long and a few high: by its perimeter alone it would become a stroke without area, and be dropped."""
+"""The same, as a share of the region's breadth, 2 x area / perimeter. A line of text across a page is hundreds of
+pixels long and a few high: by its perimeter alone it would become a stroke without area, and be dropped."""
 
 OFFSET_ERROR = 2
 """Pixels by which an offset polygon may be narrower than twice the distance, because of rounding and coarse arcs."""
