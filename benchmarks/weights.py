@@ -31,7 +31,10 @@ import cv2
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-FONTS = ("NanumGothic.ttf", "NanumBarunGothic.ttf", "NanumGothicCoding.ttf", "NanumMyeongjo.ttf")
+FONTS = tuple(
+    f"/usr/share/fonts/truetype/nanum/{name}.ttf"  # of the package fonts-nanum
+    for name in ("NanumGothic", "NanumBarunGothic", "NanumGothicCoding", "NanumMyeongjo")
+)
 TRAINING = (
     "--preset lite --batch-size 1 --accumulate 4 --amp bf16 --freeze-batch-norm true --ema 0.996 --min-lr 5e-6 "
     "--warmup-epochs 0.05 --lr 5e-4 --rotate 3 --rotate90-p 0.1 --blur-p 0.1 --noise-p 0.1 --jpeg-p 0.1 --shadow-p 0.1"
