@@ -293,12 +293,11 @@ def evaluate(pipeline: Pipeline, network: Network, title: str = "", picture: Pic
     assert isinstance(dataset, TextDataset)
     evaluation = Evaluation(max_candidates=pipeline.config.max_candidates)
     for found in progress(pipeline.detect(network), title, len(dataset)):
-        index, polygons, scores, prob_map, error, _ = found
-        path, annotation = dataset.paths[index], dataset.annotations[index]
-        highest = 0.0 if prob_map is None else int(prob_map.max(initial=0)) / 255
-        shown = picture(path, annotation, polygons, scores, prob_map) if picture else None
-        more = {"highest": highest, "error": error, "picture": shown}
-        evaluation.update(dataset.names[index], annotation, polygons, dataset.size(index), **more)
+        path, annotation = dataset.paths[found.index], dataset.annotations[found.index]
+        highest = 0.0 if found.prob_map is None else int(found.prob_map.max(initial=0)) / 255
+        shown = picture(path, annotation, found.polygons, found.scores, found.prob_map) if picture else None
+        more = {"highest": highest, "error": found.error, "picture": shown}
+        evaluation.update(dataset.names[found.index], annotation, found.polygons, dataset.size(found.index), **more)
     images = {name: image for share in all_gather(evaluation.images) for name, image in share.items()}
     evaluation.images = {name: images[name] for name in dataset.names}
     return evaluation
