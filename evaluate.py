@@ -44,8 +44,8 @@ def main() -> None:
     parser.add_argument("--report", type=Path, metavar="FILE.html", help="write a page that shows every image")
     parser.add_argument("--lang", choices=("auto", "en", "ko"), default="auto", help="its language (the browser's)")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="JSON of another evaluation to compare with")
-    parser.add_argument("--tune", action="store_true", help="search the best thresholds, unclip ratio and min_size")
-    parser.add_argument("--save", action="store_true", help="with --tune: keep the best ones in the checkpoint")
+    parser.add_switch("--tune", "search the best thresholds, unclip ratio and min_size")
+    parser.add_switch("--save", "with --tune: keep the best ones in the checkpoint")
     parser.add_config_flags(of_checkpoint=True)
     args, changes = parser.parse()
     if bool(args.checkpoints) == (args.submission is not None):

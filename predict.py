@@ -22,9 +22,9 @@ pixels of the image as a viewer shows it. Other formats, by the suffix of --out 
 All but the CSV are labels to correct: in reading order, outlines of 4 points, or of 4 + 4 where no rectangle fits, from
 the upper left along the top and back along the bottom. --data reads the corrected files as they are.
 
-The file is written whole or not at all; until then, OUT.rankN.partial hold the results so far,
-and --resume detects again what failed, or whose image, checkpoint or settings have changed. A page of a PDF is an
-image called FILE.pdf#page=NUMBER, in pixels at 200 dpi.
+The file is written whole or not at all; until then, OUT.rankN.partial hold the results so far, and --resume detects
+again what failed, or whose image, checkpoint or settings have changed. An image that cannot be read is listed without
+polygons; if none can, the exit status is 2. A page of a PDF is an image FILE.pdf#page=NUMBER, in pixels at 200 dpi.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbnet.config import ArgumentParser
-from dbnet.errors import printable, run_script
+from dbnet.errors import UserError, printable, run_script
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -72,7 +72,7 @@ def main() -> None:
         default="name",
         help="order of the images in the file: uncertainty puts first those whose labels need most correction",
     )
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted prediction for --out")
+    parser.add_switch("--resume", "continue an interrupted prediction for --out")
     parser.add_config_flags(of_checkpoint=True)
     run(*parser.parse())
 
@@ -124,6 +124,8 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
         journal.remove()
         lines = [unreadable[path] for path in paths if path in unreadable]
         print_summary(args, form, rows, lines, config.max_candidates)
+        if len(lines) == len(paths):
+            raise UserError(f"{args.out}: is written, but none of the {len(lines)} images could be read; {lines[0]}")
 
 
 def detect(

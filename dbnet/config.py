@@ -5,6 +5,7 @@ import ast
 import dataclasses
 import inspect
 import math
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -258,8 +259,9 @@ _READING_FIELDS = {
     *("box_unclip_ratio", "polygon_unclip_ratio"),
 }
 
-_METAVARS: dict[Any, str] = {bool: "BOOL", int: "INT", float: "FLOAT", str: "NAME", tuple: "N,N,..."}
-_NUMBERS = {int: "whole numbers", float: "numbers"}
+_METAVARS: dict[Any, str] = {bool: "BOOL", int: "INT", float: "FLOAT", str: "NAME"}
+_TAKES: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+_TAKES |= {tuple[int, ...]: "whole numbers separated by commas", tuple[float, ...]: "numbers separated by commas"}
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -280,11 +282,9 @@ def _docstrings() -> dict[str, str]:
     }
 
 
-def _kind(hint: Any) -> type:
-    """The plain type of a field's values: bool, int, float, str or tuple."""
-    if get_origin(hint) is Annotated:
-        return get_args(hint)[0]
-    return {Literal: str, tuple: tuple}.get(get_origin(hint), hint)
+def _kind(hint: Any) -> Any:
+    """The type of a field's values: bool, int, float, str, tuple[int, ...] or tuple[float, ...]."""
+    return {Annotated: get_args(hint)[:1], Literal: (str,)}.get(get_origin(hint), (hint,))[0]
 
 
 def _flag(name: str) -> str:
@@ -294,15 +294,14 @@ def _flag(name: str) -> str:
 def _check(name: str, hint: Any, value: Any) -> None:
     """Raise UserError where a value is not of the type or in the range that the hint of its field asks for."""
     kind, typed = _kind(hint), f"{_flag(name)} {value}"
-    if kind is tuple:
-        if not isinstance(value, tuple) or not all(type(each) in (int, get_args(hint)[0]) for each in value):
-            raise UserError(f"{typed}: takes {_NUMBERS[get_args(hint)[0]]} separated by commas")
-        return
     if get_origin(hint) is Literal and value not in get_args(hint):
         raise UserError(f"{typed}: takes one of {', '.join(get_args(hint))}")
-    allowed: tuple[type, ...] = (int, float) if kind is float else (kind,)
-    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{typed}: takes a value of type {kind.__name__}")
+    values, of = (value, get_args(kind)[0]) if get_args(kind) else ((value,), kind)
+    allowed = (int, float) if of is float else of
+    if not isinstance(values, tuple) or any(
+        not isinstance(each, allowed) or isinstance(each, bool) != (of is bool) for each in values
+    ):
+        raise UserError(f"{typed}: takes {_TAKES[kind]}")
     if get_origin(hint) is Annotated and value not in get_args(hint)[1]:
         raise UserError(f"{typed}: must be {get_args(hint)[1]}")
 
@@ -339,10 +338,15 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
+    def add_switch(self, flag: str, text: str) -> None:
+        """Add a flag of the script that is true where it is named; it may have a value, as a boolean field."""
+        self.add_argument(flag, type=partial(_parse, bool), default=False, metavar="BOOL", help=text)
+
     def add_config_flags(self, of_checkpoint: bool = False) -> None:
         """Add `--field-name VALUE` for every field of Config, after the script's own flags, which the usage line lists.
         In scripts whose values come from a checkpoint, the help shows the flags that matter there; all are accepted."""
-        self.usage = self.format_usage().removeprefix("usage: ").rstrip().replace("%", "%%") + " [--FIELD VALUE ...]"
+        usage = self.format_usage().removeprefix("usage: ").rstrip().replace("%", "%%").replace(" BOOL", "")
+        self.usage = usage + " [--FIELD VALUE ...]"
         self.epilog = (
             "A FIELD that is not named keeps the checkpoint's value. Those of training (train.py --help) are taken too."
             if of_checkpoint
@@ -359,9 +363,9 @@ class ArgumentParser(argparse.ArgumentParser):
             kind = _kind(hint)
             chapter.add_argument(
                 _flag(name),
-                type=partial(_parse, hint) if kind in (bool, tuple) else kind,
+                type=partial(_parse, kind),
                 choices=get_args(hint) if get_origin(hint) is Literal else None,
-                metavar=None if get_origin(hint) is Literal else _METAVARS[kind],
+                metavar=None if get_origin(hint) is Literal else _METAVARS.get(kind, "N,N,..."),
                 default=argparse.SUPPRESS,
                 help=description,
             )
@@ -370,27 +374,28 @@ class ArgumentParser(argparse.ArgumentParser):
         """The script's own arguments, and the configuration fields that the command changes. A boolean field may stand
         alone (`--strict`) or with a value (`--use-polygon false`)."""
         tokens = list(sys.argv[1:] if arguments is None else arguments)
-        switches = {_flag(name) for name, hint in _hints().items() if hint is bool}
+        switches = {flag for action in self._actions if action.metavar == "BOOL" for flag in action.option_strings}
         for i in reversed(range(len(tokens))):
             if tokens[i] in switches:
-                value = tokens.pop(i + 1) if i + 1 < len(tokens) and tokens[i + 1].lower() in _BOOLEANS else "true"
-                tokens[i] += f"={value}"
+                tokens[i] += f"={tokens.pop(i + 1) if _is_value(''.join(tokens[i + 1 : i + 2])) else 'true'}"
         namespace = self.parse_args(tokens)
         changes = {name: vars(namespace).pop(name) for name in _hints() if name in namespace}
         return namespace, changes
 
 
-def _parse(hint: Any, text: str) -> Any:
-    """The value of a boolean flag, or of one that takes numbers separated by commas."""
-    if hint is bool:
-        if text.lower() not in _BOOLEANS:
-            raise argparse.ArgumentTypeError(f"takes true or false, not {text!r}")
-        return _BOOLEANS[text.lower()]
-    number = get_args(hint)[0]
+def _is_value(word: str) -> bool:
+    """Whether the word after a boolean flag is meant as its value, right or wrong, and not as a file or as `lite`."""
+    return word.lower() in _BOOLEANS or (word.isalnum() and word != "lite" and not os.path.exists(word))
+
+
+def _parse(kind: Any, text: str) -> Any:
+    """The value of a field of this type, as typed."""
     try:
-        return tuple(number(each) for each in text.split(",") if each.strip() not in ("", "none"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"takes {_NUMBERS[number]} separated by commas, not {text!r}") from None
+        if get_args(kind):
+            return tuple(get_args(kind)[0](each) for each in text.split(",") if each.strip() not in ("", "none"))
+        return _BOOLEANS[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"takes {_TAKES[kind]}, not {text!r}") from None
 
 
 def _as_typed(value: Any) -> str:

@@ -288,7 +288,8 @@ PictureOf = Callable[..., Any]  # of (path, annotation, polygons, scores, prob_m
 
 def evaluate(pipeline: Pipeline, network: Network, title: str = "", picture: PictureOf | None = None) -> Evaluation:
     """Run a network over an annotated split and score what it finds, with a progress bar. Each process that torchrun
-    has started gets the scores of all of them. Raises as `Pipeline.detect` does."""
+    has started gets the scores of all of them. Raises as `Pipeline.detect` does, and UserError if no image can be read.
+    """
     dataset = pipeline.dataset
     assert isinstance(dataset, TextDataset)
     evaluation = Evaluation(max_candidates=pipeline.config.max_candidates)
@@ -300,7 +301,14 @@ def evaluate(pipeline: Pipeline, network: Network, title: str = "", picture: Pic
         evaluation.update(dataset.names[found.index], annotation, found.polygons, dataset.size(found.index), **more)
     images = {name: image for share in all_gather(evaluation.images) for name, image in share.items()}
     evaluation.images = {name: images[name] for name in dataset.names}
+    check_readable(dataset, [image.error for image in evaluation.images.values()])
     return evaluation
+
+
+def check_readable(dataset: TextDataset, errors: list[str | None]) -> None:
+    """Raise UserError where each image of a data set has an error: their scores would say nothing."""
+    if all(errors):
+        raise UserError(f"{dataset.config.data}: none of the {len(errors)} images can be read; {errors[0]}")
 
 
 def evaluate_submission(path: Path, config: Config, split: str, picture: PictureOf | None = None) -> Evaluation:

@@ -5,7 +5,9 @@ import copy
 import json
 import math
 import os
+import re
 import signal
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 from types import FrameType
 from typing import Any, Self
 
@@ -45,27 +48,38 @@ from dbnet.model import BATCH_NORM_MOMENTUM, DBNet
 from dbnet.splits import data_folders
 
 RUNS = Path("runs")
+_RUN_NAME = re.compile(r'(?!(?i:con|prn|aux|nul|com\d|lpt\d)(\.|$))[^\x00-\x1f/\\:*?"<>|]{1,80}(?<![. ])')
 NON_FINITE_LIMIT = 5  # steps in a row without finite loss and gradients; then training stops
 FP16_HALVINGS = 16  # of the loss scale, from 2**16 to 1: so many steps in a row may be lost to find it
 _FP16_GROWTH_INTERVAL = 2000  # steps until the scale is doubled; a scaler with another one is not fp16's
 _ECHO_SECONDS = 1.0  # torchrun passes on the Ctrl-C that its processes get from the terminal as well
 
 
+def run_folder(name: str) -> Path:
+    """The folder of a run. Raises UserError for a name that is not that of a folder in runs/, on any system."""
+    if not _RUN_NAME.fullmatch(name):
+        raise UserError(f"--run {name}: takes a plain folder name that any system allows, such as first for runs/first")
+    return RUNS / name
+
+
 def new_run(name: str | None, preset: str | None) -> Path:
-    """The folder of a new run. Raises UserError where it is there already."""
-    run = RUNS / (name or f"{preset or 'v1'}-{datetime.now():%Y%m%d-%H%M%S}")
+    """The folder of a new run. Raises UserError where it is there already, and as `run_folder` does."""
+    run = run_folder(f"{preset or 'v1'}-{datetime.now():%Y%m%d-%H%M%S}" if name is None else name)
     if run.exists():
-        raise UserError(f"{run}: exists; go on with it by --run {run.name} --resume, or name another with --run")
+        raise UserError(f"{run}: exists; go on with it by --run {quote(run.name)} --resume, or name another with --run")
     return run
 
 
 def find_run(name: str | None) -> tuple[Path, dict[str, Any] | None]:
     """The folder of the run to resume and its last save; without a name, the newest run. A named run that has no save
     yet starts anew, with None: so the same command serves for each start of a job."""
-    saves = [*(RUNS / name).glob("last*.pt")] if name else [*RUNS.glob("*/last*.pt")]
-    if not (name or saves):
+    run = None if name is None else run_folder(name)
+    saves = [*(run.glob("last*.pt") if run else RUNS.glob("*/last*.pt"))]
+    if not (run or saves):
         raise UserError("runs/: holds no last.pt to resume; leave out --resume to start a run")
-    run = RUNS / name if name else max(saves, key=lambda path: path.stat().st_mtime).parent
+    run = run or max(saves, key=lambda path: path.stat().st_mtime).parent
+    if not saves:
+        print(f"{run}: nothing is saved yet, so this starts anew", file=sys.stderr)
     return run, load_last(run) if saves else None
 
 
@@ -79,7 +93,7 @@ def lock_run(run: Path) -> Iterator[None]:
             yield
         except (UserError, Interrupted, KeyboardInterrupt):
             if (run / "last.pt").exists():
-                resume = f"{typed('train', world_size())} --run {run.name} --resume"
+                resume = f"{typed('train', world_size())} --run {quote(run.name)} --resume"
                 print0(f"\ngo on from the last save with: {resume}", flush=True)
             raise
 
@@ -319,9 +333,9 @@ class Training:
         where there was nothing to learn."""
         running = self.running
         assert running
-        if not running.images:
-            raise UserError(f"{config.data}: none of the training images can be read")
         self.unreadable.update(*all_gather(self.unreadable))
+        if not running.images:
+            raise UserError(f"{config.data}: none of the training images can be read; {min(self.unreadable)}")
         means = (running.losses / running.steps.clamp(min=1)).tolist()
         running.row = {
             "epoch": self.epoch + 1,
@@ -349,7 +363,7 @@ class Training:
         if self.is_stuck(config):
             print0(f"no better H-Mean in {config.patience} epochs: stopped early")
         if self.best_hmean > 0:
-            following = f"{typed('predict')} {run / 'best.pt'} --out submission.csv"
+            following = f"{typed('predict')} {quote(str(run / 'best.pt'))} --out submission.csv"
             print0(f"best H-Mean {self.best_hmean:.4f} in epoch {self.best_epoch}. Next: {following}")
         else:
             print0("no epoch has found any text; look at --show-samples, train longer, or lower --lr")

@@ -24,7 +24,7 @@ from dbnet.config import Config
 from dbnet.dataset import TextDataset, count_workers, map_in_processes
 from dbnet.device import all_gather, is_first, progress
 from dbnet.errors import UserError
-from dbnet.evaluation import SCORES_MARK
+from dbnet.evaluation import SCORES_MARK, check_readable
 from dbnet.files import write_json
 from dbnet.inference import Network, Pipeline
 from dbnet.metric import score_selections
@@ -215,6 +215,7 @@ def tune_checkpoint(
         name, annotation = dataset.names[found.index], dataset.annotations[found.index]
         maps.append(ScoredMap(name, found.prob_map, dataset.size(found.index), annotation, found.error))
     maps = [each for share in all_gather(maps) for each in share]
+    check_readable(dataset, [each.error for each in maps])
     if not is_first():
         return
     tuning = tune(maps, config, workers=count_workers(config))

@@ -326,6 +326,28 @@ def test_training_goes_on_without_a_truncated_image_and_says_so(data, tmp_path):
     rejected(command(*arguments, "--run", "b", "--strict", cwd=tmp_path), name, "truncated")
 
 
+def test_where_no_image_can_be_read_what_is_written_is_no_success(place, data, tmp_path, typed):
+    for split in ("val", "test"):
+        for each in (data / "images" / split).iterdir():
+            each.write_bytes(each.read_bytes()[:-300])
+    checkpoint, out = place / "runs/first/best.pt", tmp_path / "a.csv"
+    found = typed("predict.py", checkpoint, "--data", data, "--out", out, cwd=place)
+    rejected(found, "none of the 2 images", ".jpg: broken")
+    assert len(read_submission(out)) == 2
+    for flags in ((), ("--tune",), ("--json", tmp_path / "a.json")):
+        rejected(
+            typed("evaluate.py", checkpoint, "--data", data, *flags, cwd=place), "none of the 2 images", "truncated"
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "data"]
+    trained = typed("train.py", "--preset", "lite", "--data", data, *TINY, "--run", "a", cwd=tmp_path)
+    rejected(trained, f"{data}: none of the 2 images can be read", "truncated")
+    assert (tmp_path / "runs/a/last.pt").exists()
+    for each in (data / "images/train").iterdir():
+        each.write_bytes(each.read_bytes()[:-300])
+    trained = typed("train.py", "--preset", "lite", "--data", data, *TINY, "--run", "b", cwd=tmp_path)
+    rejected(trained, f"{data}: none of the training images can be read", "truncated")
+
+
 def test_prediction_goes_on_with_an_empty_row_for_a_broken_image(place, data, tmp_path):
     checkpoint = place / "runs/first/best.pt"
     name = spoil_image(data, "test")
@@ -457,6 +479,25 @@ def test_mistakes_of_train(place, data, tmp_path, typed):
     rejected(train("--device", "cuda:99"), "--device cuda:99")
     rejected(typed("train.py", "--preset", "v9", cwd=place), "v9", "v1")
     rejected(train("--weights", "absent.pth"), "absent.pth", "--weights none")
+    for name in (
+        "../x",
+        "/x",
+        "a/b",
+        "a\\b",
+        "",
+        ".",
+        "..",
+        "first/",
+        "runs/first",
+        "NUL",
+        "com1.txt",
+        "a.",
+        "x" * 300,
+    ):
+        for flags in ((), ("--resume",)):
+            rejected(train("--run", name, *flags), f"--run {name}: takes a plain folder name")
+    answer = train("--run", "nothere", "--resume", "--data", tmp_path / "absent").stderr.splitlines()
+    assert answer[0] == "runs/nothere: nothing is saved yet, so this starts anew" and "absent" in answer[1]
     (data / "jsons" / "train.json").unlink()
     rejected(train("--data", data), "train.json: no such file")
     shutil.rmtree(data / "images" / "train")

@@ -104,6 +104,33 @@ def test_a_boolean_flag_stands_alone_or_with_a_value():
     assert changes == {"strict": True, "use_polygon": False}
 
 
+@pytest.mark.parametrize(
+    ("typed", "takes"),
+    [
+        ("--use-polygon maybe", "true or false"),
+        ("--resume=", "true or false"),
+        ("--resume 2", "true or false"),
+        ("--train-sizes a,b", "whole numbers separated by commas"),
+        ("--train-sizes 640.5", "whole numbers separated by commas"),
+        ("--data-weights 1;2", "numbers separated by commas"),
+        ("--batch-size 1.5", "a whole number"),
+        ("--box-thresh 0,3", "a number"),
+    ],
+)
+def test_a_value_of_another_kind_names_its_flag_and_what_it_takes(typed, takes):
+    parser = ArgumentParser("test")
+    parser.add_argument("checkpoints", nargs="*")
+    parser.add_switch("--resume", "go on")
+    parser.add_config_flags()
+    flag, value = re.split("[ =]", typed)
+    with pytest.raises(UserError, match=re.escape(f"{flag}: takes {takes}, not {value!r}")):
+        parser.parse([*typed.split(), "a.pt"])
+    with pytest.raises(UserError, match=r"--amp.*'maybe'.*'auto', 'off', 'fp16', 'bf16'"):
+        parser.parse(["--amp", "maybe"])
+    args, changes = parser.parse(["--tta", "lite", "a.pt", "--strict", "no", "--resume"])
+    assert args.checkpoints == ["lite", "a.pt"] and args.resume and changes == {"tta": True, "strict": False}
+
+
 def test_numbers_separated_by_commas_are_typed_as_the_help_shows_them():
     parser = ArgumentParser("test")
     parser.add_config_flags()
