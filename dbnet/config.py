@@ -184,6 +184,9 @@ class Config:
     flips; a little more accurate, three to six times the time"""
     sideways: bool = True
     """look again, turned by a quarter, at an image whose lines run up or down, or in which none is found"""
+    small_text: Weight = 0.0
+    """height in pixels of the resized image: an image with most text lower than that is looked at again, up to 1.5
+    times as large; 0 is off"""
     use_polygon: bool = False
     """polygons that follow the contour; false gives minimum-area rectangles"""
     thresh: Fraction = 0.3
@@ -255,7 +258,7 @@ NETWORK_FIELDS = ("backbone", "weights", "pyramid_channels", "fusion", "binariza
 # Fields that matter where a checkpoint is used: what the help of evaluate.py, predict.py and export.py shows.
 _READING_FIELDS = {
     *("data", "format", "image_size", "enlarge", "workers", "strict", "batch_size", "device", "amp", "compile"),
-    *("tta", "sideways", "use_polygon", "thresh", "box_thresh", "max_candidates", "min_size"),
+    *("tta", "sideways", "small_text", "use_polygon", "thresh", "box_thresh", "max_candidates", "min_size"),
     *("box_unclip_ratio", "polygon_unclip_ratio"),
 }
 
@@ -317,7 +320,7 @@ V3 = V1.changed(backbone="resnet50", batch_size=4, accumulate=4, thresh=0.22, bo
 SLIM = V1.changed(backbone="mobilenet_v3_large", pyramid_channels=96, pad="tight", batch_size=4, accumulate=1)
 SLIM = SLIM.changed(rotate90_p=0.0)
 LITE = SLIM.changed(image_size=800, flip_p=0.0, scale=2.0, rotate=2.0, perspective=0.03, ema=0.998)
-LITE = LITE.changed(box_thresh=0.4, polygon_unclip_ratio=2.3)
+LITE = LITE.changed(box_thresh=0.4, polygon_unclip_ratio=2.3, small_text=11.5)
 DEMO = SLIM.changed(data="demo/data", weights="none", image_size=640, epochs=2, lr=5e-4, flip_p=0.0, box_thresh=0.4)
 BEST = V3.changed(backbone="timm:hrnet_w44", fusion="asf", lr=1.3e-3, epochs=30, ema=0.999, tta=True)
 BEST = BEST.changed(scale=2.0, rotate=2.0, perspective=0.03, brightness_contrast_p=0.4, brightness=0.33, contrast=0.28)

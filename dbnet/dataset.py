@@ -165,7 +165,7 @@ class ImageDataset:
         """The samples of a batch, all of one shape. (The data loader looks for this name.)"""
         samples = self._at_one_size(draws)
         for side in self.further_sizes:
-            resized = {sample["index"]: sample for sample in self._resized(side)._at_one_size(draws)}
+            resized = {sample["index"]: sample for sample in self.at(side)._at_one_size(draws)}
             for sample in samples:
                 other = resized[sample["index"]]
                 sample.update({"error": other["error"]} if "error" in other else {f"image_{side}": other["image"]})
@@ -176,7 +176,8 @@ class ImageDataset:
         readable sample, `image` is missing."""
         return _collate(self.__getitems__(draws), _stack)
 
-    def _resized(self, image_size: int) -> Self:
+    def at(self, image_size: int) -> Self:
+        """The same images at another image size."""
         other = copy.copy(self)
         other.config = self.config.changed(image_size=image_size)
         return other
@@ -229,7 +230,7 @@ class ImageDataset:
 
     def shapes(self, draw: Draw) -> list[tuple[int, int]]:
         """`shape` at image_size and at each of the further sizes."""
-        return [dataset.shape(draw) for dataset in (self, *map(self._resized, self.further_sizes))]
+        return [dataset.shape(draw) for dataset in (self, *map(self.at, self.further_sizes))]
 
     def shape(self, draw: Draw) -> tuple[int, int]:
         """(height, width) of a padded sample in pixels, from the header; without one, it counts as a square."""

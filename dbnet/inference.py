@@ -8,6 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -22,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dbnet.config import NETWORK_FIELDS, Config
-from dbnet.dataset import Batches, ImageDataset, count_cores, count_workers, load_batches, make_loader
+from dbnet.dataset import Batches, Draw, ImageDataset, count_cores, count_workers, load_batches, make_loader
 from dbnet.errors import ImageError, UserError, is_out_of_memory, library_errors
 from dbnet.files import check_regular, write_whole
 from dbnet.geometry import MOST_TALL, Letterbox, in_windows, inference_side, padded, tall_share, windows
@@ -39,6 +40,7 @@ OPSET = 17
 CONFIG_KEY = "dbnet_config"
 _EXPORT_ANEW = "export it with export.py"
 SOME_TALL = 0.1  # share of tall words above which a page may lie on its side. Upright pages have 0.03
+SMALL_TEXT_SHOWN, MOST_ENLARGED = 1.15, 1.5  # times config.small_text that small text gets high; limit of the factor
 FEW_WORDS = 3  # fewer in the turned page are no sign: on a photograph without text they may be tiles or a fence
 _WAITING_IMAGES = 64  # on a GPU, more maps than this do not wait for their polygons; then the network does
 
@@ -53,6 +55,9 @@ class Network(Protocol):
 
     def begin_thread(self) -> None:
         """Prepare a thread that calls `infer` beside others."""
+
+    def at(self, image_size: int) -> Self:
+        """The same network that looks at images of another image_size."""
 
     def infer(self, images: Sequence[Any], sizes: list[tuple[int, int]], plan: BatchPlan) -> Callable[[], np.ndarray]:
         """Start on the (N, height, width, 3) uint8 images of a batch, one batch for each of `sides`.
@@ -105,6 +110,12 @@ class OnnxNetwork:
 
     def begin_thread(self) -> None:
         """As `Network` says."""
+
+    def at(self, image_size: int) -> Self:
+        """As `Network` says."""
+        other = copy(self)
+        other.config, other.sides = self.config.changed(image_size=image_size), (image_size,)
+        return other
 
     def infer(
         self, images: Sequence[np.ndarray], sizes: list[tuple[int, int]], plan: BatchPlan
@@ -377,7 +388,31 @@ class Pipeline:
             found_turned = polygons_of(turned, size, self.config)
             if tall_share(found_turned[0]) > MOST_TALL and len(found_turned[0]) >= FEW_WORDS:
                 prob_map, found = turned, found_turned
+        enlarged = self._enlarged_size(prob_map, size, found[0])
+        if enlarged > self.config.image_size:
+            return self._look_closer(network.at(enlarged), int(batch["index"][place]))
         return Detection(int(batch["index"][place]), *found, prob_map, None, size)
+
+    def _look_closer(self, network: Network, index: int) -> Detection:
+        """What is found in the image at a place of the data set by a network of another image size."""
+        image_size = network.config.image_size
+        dataset = self.dataset.at(image_size)
+        dataset.further_sizes = network.sides[1:]
+        config = self.config.changed(image_size=image_size, small_text=0)
+        [found] = Pipeline(dataset, config, "cpu")._look(network, [Draw(index)], BatchPlan(1))
+        return found
+
+    def _enlarged_size(self, prob_map: np.ndarray, size: tuple[int, int], polygons: list[np.ndarray]) -> int:
+        """The image size at which the text of an image is large enough; config.image_size where it is."""
+        image_size, (width, height) = self.config.image_size, size
+        if not (self.config.small_text and polygons) or max(prob_map.shape) > image_size:
+            return image_size  # a long image in windows is at its best size
+        breadths = [min(cv2.minAreaRect(polygon.astype(np.float32))[1]) for polygon in polygons]
+        text = float(np.median(breadths)) * max(prob_map.shape) / max(width, height)
+        if text >= self.config.small_text:
+            return image_size
+        factor = min(MOST_ENLARGED, SMALL_TEXT_SHOWN * self.config.small_text / max(text, 1))
+        return padded(min(round(factor * image_size), round(self.config.enlarge * max(size))))
 
     def _unreadable(self, batch: dict[str, Any]) -> list[Detection]:
         """A Detection for each image of a batch that could not be read."""

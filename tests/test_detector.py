@@ -242,6 +242,21 @@ def test_small_print_of_which_the_first_look_finds_next_to_nothing_is_found_on_i
     assert first < upright / 2 and both > 0.7 * upright
 
 
+@pytest.mark.parametrize("tta", [False, True])
+def test_an_image_of_small_text_is_looked_at_again_larger(tta):
+    page, words = render_receipt(np.random.default_rng(1), 640, lines=True)
+    lines = [line[0] for line in words]
+
+    def found(image_size, small_text):
+        return Detector.load("lite", device="cpu", tta=tta, image_size=image_size, small_text=small_text).detect(page)
+
+    once, again = (found(192, small_text) for small_text in (0, 12))
+    scores = [score_image(lines, [text.polygon for text in texts]).hmean for texts in (once, again)]
+    assert scores[1] > scores[0] + 0.02
+    assert tta or any(same(again, found(size, 0)) for size in (224, 256, 288))
+    assert same(found(640, 0), found(640, 12))  # its text is large enough
+
+
 def test_a_word_on_its_side_that_the_first_look_finds_is_kept():
     image = np.full((236, 400, 3), 255, np.uint8)
     cv2.putText(image, "TOTAL 12", (25, 40), cv2.FONT_HERSHEY_SIMPLEX, 1, (0, 0, 0), 2)
