@@ -191,8 +191,8 @@ def rectangle(x0: float, y0: float, x1: float, y1: float, degrees: float = 0) ->
 
 _DONT_CARE = {"ignore", "ignored", "crowd", "illegible", "illegibility", "unreadable", "difficult", "notlegible"}
 _DONT_CARE |= {"dontcare", "donotcare", "legibilityillegible", "notreadable"}
-_CARE = {"legible", "readable"}
-_CLASS = {"label", "class", "category", "categoryname"}
+_CARE = {"legible", "readable", "legibility", "care"}
+_CLASS = {"label", "class", "category", "categoryname", "supercategory", "tag", "tags", "wordtags"}
 _TRUE, _FALSE = {"true", "1", "1.0", "yes"}, {"false", "0", "0.0", "no", "none", "null", ""}
 _QUOTES = {"''", '""', "“”", "„“", "„”", "‘’", "«»", "「」", "『』", "＂＂", "＇＇"}
 
@@ -225,26 +225,30 @@ def is_dont_care_class(name: object) -> bool:
 def is_dont_care(where: str, word: dict[str, Any]) -> bool:
     """Whether anything in a word, its flags, attributes or tags says don't care: a text `###`, a class that means it,
     or a flag such as `difficult`, `ignore`, `illegibility`. Raises UserError for a flag neither true nor false."""
-    facts: list[tuple[Any, Any]] = [*word.items()]
-    for values in map(word.get, ("flags", "attributes", "tags")):
-        if isinstance(values, dict):
-            facts += values.items()
-        elif isinstance(values, list):
-            facts += ((tag, True) for tag in values if isinstance(tag, str))
-            facts += ((tag.get("name"), tag.get("value")) for tag in values if isinstance(tag, dict))
-    for name, value in facts:
+    for name, value in _facts(word):
         meaning = _letters(str(name))
         if is_hidden_text(value) or (meaning in _CLASS and is_dont_care_class(value)):
             return True
-        if meaning == "legibility":
-            meaning, value = "illegible", str(value).lower() == "illegible"
-        if meaning in _DONT_CARE or (meaning in _CARE and value is not None):
+        if meaning in _DONT_CARE or (meaning in _CARE and value not in (None, "")):
             text = str(value).strip().lower()
+            if meaning == "legibility" and text not in _TRUE | _FALSE:  # a word, as in COCO-Text
+                text = str(not is_dont_care_class(value)).lower()
             if text not in _TRUE | _FALSE:
                 raise UserError(f'{where}: "{name}" must be true or false, not {text[:40]!r}')
             if (text in _TRUE) == (meaning in _DONT_CARE):
                 return True
     return False
+
+
+def _facts(word: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Names and values in a word, and in the objects and lists in it: flags, attributes, tags, under any name."""
+    for name, value in word.items():
+        yield name, value
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, dict):
+                yield from [*inner.items(), (inner.get("name"), inner.get("value"))]
+            elif isinstance(inner, str):
+                yield name, inner
 
 
 Word = tuple[np.ndarray, bool, Any]
@@ -278,7 +282,7 @@ def size_of(entry: dict[str, Any], width: str, height: str) -> tuple[int, int] |
 _NUMBER = re.compile(r"\s*[-+]?[0-9]{1,18}(\.[0-9]*)?\s*", re.ASCII)
 _MANY_NUMBERS = 12  # in a line: its format knows more than four points
 _CTW1500_NUMBERS = 32
-_FLAGGED = re.compile(r"(?:[^,]*,){8}\s*[01]\s*,\s*(.*?)\s*")
+_FLAGGED = re.compile(r"(?:[^,]*,){8}\s*(?:[01]|true|false)\s*,\s*(.*?)\s*", re.IGNORECASE)
 
 LINE_FORMATS: dict[str, tuple[int, str, Callable[[np.ndarray], np.ndarray]]] = {
     "icdar": (8, "x1,y1,x2,y2,x3,y3,x4,y4", lambda points: points[:4]),
@@ -309,7 +313,7 @@ def parse_lines(where: str, text: str, form: str) -> Annotation:
             raise UserError(f"{place}: must begin with {expected}, not {line[:60]!r}; {hint}")
         polygon = outline(numbers[: len(numbers) // 2 * 2].reshape(-1, 2))
         last = line.rstrip(", \t").rpartition(",")[2]
-        is_flagged = has_flags and line.split(",")[8].strip() == "1"
+        is_flagged = has_flags and line.split(",")[8].strip().lower() in _TRUE
         words.append((check_polygon(place, polygon), is_flagged or is_hidden_text(last), None))
     return _annotation(words)
 
@@ -320,7 +324,7 @@ def _have_flags(lines: list[str]) -> bool:
     Prices such as `1,500` and `1,50 EUR` look alike, so all texts must be in quotes, or one must begin with a letter.
     """
     texts = [match[1] for match in map(_FLAGGED.fullmatch, lines) if match]
-    is_text = any(text[:1].isalpha() for text in texts) or all(re.fullmatch('".*"', text) for text in texts)
+    is_text = any(text[:1].isalpha() for text in texts) or all(text[:1] + text[-1:] in _QUOTES for text in texts)
     return is_text and len(texts) == len(lines)
 
 
@@ -445,7 +449,8 @@ def parse_coco(where: str, text: str, names: ImageNames) -> Iterator[Entry]:
     ignored = {
         _key(category.get("id"))
         for category in (categories if isinstance(categories, list) else [])
-        if isinstance(category, dict) and is_dont_care_class(category.get("name"))
+        if isinstance(category, dict)
+        and any(is_dont_care_class(category.get(key)) for key in ("name", "supercategory"))
     } - {None}
     for number, entry in enumerate(entries, start=1):
         place = f"{where}: annotation {number}"
@@ -516,7 +521,7 @@ _FOREIGN_LINES = (
     (r"\d+(\s+(0?\.\d+|0|1|1\.0+)){4,}\s*$", f"this is YOLO's form, in shares of the image; {_AS_LINES}, in pixels"),
     (r"\s*\d+(\s*,\s*|\s+)\d+\1\d+\1\d+\1\"", f"this is ICDAR 2013's form, two corners of a box; {_AS_LINES}"),
     (r"(\d+\s+){2}-?\d+(\s+-?[\d.]+){4}\s*$", f"this is MSRA-TD500's form; {_AS_LINES}"),
-    (r"\s*-?[\d.]+(\s*[;\t\uff0c]|\s+-?\d)", "numbers must be separated by commas; replace the separators"),
+    (r"\s*-?[\d.]+(\s*[;|\t\uff0c\u3001]|\s+-?\d)", "numbers must be separated by commas; replace the separators"),
     (r"\s*#|\s*(?!nan|inf)[a-z_]+\d*\s*,", "this is a heading or a comment; delete the line"),
     ("\ufeff", "the line begins with a byte order mark; save the file as UTF-8 without it"),
 )

@@ -542,6 +542,7 @@ def coco(image=(), **word):
     words = [{"image_id": 1, "segmentation": [[float(value) for value in quad.split(",")]]} for quad in QUADS]
     words[2] |= word
     names = [{"id": 1, "name": "text"}, {"id": 2, "name": "Don't Care"}, {"id": 3, "name": "ignored_text"}]
+    names.append({"id": 4, "name": "text", "supercategory": "ignore"})
     return {
         "images": [{"id": 1, "file_name": "receipt 1.jpg", **dict(image)}],
         "annotations": words,
@@ -553,7 +554,10 @@ def coco(image=(), **word):
     "files",
     [
         {LABELS: "\n".join(f"{quad},{text}" for quad, text in zip(QUADS, ["a", "b,c", " '###' "], strict=True))},
-        {LABELS: "\n".join(f'{quad},{flag},"9,00"' for quad, flag in zip(QUADS, "001", strict=True))},
+        *(
+            {LABELS: "\n".join(f"{quad},{flag},{text}" for quad, flag in zip(QUADS, flags, strict=True))}
+            for flags, text in [("001", '"9,00"'), ("001", "'9,00'"), (["false", "False", "True"], "“9,00”")]
+        ),
         {LABELS: "\n".join(f"{quad},{text}" for quad, text in zip(QUADS, ["0,합계", "0,9,00", "1, a b"], strict=True))},
         *(
             {LABELS: "\n".join(f"{quad},{text}" for quad, text in zip(QUADS, ["*", "a # b", hidden], strict=True))}
@@ -576,7 +580,13 @@ def coco(image=(), **word):
                 {"attributes": {"text": "###"}},
                 {"attributes": {"legible": False}},
                 {"attributes": [{"name": "illegible", "value": "True"}]},
-                {"legibility": "illegible"},
+                *({"legibility": value} for value in ("illegible", " Not legible ", False, 0, "false")),
+                {"care": False},
+                {"extra": {"ignore": True}},
+                {"tags": "illegible"},
+                {"tags": ["###"]},
+                {"transcription": ["###"]},
+                {"category_id": 4},
                 {"iscrowd": 1.0},
                 {"tags": ["difficult"]},
             ]
@@ -605,6 +615,7 @@ def test_texts_that_only_look_like_dont_care_are_words(tmp_path, texts):
 
 def test_what_does_not_say_dont_care_is_a_word(tmp_path):
     word = {"attributes": {"legible": "true", "difficult": "false", "note": "ignore"}, "legibility": "legible"}
+    word |= {"extra": {"legibility": "1", "care": "", "tag": "legible"}}
     assert flags_of(tmp_path, {"jsons/val.json": coco(**word)}) == [False, False, False]
     with pytest.raises(UserError, match='annotation 3: "difficult" must be true or false'):
         flags_of(tmp_path, {"jsons/val.json": coco(attributes={"difficult": "maybe"})})
