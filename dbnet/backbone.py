@@ -1,9 +1,9 @@
-"""Backbones: networks of torchvision and timm as extractors of features at strides 4, 8, 16 and 32."""
+"""Backbones: networks of torchvision and timm that give features at strides 4, 8, 16 and 32."""
 
 import difflib
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torchvision.models as zoo
@@ -19,10 +19,10 @@ WAY_OUT = "use --weights none to train from scratch, or --weights FILE with a st
 
 
 class Backbone(nn.Module):
-    """Four features of an image, (N, channels, H / stride, W / stride) at strides 4, 8, 16 and 32.
+    """Four features of each image, (N, channels, H / stride, W / stride) at strides 4, 8, 16 and 32.
 
     Input: (N, 3, H, W) RGB in 0..1, normalized by `mean` and `std`, which belong to the weights of the network.
-    `channels` are those of each feature. Raises UserError for a network, features or weights that are not there."""
+    `channels` has a number for each stride. Raises UserError if the network, its features or weights are missing."""
 
     def __init__(self, name: str, weights: str) -> None:
         super().__init__()
@@ -34,13 +34,12 @@ class Backbone(nn.Module):
         else:
             self.stages = _cut_into_stages(_load_torchvision(name, weights))
         with library_errors(f"--backbone {name}: does not take images of any size", "take another"):
-            shapes = _probe(self.stages)
-        if missing := [str(stride) for stride in STRIDES if stride not in {shape.stride for shape in shapes}]:
+            features = _probe(self.stages)
+        if missing := [str(stride) for stride in STRIDES if stride not in features]:
             raise UserError(f"--backbone {name}: has no features at stride {', '.join(missing)}; take another")
-        self.layers = [_last(shapes, stride) for stride in STRIDES]
-        self.channels = [shapes[layer].channels for layer in self.layers]
-        self.channels_last = shapes[-1].channels_last
-        # Without batch norms (ConvNeXt, Swin) a feature is a sum of residuals that nothing has normalized.
+        self.layers, self.channels, last = map(list, zip(*(features[stride] for stride in STRIDES), strict=True))
+        self.channels_last = last[-1]
+        # Without batch norms (ConvNeXt, Swin) a feature is a sum of residuals, which is not normalized.
         normalized = any(isinstance(layer, nn.BatchNorm2d) for layer in self.stages.modules())
         self.norms = nn.ModuleList(nn.Identity() if normalized else ChannelNorm(count) for count in self.channels)
 
@@ -58,14 +57,14 @@ class Stages(nn.ModuleList):
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of each pixel of an (N, C, H, W) feature."""
+    """Layer norm over the channels at each pixel; the features are (N, C, H, W)."""
 
     def forward(self, feature: Tensor) -> Tensor:
         return super().forward(feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def _load_torchvision(name: str, weights: str) -> nn.Module:
-    """The classifier `name` of torchvision."""
+    """Torchvision's classifier of this name."""
     names = [known for known in zoo.list_models(module=zoo) if known.startswith(FAMILIES)]
     if name not in names:
         known = f"takes a network of torchvision's families {', '.join(FAMILIES)} by its name there, or timm:NAME"
@@ -85,7 +84,7 @@ def _load_torchvision(name: str, weights: str) -> nn.Module:
 
 
 def _load_timm(name: str, weights: str) -> nn.Module:
-    """The network timm:NAME as a list of features, finest first (timm's `features_only`)."""
+    """The network timm:NAME, which gives a list of features, finest first (timm's `features_only`)."""
     try:
         import timm
     except ImportError:
@@ -105,7 +104,7 @@ def _load_timm(name: str, weights: str) -> nn.Module:
 
 
 def _read_weights(path: str) -> dict[str, Tensor]:
-    """The tensors of a file of --weights, read without running code."""
+    """The tensors in a file of --weights, read without running code."""
     if not Path(path).is_file():
         raise UserError(f"--weights {path}: no such file; {WAY_OUT}")
     with library_errors(f"--weights {path}: not a state_dict", WAY_OUT):
@@ -117,39 +116,30 @@ def _read_weights(path: str) -> dict[str, Tensor]:
 
 
 def _cut_into_stages(classifier: nn.Module) -> Stages:
-    """The layers of a torchvision classifier that run before its pooling, cut where strides 4, 8, 16 and 32 end."""
+    """A torchvision classifier's layers before its pooling, cut after the last layer of strides 4, 8, 16 and 32."""
     if hasattr(classifier, "features"):
         layers = list(classifier.get_submodule("features").children())
     elif hasattr(classifier, "trunk_output"):
         layers = [classifier.get_submodule("stem"), *classifier.get_submodule("trunk_output").children()]
     else:
         layers = [layer for name, layer in classifier.named_children() if name not in ("avgpool", "fc")]
-    shapes = _probe(Stages(layers))
-    ends = [_last(shapes, stride) + 1 for stride in STRIDES]
-    return Stages(nn.Sequential(*layers[start:end]) for start, end in zip([0, *ends], ends, strict=False))
-
-
-class _Shape(NamedTuple):
-    stride: int
-    channels: int
-    channels_last: bool
+    features = _probe(Stages(layers))
+    ends = [features[stride][0] + 1 for stride in STRIDES]
+    return Stages(nn.Sequential(*layers[start:end]) for start, end in pairwise([0, *ends]))
 
 
 @torch.no_grad()
-def _probe(network: nn.Module) -> list[_Shape]:
-    """Shapes of the features of a small image, wider than high so that the memory layout shows."""
+def _probe(network: nn.Module) -> dict[int, tuple[int, int, bool]]:
+    """By stride: the index of the last feature that has it, its number of channels, and whether the channels are its
+    last axis. The image is wider than high, so that the axes differ."""
     height, width = 2 * STRIDES[-1], 3 * STRIDES[-1]
-    shapes = []
-    for feature in network.eval()(torch.zeros(1, 3, height, width)):
+    features = {}
+    for index, feature in enumerate(network.eval()(torch.zeros(1, 3, height, width))):
         channels_last = feature.shape[2] * width != feature.shape[3] * height
-        rows, channels = (feature.shape[1], feature.shape[3]) if channels_last else (feature.shape[2], feature.shape[1])
-        shapes.append(_Shape(height // rows, channels, channels_last))
+        _, channels, rows, _ = (feature.movedim(3, 1) if channels_last else feature).shape
+        features[height // rows] = index, channels, channels_last
     network.train()
-    return shapes
-
-
-def _last(shapes: list[_Shape], stride: int) -> int:
-    return max(index for index, shape in enumerate(shapes) if shape.stride == stride)
+    return features
 
 
 def _similar(name: str, names: list[str]) -> str:
