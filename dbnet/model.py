@@ -253,10 +253,11 @@ class FusedConvolution(nn.Module):
 
 @torch.no_grad()
 def prepare_for_cpu(model: DBNet, dtype: torch.dtype | None) -> None:
-    """Let a folded network compute in `dtype` (None: float32) and through oneDNN, in place."""
+    """Let a folded network compute in `dtype` (None: float32), and through oneDNN if that has it here, in place."""
     for part in (model.backbone, model.pyramid, model.prob_branch):
         part.to(dtype)
-    if not torch.backends.mkldnn.is_available():
+    checks = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if not torch.backends.mkldnn.is_available() or (dtype and not getattr(torch.ops.mkldnn, checks[dtype])()):
         return
     activations = {nn.ReLU: "relu", nn.Hardswish: "hardswish"}
     for parent in list(model.modules()):
