@@ -11,7 +11,6 @@ from dbnet.model import Maps
 from dbnet.targets import thresh_mask, thresh_of_levels
 
 _EPSILON = 1e-6
-_FLOAT32_BITS = 31  # of a number that is not negative
 
 
 class Losses(NamedTuple):
@@ -26,11 +25,8 @@ class Losses(NamedTuple):
 def db_loss(maps: Maps, prob_map: Tensor, thresh_levels: Tensor, mask: Tensor, config: Config) -> Losses:
     """w_p BCE(P) + w_b dice(B) + w_t L1(T) over the pixels that are not don't-care, in float32. All maps are (N, H, W).
 
-    Args:
-        maps: logits of the network, of any float type.
-        prob_map: 1 on text kernels and 0 elsewhere.
-        thresh_levels: 0 to 255 for config.thresh_min to config.thresh_max; L1 counts where `targets.thresh_mask` says.
-        mask: 0 on don't-care text and 1 elsewhere.
+    `maps` are logits of any float type. `prob_map` is 1 on text kernels, `mask` 0 on don't-care text. `thresh_levels`
+    are 0 to 255 for config.thresh_min to config.thresh_max; L1 counts where `targets.thresh_mask` says.
     """
     with torch.autocast(maps.prob_logits.device.type, enabled=False):
         prob_logits, thresh_logits = maps.prob_logits.float(), maps.thresh_logits.float()
@@ -42,11 +38,8 @@ def db_loss(maps: Maps, prob_map: Tensor, thresh_levels: Tensor, mask: Tensor, c
         binary_loss = dice_loss(binary, target, mask)
         thresh_map = thresh_of_levels(thresh_levels, config.thresh_min, config.thresh_max)
         thresh_loss = ((thresh - thresh_map).abs() * near_text).sum() / (near_text.sum() + _EPSILON)
-        total = (
-            config.prob_loss_weight * prob_loss
-            + config.binary_loss_weight * binary_loss
-            + config.thresh_loss_weight * thresh_loss
-        )
+        total = config.prob_loss_weight * prob_loss + config.binary_loss_weight * binary_loss
+        total = total + config.thresh_loss_weight * thresh_loss
     return Losses(total, prob_loss, binary_loss, thresh_loss)
 
 
@@ -56,8 +49,7 @@ def balanced_cross_entropy(logits: Tensor, target: Tensor, mask: Tensor, negativ
     count; without any positive the loss is 0. Negatives that tie at the border share the places left, so that the
     result does not depend on their order."""
     losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    positive = target * mask
-    negative = (1 - target) * mask
+    positive, negative = target * mask, (1 - target) * mask
     positive_count = positive.sum()
     negative_count = torch.minimum(negative.sum(), (positive_count * negative_ratio).floor())
     weights = positive + hardest(losses.detach() * negative, negative_count) * negative
@@ -77,10 +69,9 @@ def hardest(losses: Tensor, count: Tensor) -> Tensor:
     found by bisection over the bits: floats that are not negative compare like their bit patterns."""
     bits = losses.contiguous().view(torch.int32)
     value = torch.zeros((), dtype=torch.int32, device=losses.device)
-    for bit in reversed(range(_FLOAT32_BITS)):
+    for bit in reversed(range(31)):  # the highest, the sign, is 0
         candidate = value | (1 << bit)
         value = torch.where((bits >= candidate).sum() >= count, candidate, value)
-    above = bits > value
-    level = (bits == value) & (losses > 0)
+    above, level = bits > value, (bits == value) & (losses > 0)
     share = (count - above.sum()) / level.sum().clamp(min=1)
     return above + level * share.clamp(0, 1)
