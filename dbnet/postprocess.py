@@ -3,14 +3,14 @@
     polygons, scores = extract_polygons(prob_map, config, scale=(1 / letterbox_scale, 1 / letterbox_scale))
 
 The network has learned shrunk polygons, so each region above the threshold is moved outward again. One pass over the
-map finds the contours; after that each region costs work on the box around it, and the offset, which takes the most
-time, is computed only for regions with a sufficient score.
+map finds the contours; after that each region costs work on the box around it. The offset takes the most time, and is
+computed only for regions with a sufficient score.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,22 +23,16 @@ from dbnet.geometry import offset_distances, split_polygons
 if TYPE_CHECKING:
     from dbnet.config import Config
 
-SIMPLIFY_RATIO = 0.002
-"""Distance allowed between a polygon and its contour, as a share of the contour's perimeter."""
-
+SIMPLIFY_RATIO = 0.002  # distance allowed between a polygon and its contour, as a share of the contour's perimeter
 SIMPLIFY_BREADTH = 0.25
 """The same, as a share of the region's breadth, 2 x area / perimeter. A line of text across a page is hundreds of
 pixels long and a few high: by its perimeter alone it would become a stroke without area, and be dropped."""
 
-OFFSET_ERROR = 2
-"""Pixels by which an offset polygon may be narrower than twice the distance, because of rounding and coarse arcs."""
+OFFSET_ERROR = 2  # pixels by which rounding and coarse arcs may make an offset polygon narrower than twice the distance
 
 
 def extract_polygons(
-    prob_map: np.ndarray,
-    config: Config,
-    scale: tuple[float, float] = (1.0, 1.0),
-    max_size: tuple[int, int] | None = None,
+    prob_map: np.ndarray, config: Config, scale: Sequence[float] = (1.0, 1.0), max_size: tuple[int, int] | None = None
 ) -> tuple[list[np.ndarray], list[float]]:
     """The text regions of a probability map, best first.
 
@@ -54,43 +48,37 @@ def extract_polygons(
     """
     regions = find_regions(prob_map, config)
     most, enough = config.max_candidates, config.min_size + 2
-    kept: list[tuple[np.ndarray, float]] = []
-    for start in range(0, len(regions), most):
-        if len(kept) < most:
-            best = regions[start : start + most]
-            for region, (polygon, breadth) in zip(best, grow_regions(best, config, enough), strict=True):
-                if polygon is not None and breadth >= enough:
-                    kept.append((polygon, region.score))
-    del kept[most:]
-    return to_image_pixels([polygon for polygon, _ in kept], scale, max_size), [score for _, score in kept]
+    polygons: list[np.ndarray] = []
+    scores: list[float] = []
+    while regions and len(polygons) < most:
+        best, regions = regions[:most], regions[most:]
+        for region, (polygon, breadth) in zip(best, grow_regions(best, config, enough), strict=True):
+            if polygon is not None and breadth >= enough:
+                polygons.append(polygon)
+                scores.append(region.score)
+    return to_image_pixels(polygons[:most], scale, max_size), scores[:most]
 
 
 class Region(NamedTuple):
     """Text as the network learned it: shrunk."""
 
     score: float  # mean probability inside, 0..1
-    shrunk: (
-        np.ndarray
-    )  # (n, 2) int32 simplified contour, or (4, 2) float32 minimum-area rectangle, in pixels of the map
-    breadth: (
-        float  # shorter side of the rectangle in pixels; infinite for a contour, which is measured after the offset
-    )
+    shrunk: np.ndarray  # (n, 2) int32 simplified contour or (4, 2) float32 least rectangle, in pixels of the map
+    breadth: float  # shorter side of the rectangle; infinite for a contour, which is measured after the offset
 
 
 def find_regions(prob_map: np.ndarray, config: Config) -> list[Region]:
-    """The regions above `config.thresh` whose score reaches `config.box_thresh`, best first.
-
-    `prob_map` as in `extract_polygons`. Rectangles (`config.use_polygon` false) are at least `config.min_size` wide.
-    """
-    prob_map = np.asarray(prob_map)
-    if prob_map.dtype != np.uint8:
+    """The regions above `config.thresh` whose score reaches `config.box_thresh`, best first. `prob_map` as in
+    `extract_polygons`. Rectangles (`config.use_polygon` false) are at least `config.min_size` wide."""
+    prob_map, thresh = np.asarray(prob_map), config.thresh
+    if prob_map.dtype == np.uint8:
+        thresh = math.floor(thresh * 255)  # the same whole numbers are above the product rounded down as above it
+    else:
         prob_map = np.asarray(prob_map, np.float32)
     if prob_map.ndim != 2:
         raise ValueError(f"prob_map must be (height, width), not of shape {prob_map.shape}")
     if prob_map.size == 0:
         return []
-    # The same whole numbers are above the product rounded down as above it.
-    thresh = math.floor(config.thresh * 255) if prob_map.dtype == np.uint8 else config.thresh
     binary_map = (prob_map > thresh).view(np.uint8)
     contours, tree = cv2.findContours(binary_map, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     regions = []
@@ -114,11 +102,9 @@ def find_regions(prob_map: np.ndarray, config: Config) -> list[Region]:
 
 
 def grow_regions(regions: list[Region], config: Config, enough: float) -> Iterator[tuple[np.ndarray | None, float]]:
-    """Move each region outward, to the outline of its text, by area x unclip ratio / perimeter.
-
-    Gives the (m, 2) int32 polygon or (4, 2) float32 rectangle in pixels of the map, None where it is not one piece, and
-    the shorter side of its minimum-area rectangle: at least, where the offset alone makes it `enough` pixels wide.
-    """
+    """Move each region outward, to the outline of its text, by area x unclip ratio / perimeter. Gives the (m, 2) int32
+    polygon or (4, 2) float32 rectangle in pixels of the map, None where it is not one piece, and the shorter side of
+    its minimum-area rectangle: at least, where the offset alone makes it `enough` pixels wide."""
     shrunk = [region.shrunk for region in regions]
     distances = unclip_distances(shrunk, config.polygon_unclip_ratio if config.use_polygon else config.box_unclip_ratio)
     for distance, polygon in zip(distances, offset_polygons(shrunk, distances), strict=True):
@@ -133,34 +119,27 @@ def grow_regions(regions: list[Region], config: Config, enough: float) -> Iterat
 
 
 def to_image_pixels(
-    polygons: list[np.ndarray], scale: tuple[float, float], max_size: tuple[int, int] | None
+    polygons: list[np.ndarray], scale: Sequence[float], max_size: tuple[int, int] | None
 ) -> list[np.ndarray]:
     """(n, 2) int32 polygons of the image from those of the map; `scale` and `max_size` as in `extract_polygons`."""
     if not polygons:
         return []
-    counts = np.array([len(polygon) for polygon in polygons])
     points = np.rint(np.concatenate(polygons) * np.asarray(scale, np.float64))
-    if max_size is not None:
-        points = points.clip(0, max_size)
-    return split_polygons(points.astype(np.int32), counts)
+    points = points if max_size is None else points.clip(0, max_size)
+    return split_polygons(points.astype(np.int32), np.array([len(polygon) for polygon in polygons]))
 
 
 def region_score(prob_map: np.ndarray, polygon: np.ndarray) -> float:
-    """Mean probability, 0..1, over the pixels of an (n, 2) polygon, its border included.
-
-    `prob_map` as in `extract_polygons`. `polygon` is int32, or float32 whose coordinates are truncated; pixels outside
-    the map do not count. Only the box around the polygon is read.
-    """
-    height, width = prob_map.shape
+    """Mean probability, 0..1, over the pixels of an (n, 2) polygon, its border included. `prob_map` as in
+    `extract_polygons`. Of a float32 `polygon` the coordinates are truncated; pixels outside the map do not count."""
     polygon = polygon.astype(np.int32, copy=False)
-    left, top, box_width, box_height = cv2.boundingRect(polygon)
-    right, bottom = min(left + box_width, width), min(top + box_height, height)
-    left, top = max(left, 0), max(top, 0)
-    if left >= right or top >= bottom:
+    left, top, width, height = cv2.boundingRect(polygon)  # nothing beyond it is read
+    right, bottom, left, top = left + width, top + height, max(left, 0), max(top, 0)
+    region = prob_map[top : max(bottom, 0), left : max(right, 0)]
+    if not region.size:
         return 0.0
-    mask = np.zeros((bottom - top, right - left), np.uint8)
+    mask = np.zeros(region.shape, np.uint8)
     cv2.fillPoly(mask, [polygon], 1, offset=(-left, -top))
-    region = prob_map[top:bottom, left:right]
     score = cv2.mean(region, mask)[0]
     if math.isnan(score):
         score = cv2.mean(np.nan_to_num(region), mask)[0]
@@ -176,10 +155,8 @@ def unclip_distances(polygons: list[np.ndarray], unclip_ratio: float) -> list[fl
 
 
 def offset_polygons(polygons: list[np.ndarray], distances: list[float]) -> list[np.ndarray | None]:
-    """(n, 2) polygons moved outward by distances in pixels, with round corners, within `OFFSET_ERROR` / 2.
-
-    Each result is (m, 2) int32, or None if it is not exactly one piece.
-    """
+    """(n, 2) polygons moved outward by distances in pixels, with round corners, within `OFFSET_ERROR` / 2. Each result
+    is (m, 2) int32, or None if it is not exactly one piece."""
     grown = []
     for polygon, distance in zip(polygons, distances, strict=True):
         offset = pyclipper.PyclipperOffset()
@@ -192,10 +169,8 @@ def offset_polygons(polygons: list[np.ndarray], distances: list[float]) -> list[
 
 
 def corners(box: tuple) -> np.ndarray:
-    """(4, 2) float32 corners of OpenCV's (centre, size, angle), clockwise from the top left one.
-
-    OpenCV's own order differs between its versions.
-    """
+    """(4, 2) float32 corners of OpenCV's (centre, size, angle), clockwise from the top left one. OpenCV's own order
+    differs between its versions."""
     by_x = sorted(cv2.boxPoints(box).tolist())
     top_left, bottom_left = sorted(by_x[:2], key=lambda point: point[1])
     top_right, bottom_right = sorted(by_x[2:], key=lambda point: point[1])
