@@ -1,7 +1,7 @@
 """A report of an evaluation: one HTML file that shows each image and each mistake, and opens without a connection.
 
     evaluation = evaluate(pipeline, network, picture=picture_of)
-    write_report(Path("report.html"), evaluation, "best.pt on val", settings)
+    write_report(Path("report.html"), evaluation, "best.pt on val", settings, comparison=None, lang="auto")
 
 The page is report.html beside this module. This module adds its data: names, numbers and polygons as one JSON, and the
 pictures as base64, each in an element of its own, so that a browser decodes only those that it shows.
@@ -31,9 +31,6 @@ PICTURE_SIDE, PICTURE_BYTES = 1024, 75_000  # at most: 400 images, with maps and
 MAP_SIDE, MAP_BYTES = 512, 15_000
 MAP_LEVELS = 16  # of probability, 4 bits a pixel
 REPORT_MARK = "report by dbnet"  # near the end of every page, which may be overwritten therefore
-_DATA_MARK = "<!-- data -->"
-_QUALITIES = (75, 65, 55, 45, 35, 25)  # of JPEG, in the order in which they are tried
-_SHRINK = 0.8
 _FAR = 100_000  # pixels; coordinates beyond are clipped
 
 # Low to high probability: violet, green, yellow, with growing opacity; the lowest level, noise, is transparent.
@@ -65,11 +62,9 @@ def picture_of(
     scores: Sequence[float] | None = None,
     prob_map: np.ndarray | None = None,
 ) -> Picture:
-    """The entry of an image, with its ground truth and its (n, 2) detections in pixels of the upright original.
-
-    `scores` are 0..1 for each, `prob_map` is (height, width) uint8, probability x 255, of the image without padding, at
-    any size. An image that cannot be read is shown as its polygons alone, with the reason.
-    """
+    """The entry of an image, with its (n, 2) detections in pixels of the upright original and their `scores`, 0..1. Its
+    `prob_map` is (height, width) uint8, probability x 255, of the image without padding, at any size. An image that
+    cannot be read is shown as its polygons alone, with the reason."""
     try:
         pixels, (width, height) = read_image(path, PICTURE_SIDE)
         jpeg, error = encode_picture(pixels), None
@@ -87,55 +82,39 @@ def picture_of(
 
 
 def write_report(
-    path: Path,
-    evaluation: Evaluation,
-    title: str,
-    settings: dict[str, Any],
-    comparison: Comparison | None = None,
-    language: str = "auto",
+    path: Path, evaluation: Evaluation, title: str, settings: dict[str, Any], comparison: Comparison | None, lang: str
 ) -> None:
     """Write the page of an evaluation whose pictures are made by `picture_of`. Raises UserError where it cannot.
 
     `title` says what was scored, `settings` how, by name. With a `comparison` the page shows the changes since the
-    earlier scores. `language` is en, ko or auto, the language of the browser.
+    earlier scores. `lang` is en, ko or auto, the language of the browser.
     """
     versus, earlier = None, {}
     if comparison:
         earlier = dict(zip(comparison.names, comparison.before.tolist(), strict=True))
-        versus = {
-            "name": str(comparison.path),
-            "before": comparison.before.mean(axis=0).tolist(),
-            "after": comparison.after.mean(axis=0).tolist(),
-            "images": len(comparison.names),
-            "better": len(comparison.better),
-            "worse": len(comparison.worse),
-            "other_labels": len(comparison.other_labels),
-            "labels_known": comparison.labels_known,
-        }
+        means = {when: getattr(comparison, when).mean(axis=0).tolist() for when in ("before", "after")}
+        counts = {what: len(getattr(comparison, what)) for what in ("better", "worse", "other_labels")}
+        versus = {"name": str(comparison.path), "images": len(earlier), "labels_known": comparison.labels_known}
+        versus |= means | counts
+    images = []
+    for name, image in evaluation.images.items():
+        shown = {key: value for key, value in vars(image.picture).items() if key not in _EMBEDDED}
+        images.append({"name": name, **asdict(image.score), "before": earlier.get(name), **shown})
     data = {
         "title": title,
-        "language": language,
+        "language": lang,
         "settings": {name: str(value) for name, value in settings.items()},
         "totals": asdict(evaluation.compute()),
         "interval": evaluation.interval(),
         "sizes": evaluation.by_size(),
         "comparison": versus,
-        "images": [
-            {
-                "name": name,
-                **asdict(image.score),
-                "before": earlier.get(name),
-                **{key: value for key, value in vars(image.picture).items() if key not in _EMBEDDED},
-            }
-            for name, image in evaluation.images.items()
-        ],
+        "images": images,
     }
     # No name can break out of this JSON: it is ASCII, and without `<` it has neither a tag nor a comment.
     content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    before, after = Path(__file__).with_name("report.html").read_text(encoding="utf-8").split(_DATA_MARK)
+    before, after = Path(__file__).with_name("report.html").read_text(encoding="utf-8").split("<!-- data -->")
     with write_whole(path, "w") as file:
-        file.write(before)
-        file.write(f'<script type="application/json" id="data">{content}</script>\n')
+        file.write(f'{before}<script type="application/json" id="data">{content}</script>\n')
         for index, scored in enumerate(evaluation.images.values()):
             for kind in _EMBEDDED:
                 encoded = base64.b64encode(getattr(scored.picture, kind)).decode()
@@ -147,7 +126,7 @@ def encode_picture(pixels: np.ndarray) -> bytes:
     """JPEG of (height, width, 3) uint8 RGB, at most PICTURE_SIDE pixels and PICTURE_BYTES."""
     for size in _sizes(pixels, PICTURE_SIDE):
         reduced = np.ascontiguousarray(size.resize(pixels)[..., ::-1])
-        for quality in _QUALITIES:
+        for quality in range(75, 15, -10):
             jpeg = cv2.imencode(".jpg", reduced, [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_OPTIMIZE, 1])[1]
             if len(jpeg) <= PICTURE_BYTES:
                 return jpeg.tobytes()
@@ -172,7 +151,7 @@ def _sizes(pixels: np.ndarray, most: int) -> Iterator[Letterbox]:
     side = min(most, max(width, height))
     while side:
         yield Letterbox(width, height, side)
-        side = int(side * _SHRINK)
+        side = int(side * 0.8)
 
 
 def _flat(polygon: np.ndarray) -> list[int]:

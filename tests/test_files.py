@@ -154,7 +154,7 @@ def test_a_link_stays_a_link_and_its_file_is_replaced(tmp_path):
 
 WRITERS = {
     "scores.json": (SCORES_MARK, lambda path: write_json(path, Evaluation().to_dict())),
-    "page.html": (REPORT_MARK, lambda path: write_report(path, Evaluation(), "", {})),
+    "page.html": (REPORT_MARK, lambda path: write_report(path, Evaluation(), "", {}, None, "auto")),
     "a.png": (PICTURE_MARK, lambda path: write_image(path, PIXELS)),
     "a.jpg": (PICTURE_MARK, lambda path: write_image(path, PIXELS)),
     "a.csv": ("filename,polygons", lambda path: write_detections(path, "csv", FOUND)),

@@ -66,7 +66,7 @@ def report_of(folder, images, title="a checkpoint on val", earlier=None):
         evaluation.update(name, annotation, polygons, (picture.width, picture.height), picture=picture)
     comparison = Comparison(folder / "earlier.json", earlier, evaluation) if earlier else None
     page = folder / "report.html"
-    write_report(page, evaluation, title, {"thresh": 0.3}, comparison)
+    write_report(page, evaluation, title, {"thresh": 0.3}, comparison, "auto")
     return page
 
 
@@ -473,7 +473,7 @@ def test_a_page_of_400_images_is_under_60_megabytes_and_opens_in_two_seconds(bro
     names = [f"{index:03d}.jpg" for index in range(400)]
     evaluation.images = dict.fromkeys(names, image)
     page = tmp_path / "report.html"
-    write_report(page, evaluation, "", {})
+    write_report(page, evaluation, "", {}, None, "auto")
     assert page.stat().st_size < 60_000_000
 
     from docs.make_screenshots import wait_for_pictures
