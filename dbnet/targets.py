@@ -3,8 +3,7 @@
 A polygon of area A and perimeter L has the distance D = A (1 - r^2) / L. The probability map is 1 inside the polygon
 shrunk by D; the threshold map falls from `thresh_max` on the polygon's outline to `thresh_min` at D from it, on both
 sides. Both maps are drawn for every training sample: each polygon costs work on the box around it only, boxes of like
-size are computed together, and a quarter of the box is enough for an upright rectangle. (One polygon at a time, these
-maps take half as long again.)
+size are computed together, and a quarter of the box and two sides are enough for an upright rectangle.
 """
 
 from collections import defaultdict
@@ -22,8 +21,9 @@ if TYPE_CHECKING:
 
 Map = TypeVar("Map", np.ndarray, "Tensor")
 
+MAX_EFFORT = 300  # sum over polygons of points x share of the image in their box, beyond which none is drawn
 BLOCK_ELEMENTS = 1 << 17  # float32 elements of the distance planes worked on at once: they fit the processor's cache
-AT_ONCE = 8  # polygons of like size that are worked on at once
+AT_ONCE = 12  # polygons of like size that are worked on at once
 OUTSIDE_CIRCLE = 1 << 20  # makes an edge too far to matter outside its circle; a power of two keeps integers exact
 LEVELS = 255  # steps of a threshold map's byte, from the lowest threshold to the highest
 COARSE_DISTANCE = 1.3  # pixels; below it, rounding and the clipper's coarse arcs cost a dilated polygon some pixels
@@ -54,17 +54,22 @@ def draw_targets(
 
     Returns `prob_map`, (height, width) uint8, 1 inside the shrunk polygons and 0 elsewhere; `thresh_levels`,
     (height, width) uint8 from 0 (at D and more from every outline) to 255 (on an outline); and the indices of the
-    polygons without area, that vanish when shrunk, or are a tangle: they would be learned as background, so mask them.
+    polygons without area, that vanish when shrunk, are a tangle or beyond MAX_EFFORT: they would be learned as
+    background, so mask them.
     """
-    prob_map = np.zeros((height, width), np.uint8)
-    thresh_levels = np.zeros((height, width), np.uint8)
-    lost = set(range(len(polygons)))
+    prob_map, thresh_levels = np.zeros((2, height, width), np.uint8)
+    lost, effort = set(range(len(polygons))), 0.0
     for indices, points in _stacked_by_point_count(polygons):
         distances = offset_distances(
             points.reshape(-1, 2).astype(float), np.full(*points.shape[:2]), 1 - shrink_ratio**2
         )
         can_be_shrunk = (distances > 0) & ~np.fromiter(map(is_tangled, points), bool, len(points))
-        indices, points, distances = indices[can_be_shrunk], points[can_be_shrunk], distances[can_be_shrunk]
+        efforts = points.shape[1] * (np.ptp(points, axis=1) / (width, height)).clip(0, 1).prod(axis=1)
+        order = efforts.argsort(kind="stable")  # so that the large ones are left out
+        efforts = effort + efforts[order].cumsum()
+        effort = efforts.max(initial=effort)
+        order = order[(efforts <= MAX_EFFORT) & can_be_shrunk[order]]
+        indices, points, distances = indices[order], points[order], distances[order]
         for index, polygon, distance in zip(indices.tolist(), points.tolist(), distances.tolist(), strict=True):
             for kernel in _offset(polygon, -distance):  # one piece or several
                 cv2.fillPoly(prob_map, [np.array(kernel, np.int32)], 1)
@@ -101,7 +106,7 @@ def _stacked_by_point_count(polygons: Sequence[np.ndarray]) -> Iterator[tuple[np
     for index, polygon in enumerate(arrays):
         if polygon.shape[1:] == (2,) and len(polygon):
             by_point_count[len(polygon)].append(index)
-    for point_count, group in by_point_count.items():
+    for point_count, group in sorted(by_point_count.items()):
         points = np.concatenate([arrays[index] for index in group]).reshape(-1, point_count, 2)
         can_be_drawn = np.abs(points).max(axis=(1, 2)) < MAX_DRAWN_COORDINATE  # False for nan as well
         yield np.array(group)[can_be_drawn], np.rint(points[can_be_drawn]).astype(np.int32)
@@ -116,25 +121,38 @@ def _offset(polygon: list[list[int]], distance: float) -> list[list[list[int]]]:
 
 def _raise_near_outlines(thresh_levels: np.ndarray, points: np.ndarray, distances: np.ndarray) -> None:
     """Raise `thresh_levels`, in place, to its values for these polygons, (count, n, 2) int32 with their D."""
-    first, last = _boxes_within(distances, points, thresh_levels.shape)
-    seen = (first < last).all(axis=1)
-    points, distances, first, last = points[seen], distances[seen], first[seen], last[seen]
-    is_whole = (first + last - 1 == points.min(axis=1) + points.max(axis=1)).all(axis=1)
-    along_x, along_y = np.moveaxis(np.roll(points, -1, axis=1) == points, 2, 0)
+    boxes = _boxes_within(distances, points, thresh_levels.shape)
+    edges = np.stack([points, np.roll(points, -1, axis=1)])
+    low, high = points.min(axis=1), points.max(axis=1)
+    along_x, along_y = np.moveaxis(edges[0] == edges[1], 2, 0)
     is_upright = (along_x != along_y).all(axis=1) & (points.shape[1] == 4)  # rectangles with sides along x and y
-    is_mirrored = is_whole & is_upright
-    sizes = np.where(is_mirrored[:, None], (last - first + 1) // 2, last - first)
-    coefficients = _plane_coefficients(points - first[:, None])
+    is_mirrored = is_upright & (boxes.sum(axis=0) - 1 == low + high).all(axis=1)  # nothing of them is cut off
+    path = np.where([[0, 1], [0, 0], [1, 0]], high[:, None], low[:, None])  # their left and their upper side
+    is_seen = (boxes[0] < boxes[1]).all(axis=1)
+    for mirrored, sides in ((False, edges), (True, np.stack([path[:, :2], path[:, 1:]]))):
+        which = is_seen & (is_mirrored == mirrored)
+        if which.any():
+            _raise_in_boxes(thresh_levels, boxes[:, which], sides[:, which], distances[which], mirrored)
+
+
+def _raise_in_boxes(
+    thresh_levels: np.ndarray, boxes: np.ndarray, edges: np.ndarray, distances: np.ndarray, is_mirrored: bool
+) -> None:
+    """Raise `thresh_levels` in (2, count, 2) boxes of `_boxes_within`, near (2, count, n, 2) edges: starts, then ends.
+    With `is_mirrored`, they are those of the upper left quarter of a box, and all quarters are alike."""
+    first, last = boxes
+    sizes = (last - first + 1) // 2 if is_mirrored else last - first
+    coefficients = _plane_coefficients(*(edges - first[:, None]))
     slopes = (-LEVELS / distances).astype(np.float32)[:, None]
-    width, height = sizes.max(axis=0, initial=0).tolist()
+    width, height = sizes.max(axis=0).tolist()
     x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
     basis = np.ones((4, height, width), np.float32)
     basis[1], basis[2], basis[3] = x, y, np.square(x) + np.square(y)
-    planes, order = coefficients.shape[1], np.lexsort(sizes.T)
-    boxes = np.concatenate([first, last, sizes], axis=1).tolist()
+    planes, order = coefficients.shape[1], np.lexsort(sizes.T[::-1])
+    corners = np.concatenate([first, last, sizes], axis=1).tolist()
     for group in np.split(order, range(AT_ONCE, len(order), AT_ONCE)):
-        width, height = sizes[group].max(axis=0, initial=0).tolist()
-        rows_at_once = max(1, BLOCK_ELEMENTS // max(1, len(group) * planes * width))
+        width, height = sizes[group].max(axis=0).tolist()
+        rows_at_once = max(1, BLOCK_ELEMENTS // (len(group) * planes * width))
         for row in range(0, height, rows_at_once):
             pixels = basis[:, row : min(row + rows_at_once, height), :width]
             distance = np.dot(coefficients[group].reshape(-1, 4), pixels.reshape(4, -1))
@@ -143,27 +161,28 @@ def _raise_near_outlines(thresh_levels: np.ndarray, points: np.ndarray, distance
             value += LEVELS + 0.5  # so that cutting off the fraction rounds
             levels = np.maximum(value, 0, out=value).astype(np.uint8).reshape(len(group), -1, width)
             for index, level in zip(group.tolist(), levels, strict=True):
-                left, top, right, bottom, own_width, own_height = boxes[index]
+                left, top, right, bottom, own_width, own_height = corners[index]
                 box, level = thresh_levels[top:bottom, left:right], level[: max(0, own_height - row), :own_width]
-                mirrored = (box, box[::-1], box[:, ::-1], box[::-1, ::-1]) if is_mirrored[index] else (box,)
-                for part in mirrored:
-                    part = part[row : row + len(level), :own_width]
+                if is_mirrored:
+                    level = np.concatenate([level, level[:, : (right - left) // 2][:, ::-1]], axis=1)
+                for part in (box, box[::-1]) if is_mirrored else (box,):
+                    part = part[row : row + len(level)]
                     np.maximum(part, level, out=part)
 
 
-def _boxes_within(distances: np.ndarray, points: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The box around each dilated polygon, cut to the image: its first pixel and the one past its last, (count, 2)."""
+def _boxes_within(distances: np.ndarray, points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The boxes around dilated polygons, cut to the image: the first pixels and those past the last, (2, count, 2)."""
     margins = distances.astype(np.int32)[:, None]  # pixels and points are integers: further out a pixel is at D
     first = points.min(axis=1) - margins
     last = points.max(axis=1) + margins + 1
     for index in np.flatnonzero((distances > 1) & (distances < COARSE_DISTANCE)):
         dilated = np.array(_offset(points[index].tolist(), distances[index])[0], np.int32)
         first[index], last[index] = dilated.min(axis=0), dilated.max(axis=0) + 1
-    return np.maximum(first, 0), np.minimum(last, shape[::-1])
+    return np.stack([np.maximum(first, 0), np.minimum(last, shape[::-1])])
 
 
-def _plane_coefficients(points: np.ndarray) -> np.ndarray:
-    """Weights of 1, x, y and x^2 + y^2 of a pixel in three functions for each edge of (count, n, 2) polygons.
+def _plane_coefficients(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Weights of 1, x, y and x^2 + y^2 of a pixel in three functions for each of (count, n, 2) edges.
 
     With u and v the vectors from the pixel to the ends of the edge: u . v, which is at most 0 in the circle that has
     the edge as its diameter; u x v / |v - u|, the distance to the edge's line; |u|^2, the squared distance to its first
@@ -171,12 +190,11 @@ def _plane_coefficients(points: np.ndarray) -> np.ndarray:
 
     Returns (count, 3 n, 4) float32: the weights of the n circles, then of the lines, then of the first ends.
     """
-    start = points.astype(np.float64)
-    end = np.roll(start, -1, axis=1)
+    start, end = start.astype(np.float64), end.astype(np.float64)
     edge = end - start
     length = np.maximum(np.sqrt(np.square(edge).sum(axis=2)), 1)  # a repeated point stands for its edge
     normal = np.stack([edge[..., 1], -edge[..., 0]], axis=-1) / length[..., None]
-    coefficients = np.zeros((len(points), 3, points.shape[1], 4), np.float32)
+    coefficients = np.zeros((len(start), 3, start.shape[1], 4), np.float32)
     circle, line, point = coefficients.transpose(1, 0, 2, 3)
     circle[..., 0] = (start * end).sum(axis=2)
     circle[..., 1:3] = -(start + end)
@@ -187,7 +205,7 @@ def _plane_coefficients(points: np.ndarray) -> np.ndarray:
     point[..., 0] = np.square(start).sum(axis=2)
     point[..., 1:3] = -2 * start
     point[..., 3] = 1
-    return coefficients.reshape(len(points), 3 * points.shape[1], 4)
+    return coefficients.reshape(len(start), 3 * start.shape[1], 4)
 
 
 def _nearest(planes: np.ndarray) -> np.ndarray:

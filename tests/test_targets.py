@@ -220,6 +220,15 @@ def test_any_polygons_of_files_are_clipped_to_the_image(polygons):
     assert len(text) + len(masked) == len(polygons)
 
 
+def test_polygons_as_large_as_the_page_are_masked_where_they_are_too_many_and_the_words_stay():
+    rng, word = np.random.default_rng(0), np.array([[200, 200], [300, 200], [300, 240], [200, 240]])
+    pages = [np.array([[0, 0], [640, 0], [640, 640], [0, 640]]) + rng.integers(-9, 9, (4, 2)) for _ in range(5000)]
+    with in_time():
+        prob_map, _, lost = draw_targets([*pages, word], 640, 640)
+    assert 4900 < len(lost) < 5000 and len(pages) not in lost and prob_map.any()
+    assert draw_targets([*pages[:50], word], 640, 640)[2] == []
+
+
 def test_a_tangle_of_countless_crossings_is_named_to_be_masked_in_time():
     tangle = np.random.default_rng(0).integers(0, 600, (20_000, 2))
     with in_time():
