@@ -209,7 +209,7 @@ def test_an_answer_that_was_not_waited_for_is_not_taken_for_the_next_one(pdf, mo
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(json, "loads", interrupt)
-        read_size(page(pdf, 1))
+        read_image(page(pdf, 1))
     assert read_size(page(pdf, 3)) == (3000, 2000)
 
 
