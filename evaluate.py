@@ -22,6 +22,7 @@ A checkpoint carries its configuration; flags override it. What is printed:
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +124,7 @@ def run(args: argparse.Namespace, changes: dict[str, Any]) -> None:
         print(f"report: {args.report} ({args.report.stat().st_size / 1e6:.1f} MB)")
 
 
-def cli() -> None:
-    """Run `main`: the entry point of the command dbnet-evaluate."""
-    run_script(main)
-
+cli = partial(run_script, main)  # the command dbnet-evaluate
 
 if __name__ == "__main__":
     cli()

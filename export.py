@@ -9,9 +9,10 @@ A .onnx file holds the network, for batches and images of any size, and its conf
 onnxruntime is installed the file is checked: it must find the same polygons as the checkpoint.
 """
 
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dbnet.config import ArgumentParser, Config
 from dbnet.errors import UserError, run_script
@@ -45,25 +46,22 @@ def main() -> None:
     args.checkpoint = find_weights(args.checkpoint)
     check_outputs(*zip(outputs, marks, strict=True), inputs=[args.checkpoint])
     for path in outputs:
+        model, config, _ = load_model(args.checkpoint, changes)
         if is_onnx(path):
-            export_onnx(args.checkpoint, path, changes, half=path == args.half)
+            export_onnx(path, model, config, half=path == args.half)
         else:
-            load_model(args.checkpoint, changes)  # raises where the weights are not of this network
             write_half(args.checkpoint, path, changes)
             print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 def is_onnx(path: Path) -> bool:
-    """Whether a file is one of the ONNX format, by its suffix."""
     return path.suffix.lower() == ".onnx"
 
 
-def export_onnx(checkpoint: Path, path: Path, changes: dict[str, Any], half: bool) -> None:
-    """Write the network of a checkpoint in the ONNX format and, where that is possible, check it."""
-    from dbnet.checkpoint import load_model
+def export_onnx(path: Path, model: "DBNet", config: Config, half: bool) -> None:
+    """Write a network in the ONNX format and, where that is possible, check the file."""
     from dbnet.inference import write_onnx
 
-    model, config, _ = load_model(checkpoint, changes)
     if config.tta:
         print("a .onnx file has one view of an image: test-time augmentation is left out")
         config = config.changed(tta=False)
@@ -99,23 +97,18 @@ def check(path: Path, model: "DBNet", config: Config) -> None:
         images = rng.integers(0, 256, shape, dtype=np.uint8)
         with torch.inference_mode():
             expected = AnySize(model)(torch.from_numpy(images)).numpy()
-        difference = max(difference, float(np.abs(exported.probabilities(images) - expected).max()))
+        difference = np.maximum(difference, np.abs(exported.probabilities(images) - expected).max())  # keeps NaN
     receipt, _ = render_receipt(rng, config.image_size)
     networks = Ensemble.of(model, config, torch.device("cpu")), exported
     ours, theirs = ([text.polygon.tolist() for text in Detector(network).detect(receipt)] for network in networks)
     if not difference <= TOLERANCE or ours != theirs:
-        raise UserError(
-            f"{path}: not kept: ONNX Runtime finds {len(theirs)} polygons where PyTorch finds {len(ours)}, with a "
-            f"largest difference of {difference:.0e}; these versions of torch and onnxruntime cannot export a "
-            f"{config.backbone}"
-        )
+        found = f"ONNX Runtime finds {len(theirs)} polygons where PyTorch finds {len(ours)}, with a difference"
+        reason = f"these versions of torch and onnxruntime cannot export a {config.backbone}"
+        raise UserError(f"{path}: not kept: {found} of at most {difference:.0e}; {reason}")
     print(f"checked: probabilities within {difference:.0e} of PyTorch's, and the same {len(ours)} polygons")
 
 
-def cli() -> None:
-    """Run `main`: the entry point of the command dbnet-export."""
-    run_script(main)
-
+cli = partial(run_script, main)  # the command dbnet-export
 
 if __name__ == "__main__":
     cli()

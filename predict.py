@@ -29,6 +29,7 @@ polygons; if none can, the exit status is 2. A page of a PDF is an image FILE.pd
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -191,10 +192,7 @@ def default_checkpoint() -> Path:
     return weights
 
 
-def cli() -> None:
-    """Run `main`: the entry point of the command dbnet-predict."""
-    run_script(main)
-
+cli = partial(run_script, main)  # the command dbnet-predict
 
 if __name__ == "__main__":
     cli()

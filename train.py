@@ -18,6 +18,7 @@ import json
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,10 +239,7 @@ def log_epoch(training: Training, config: Config, run: Path, row: Row, evaluatio
     show_progress(run)
 
 
-def cli() -> None:
-    """Run `main`: the entry point of the command dbnet-train."""
-    run_script(main)
-
+cli = partial(run_script, main)  # the command dbnet-train
 
 if __name__ == "__main__":
     cli()
