@@ -38,8 +38,7 @@ def main() -> None:
     parser = ArgumentParser(__doc__)
     checkpoints_help = "checkpoint to score, several whose probability maps are averaged, or a .onnx file"
     parser.add_argument("checkpoints", nargs="*", type=Path, metavar="CKPT", help=checkpoints_help)
-    submission_help = "submission to score in place of it, in any format that predict.py writes"
-    parser.add_argument("--submission", type=Path, metavar="FILE", help=submission_help)
+    parser.add_argument("--submission", type=Path, metavar="FILE", help="file of predict.py to score in place of it")
     parser.add_argument("--split", default="val", help="split of the data set (val)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all scores as JSON")
     parser.add_argument("--report", type=Path, metavar="FILE.html", help="write a page that shows every image")

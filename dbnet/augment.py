@@ -37,8 +37,7 @@ class Augmentation:
     quarter_turns: int = 0  # clockwise turns by 90 degrees, 0 to 3
     scale: float = 1.0  # factor on both sides
     angle: float = 0.0  # clockwise rotation about the centre in degrees
-    corners: tuple[tuple[float, float], ...] = ()
-    """perspective: shift of the four corners, clockwise from the top left, as fractions of width and height"""
+    corners: tuple[tuple[float, float], ...] = ()  # shifts, clockwise from the top left, as fractions of the sides
     limit: int | None = None  # longest side in pixels of the result; what is longer after scaling is cut
     cut_position: tuple[float, float] = (0.5, 0.5)  # of the part that stays, from 0 (left, top) to 1 (right, bottom)
 

@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -52,10 +52,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def library_errors(
     message: str, fix: str = "", kind: type[UserError] = UserError, of: type[Exception] = Exception
 ) -> Iterator[None]:
-    """Turn errors `of` a library or the system into `kind`: the message, the reason in brackets, and the fix.
-
-    UserError passes; a lack of memory becomes MemoryError, because it says nothing about the input.
-    """
+    """Turn errors `of` a library or the system into `kind`: the message, the reason in brackets, and the fix. UserError
+    passes; a lack of memory becomes MemoryError, because it says nothing about the input."""
     try:
         yield
     except of as error:
@@ -98,18 +96,18 @@ class _Screen:
 def run_script(main: Callable[[], Any]) -> None:
     """Run a script's `main` within `one_line_errors`. A screen that cannot be written does not stop the work; at the
     end the exit status is 2, unless the reader of a pipe has closed it."""
-    streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = screen, _ = _Screen(sys.stdout, escape=True), _Screen(sys.stderr, escape=False)
+    screen: Any = _Screen(sys.stdout, escape=True)
+    errors: Any = _Screen(sys.stderr, escape=False)
     status: Any = 0
-    try:
-        with one_line_errors():
-            main()
-    except SystemExit as end:
-        status = end.code
-    finally:
-        screen.flush()
-        sys.stderr.flush()
-        sys.stdout, sys.stderr = streams
+    with redirect_stdout(screen), redirect_stderr(errors):
+        try:
+            with one_line_errors():
+                main()
+        except SystemExit as end:
+            status = end.code
+        finally:
+            screen.flush()
+            errors.flush()
     if not status and screen.failure and not isinstance(screen.failure, BrokenPipeError):
         print(f"error: stdout: cannot be written ({screen.failure.strerror})", file=sys.stderr)
         status = 2
@@ -119,10 +117,8 @@ def run_script(main: Callable[[], Any]) -> None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Exit with 2 and one line on stderr for a `UserError`, a missing library or a lack of memory, 130 on Ctrl-C.
-
-    Other exceptions are faults of the program and keep their traceback (exit status 1).
-    """
+    """Exit with 2 and one line on stderr for a `UserError`, a missing library or a lack of memory, 130 on Ctrl-C. Other
+    exceptions are faults of the program and keep their traceback (exit status 1)."""
     try:
         yield
     except KeyboardInterrupt:

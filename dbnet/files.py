@@ -20,10 +20,9 @@ _KINDS = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFBLK: "disk", s
 def write_whole(path: Path, mode: str = "wb", keep: Path | None = None) -> Iterator[IO]:
     """Open a temporary file beside `path` that replaces it when the block succeeds and is removed when it fails.
 
-    It is synced to the disk first: a process that is killed or a machine that loses power leaves the old file, here or
-    at `keep`, a place beside it, or the new one. What a symbolic link points to is replaced, not the link; a character
-    device or a pipe under /dev is written directly. Text is UTF-8 with the newlines as written.
-    Raises UserError, with the old file kept, where it cannot be written.
+    It is synced to the disk first: a killed process or a power failure leaves the old file, here or at `keep`, a place
+    beside it, or the new one. What a symbolic link points to is replaced, not the link; a character device or a pipe
+    under /dev is written directly. Text is UTF-8 with the newlines as written. Raises UserError where it fails.
     """
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
     with library_errors(f"{path}: cannot be written", "name another place or make room", of=OSError):
@@ -52,10 +51,10 @@ def write_whole(path: Path, mode: str = "wb", keep: Path | None = None) -> Itera
 
 @contextmanager
 def locked(path: Path, message: str) -> Iterator[None]:
-    """Hold a lock on the file `path`. At the end of the block it goes, and its folder too where nothing else is in it.
+    """Hold a lock on the file `path`. At the end of the block the file is removed, and its folder if that is empty.
 
     The lock of a process that has died does not count. Raises UserError, beginning with `message`, where another
-    process holds it. On a system or a file system without locks the block runs without one.
+    process holds it. Without locks in the system or the file system, the block runs without one.
     """
     make_folder(path.parent)
     with path.open("a+") as file:
@@ -103,16 +102,13 @@ def read_log(path: Path) -> list[Row]:
 def write_json(path: Path, content: Any) -> None:
     """Write plain values as indented JSON, whole or not at all."""
     with write_whole(path, "w") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def check_outputs(*outputs: tuple[Path | None, str], inputs: Iterable[Path] = ()) -> None:
-    """Raise UserError unless each result can be written and overwrites nothing but an earlier result.
-
-    Each output is a path, or None, and a mark: words near the beginning or end of every result of its kind. An output
-    must not be one of `inputs`, nor another output, nor where the command prints.
-    """
+    """Raise UserError unless each result can be written, overwrites nothing but an earlier result, and is not one of
+    `inputs`, another output or the file that the command prints into. An output is a path, or None, and a mark: words
+    near the beginning or end of every result of its kind."""
     taken = {_identity(path): "is an input of this command; name another file for the result" for path in inputs}
     for stream in (1, 2):
         printed = _stat(stream)
@@ -141,10 +137,8 @@ def check_regular(path: Path, error: type[UserError] = UserError) -> None:
 
 
 def _is_written_through(path: Path) -> bool:
-    """Whether a path is a character device, or a pipe that the shell has opened, such as `>(gzip)`.
-
-    Raises UserError for what else is no file: writing into a named pipe might never end, into a disk destroys it.
-    """
+    """Whether a path is a character device, or a pipe that the shell has opened, such as `>(gzip)`. Raises UserError
+    for other special files: writing into a named pipe might never end, into a disk destroys it."""
     kind = _special_kind(path)
     of_shell = path.parts[:2] in (("/", "dev"), ("/", "proc"))
     if kind and kind != "device" and not (kind == "pipe" and of_shell):
@@ -213,11 +207,8 @@ def stamp(path: Path) -> tuple[int, int] | None:
 
 
 class Journal:
-    """Results so far of a long job, a line of JSON an item, in OUT.rankN.partial beside its output.
-
-    `done` holds those of an earlier job by their key, which changes with the item, its file and all that the result
-    depends on. Beside a device or a pipe nothing is kept.
-    """
+    """Results so far of a long job, a line of JSON an item, in OUT.rankN.partial beside its output; beside a device or
+    a pipe nothing is kept. `done` holds those of an earlier job by key."""
 
     def __init__(self, out: Path, rank: int, made_by: Any, resume: bool) -> None:
         """`made_by` are plain values that results depend on; without `resume`, earlier results are dropped."""
@@ -228,15 +219,14 @@ class Journal:
         self.done: dict[str, Any] = {}
         if not resume:
             self._path.unlink(missing_ok=True)
-            return
-        for path in sorted(out.parent.glob(self._all)):
+        for path in sorted(out.parent.glob(self._all)) if resume else ():
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with suppress(ValueError, TypeError):
                     key, result = json.loads(line)
                     self.done[key] = result
 
     def key(self, item: Path, source: Path) -> str:
-        """The key of an item that is read from the file `source`, as both are now."""
+        """A key that changes with the item, the file `source` that it is in, and all that results depend on."""
         return sha256(json.dumps([str(item), stamp(source), self._made_by]).encode()).hexdigest()
 
     def add(self, key: str, result: Any) -> None:

@@ -28,9 +28,11 @@ from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 from dbnet.errors import ImageError, UserError, is_out_of_memory, library_errors, one_line
 from dbnet.files import check_regular, stamp
 
+Size = tuple[int, int]  # width, height in pixels
+
 MAX_PIXELS = 100_000_000  # after reduced decoding: 300 MB of RGB
 MAX_BYTES = 1 << 30  # of a file: 100 megapixels that are not compressed are fewer
-DPI = 200  # of a page of a PDF: its points have no pixels
+DPI = 200  # of a page of a PDF: its points, of which an inch has 72, have no pixels
 
 PAGED_SUFFIXES = (".pdf", ".tif", ".tiff")
 EXTRAS = {".pdf": "pypdfium2", ".heic": "pillow-heif", ".heif": "pillow-heif", ".avif": "'pillow>=11.3'"}  # packages
@@ -92,11 +94,8 @@ def _is_pdf(path: Path) -> bool:
 
 
 def list_pages(path: Path) -> list[Path]:
-    """A path for each page of a PDF or TIFF file, in order; of a page, or of a TIFF with one, its own.
-
-    Prints how many of a PDF's pages cannot be opened and are left out. Raises ImageError, or UserError without
-    pypdfium2.
-    """
+    """A path for each page of a PDF or TIFF file, in order; of a page, or of a TIFF with one, its own. Prints how many
+    pages of a PDF cannot be opened and are left out. Raises ImageError, or UserError without pypdfium2."""
     if file_of(path) != path:
         return [path]
     if _is_pdf(path):
@@ -114,9 +113,7 @@ def list_pages(path: Path) -> list[Path]:
     return [path.with_name(f"{path.name}#page={number}") for number in numbers]
 
 
-def read_image(
-    path: Path, image_size: int | None = None, data: bytes | None = None
-) -> tuple[np.ndarray, tuple[int, int]]:
+def read_image(path: Path, image_size: int | None = None, data: bytes | None = None) -> tuple[np.ndarray, Size]:
     """Read an image file, recognized by its content, or a page; of an animation or a TIFF, the first picture.
 
     A cut file is rejected in all formats, a changed one where the format has checksums (PNG). `image_size` is the
@@ -138,7 +135,7 @@ def read_image(
         return pixels if flip is None else cv2.flip(pixels, flip), size
 
 
-def read_size(path: Path, data: bytes | None = None) -> tuple[int, int]:
+def read_size(path: Path, data: bytes | None = None) -> Size:
     """(width, height) in pixels of an image as a viewer shows it, from its header. Raises as `read_image` does."""
     if data is None and _is_pdf(path):
         return tuple(_ask_renderer(path, 0)["size"])
@@ -168,7 +165,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 
 @contextmanager
-def _opened(path: Path, data: bytes | None = None) -> Iterator[tuple[Image.Image, int, tuple[int, int], IO[bytes]]]:
+def _opened(path: Path, data: bytes | None = None) -> Iterator[tuple[Image.Image, int, Size, IO[bytes]]]:
     """An image file or a page of a TIFF file before it is decoded: the image, its EXIF orientation, its size (width,
     height) when upright, and the file."""
     source, number = _page_of(path) if data is None else (path, None)
@@ -190,10 +187,8 @@ def _opened(path: Path, data: bytes | None = None) -> Iterator[tuple[Image.Image
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Name the path in errors of the system, and tell those of the file from a lack of memory or descriptors.
-
-    Warnings of Pillow are about faults that end in an error or that a viewer ignores, and about its own limit of size.
-    """
+    """Name the path in errors of the system, and tell those of the file from a lack of memory or descriptors. Without
+    Pillow's warnings: of faults that a viewer ignores or that end in an error, and of its own limit of size."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -239,11 +234,9 @@ def _open_image(path: Path, file: IO[bytes]) -> Image.Image:
             raise
 
 
-def _turn(image: Image.Image, file: IO[bytes]) -> tuple[int, tuple[int, int]]:
-    """EXIF orientation, 1 to 8 (1 where there is none or an invalid one), and (width, height) after that turn.
-
-    In a PNG it may come after the pixels; Pillow finds it there only by decoding them, which takes time and memory.
-    """
+def _turn(image: Image.Image, file: IO[bytes]) -> tuple[int, Size]:
+    """EXIF orientation, 1 to 8 (1 where there is none or an invalid one), and (width, height) after that turn. In a PNG
+    it may come after the pixels; Pillow finds it there only by decoding them, which takes time and memory."""
     exif = Image.Image.getexif(image)
     if image.format == "PNG" and "exif" not in image.info:
         start, kind = 8, b"    "  # behind the signature
@@ -265,11 +258,8 @@ def _turn(image: Image.Image, file: IO[bytes]) -> tuple[int, tuple[int, int]]:
 
 
 def _decode(path: Path, image: Image.Image, file: IO[bytes], image_size: int | None) -> np.ndarray:
-    """Pixels as stored, (height, width, 3) uint8 RGB. OpenCV decodes common modes, three times as fast as Pillow.
-
-    A JPEG of several scans, a progressive one for example, is held whole in memory even if it is reduced, and each scan
-    is a pass over all of it: a small file can ask for thousands.
-    """
+    """Pixels as stored, (height, width, 3) uint8 RGB. OpenCV decodes common modes, three times as fast as Pillow. Each
+    scan of a JPEG is a pass over all of it, and one of several scans is in memory as a whole even if it is reduced."""
     data, is_jpeg = b"", image.format in _JPEGS
     if is_jpeg or image.format == "PNG":  # of the others, Pillow reads what it decodes
         length = file.seek(0, SEEK_END)
@@ -309,10 +299,8 @@ def _decode(path: Path, image: Image.Image, file: IO[bytes], image_size: int | N
 
 
 def _jpeg_scans(path: Path, data: bytes) -> tuple[int, bool]:
-    """How many scans the first image of a JPEG file has, and whether its end is there.
-
-    Thumbnails lie within its segments; other images, and the videos of phones, lie behind its end.
-    """
+    """How many scans the first image of a JPEG file has, and whether its end is there. Thumbnails lie within its
+    segments; other images, and the videos of phones, lie behind its end."""
     position = scans = 0
     for _ in range(_MAX_SEGMENTS):
         marker = _JPEG_MARKER.search(data, position + 2)
@@ -328,17 +316,15 @@ def _jpeg_scans(path: Path, data: bytes) -> tuple[int, bool]:
 _PAGE_SECONDS = 60  # until a page counts as one that does not end
 _RENDERER_BYTES = 3 << 30  # that the rendering process may take in addition to what it has after starting
 _MAX_PAGES_TRIED = 100_000
-_POINT = 1 / 72  # inch, the unit of a PDF
 
 
 @lru_cache(maxsize=1)
-def _renderer(process: int) -> tuple[subprocess.Popen[bytes], Lock, bool]:
+def _renderer(process: int) -> tuple[Any, Lock, bool]:
     """A process that runs `_serve_pages` for this one, a lock on it, and whether the user's limits leave it its memory;
-    a forked process has one of its own."""
+    a forked process has one of its own. It is in a session of its own, which Ctrl-C does not reach."""
     code = f"import sys; sys.path[:] = {sys.path!r}; from dbnet.images import _serve_pages; _serve_pages()"
     words, pipe = [sys.executable, "-c", code], subprocess.PIPE
-    renderer = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
-    assert renderer.stdout
+    renderer: Any = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True)
     return renderer, Lock(), renderer.stdout.readline() == b"room\n"  # without a line, it could not even start
 
 
@@ -353,7 +339,6 @@ def _ask_renderer(path: Path, longest: int | None = None) -> dict[str, Any]:
     with _reading(path):
         file.open("rb").close()  # for the system's own reason where it cannot be opened
         renderer, lock, has_room = _renderer(os.getpid())
-    assert renderer.stdin and renderer.stdout
     question = {"file": os.path.abspath(file), "number": number, "longest": longest, "max_pixels": MAX_PIXELS}
     with lock:
         timer = Timer(_PAGE_SECONDS, renderer.kill)
@@ -364,7 +349,7 @@ def _ask_renderer(path: Path, longest: int | None = None) -> dict[str, Any]:
             renderer.stdin.flush()
             answer = json.loads(renderer.stdout.readline())
             answer["pixels"] = np.empty(answer["shape"], np.uint8)
-            if renderer.stdout.readinto(answer["pixels"]) < answer["pixels"].size:  # type: ignore[attr-defined]
+            if renderer.stdout.readinto(answer["pixels"]) < answer["pixels"].size:
                 raise ValueError("the process has ended")
         except BaseException as error:  # also of Ctrl-C: the next answer would be that to this question
             renderer.kill()
@@ -386,9 +371,6 @@ def _ask_renderer(path: Path, longest: int | None = None) -> dict[str, Any]:
 def _serve_pages() -> None:
     """Answer questions on PDF files from stdin until it closes: a JSON line asks, a JSON line answers, with the "shape"
     of the "pixels" that follow. The last file stays open."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that no library writes into an answer
     room = b"room\n"
@@ -445,7 +427,7 @@ def _answer(file: str, number: int | None, longest: int | None, max_pixels: int)
     if number not in numbers:
         return {"error": f"no such page; the file has {len(numbers)}"}
     width, height = document.get_page_size(number - 1)
-    scale = min(DPI * _POINT, math.sqrt(max_pixels / (width * height)))
+    scale = min(DPI / 72, math.sqrt(max_pixels / (width * height)))
     size = math.ceil(width * scale), math.ceil(height * scale)
     if not longest:
         return {"size": size}

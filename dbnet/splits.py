@@ -40,10 +40,9 @@ def data_folders(data: str | Path) -> list[Path]:
 def read_split(data: str | Path, split: str, form: str = "auto", need_images: bool = True) -> Split:
     """Images and annotations of a split of one or several folders, in the order of each folder's json, or by name.
 
-    Of several folders, some may lack the split. Prints how many images have no annotations and are left out, which
-    format these were taken for, and which others are there and not read. Without `need_images`, images may be missing:
-    their names and paths are then those that the annotations give them. Raises UserError where a folder, its
-    annotations or, if needed, their images are missing.
+    Of several folders, some may lack the split. Prints how many images have no annotations and are left out, the format
+    of the annotations, and which others are there and not read. Without `need_images`, missing images have the names
+    and paths that the annotations give them. Raises UserError where a folder, annotations or needed images are missing.
     """
     folders = _folders(data, split, form)
     parts = {folder: _read_folder(folder, split, form, need_images) if has else {} for folder, has in folders.items()}
@@ -65,9 +64,8 @@ def find_images_at(places: list[Path]) -> dict[str, Path]:
     """Images at the given places, by name, in the order of the places.
 
     A place is a folder (with its sub-folders), a file, a page as FILE.pdf#page=NUMBER, or a pattern with *, ?, [] and
-    ** (which may name other suffixes). Each page of a PDF or a TIFF is an image; such a file that cannot be opened
-    stays as it is, to fail when it is read. Prints which other files of folders are passed over. Raises UserError for a
-    place that does not exist or holds nothing to read, and for a PDF where pypdfium2 is missing.
+    ** (which may name other suffixes). Each page of a PDF or TIFF is an image; one that cannot be opened fails when it
+    is read. Raises UserError for a place without images, and for a PDF where pypdfium2 is missing.
     """
     found: dict[str, tuple[Path, str, Path]] = {}
     for place in places:
@@ -88,10 +86,8 @@ def find_images_at(places: list[Path]) -> dict[str, Path]:
 
 
 def list_images(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, Path]:
-    """The images of a folder and its sub-folders, pages of PDF and TIFF files among them, in the order of their paths.
-
-    Prints how many other files there are, by suffix, but for the suffixes `ignored`. Raises UserError.
-    """
+    """The images of a folder and its sub-folders, and pages of PDF and TIFF files, in the order of their paths. Prints
+    how many other files there are, by suffix, except for the suffixes `ignored`. Raises UserError."""
     paths, suffixes = list_files(folder), readable_suffixes()
     others = Counter(path.suffix.lower() for path in paths if path.suffix.lower() not in (*suffixes, *ignored))
     if others:
@@ -106,9 +102,7 @@ def list_images(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, Path]:
 
 def _folders(data: str | Path, split: str, form: str) -> dict[Path, bool]:
     """The folders of `--data`, and which have images or annotations of a split; all, for their error, where none has.
-
-    Raises UserError where one does not exist or is named twice.
-    """
+    Raises UserError where one does not exist or is named twice."""
     folders = data_folders(data)
     for folder in folders:
         if not folder.is_dir():

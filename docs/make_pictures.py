@@ -26,6 +26,7 @@ from dbnet.images import read_image
 from dbnet.model import DBNet
 from dbnet.pictures import DONT_CARE_COLOR, draw_polygons
 from dbnet.postprocess import extract_polygons, find_regions
+from dbnet.synth.receipt import system_fonts
 from dbnet.synth.scene import LabelledWord, render_receipt
 from dbnet.targets import draw_targets, make_targets
 
@@ -72,7 +73,8 @@ def load_network(path: Path, changes: dict[str, Any]) -> tuple[DBNet, Config]:
 
 def render(config: Config, place: int) -> tuple[np.ndarray, list[LabelledWord]]:
     """A receipt with labelled pieces of lines; the seed is `config.seed + place`."""
-    return render_receipt(np.random.default_rng(config.seed + place), config.image_size, lines=True)
+    rng = np.random.default_rng(config.seed + place)
+    return render_receipt(rng, config.image_size, lines=True, others=system_fonts())
 
 
 def draw_detections(model: DBNet, config: Config) -> list[np.ndarray]:

@@ -1,8 +1,5 @@
-"""The print of a receipt: its rows of text, and the flat sheet on which they are printed, with the box of each word.
-
-`compose_receipt` writes the rows in one of the vocabularies, and `print_sheet` prints them in a typeface. `scene` puts
-the sheet on paper and photographs it.
-"""
+"""The print of a receipt: `compose_receipt` makes rows of text and graphics from the words of a language, and
+`print_sheet` prints them on a flat sheet, with the box of each word. `scene` photographs or scans the sheet."""
 
 import json
 import math
@@ -18,7 +15,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFont
 
-from dbnet.errors import UserError, library_errors
+from dbnet.errors import library_errors
 
 WORD_MARGIN = 0.06  # between ink and polygon, in font sizes, as annotators leave it
 FIXED_PITCH = 0.62  # width of a letter's cell in fixed-pitch print, in font sizes
@@ -29,8 +26,8 @@ FONT_NAMES = ("DejaVuSans", "DejaVuSerif", "Liberation", "FreeSans", "FreeMono",
 
 _VOCABULARIES = json.loads(Path(__file__).with_name("vocabularies.json").read_text(encoding="utf-8"))
 LATIN, KOREAN = (Vocabulary(**_VOCABULARIES[name]) for name in ("latin", "korean"))
-"""Words in one language: of them, `columns` are alternative headings of the table of items (name, quantity, unit price,
-amount), `sums` alternative labels of subtotal, tax, total, payment and change, `syllables` parts of made-up names."""
+"""Words of a language: `columns` are alternative headings of the table of items (name, quantity, unit price, amount),
+`sums` alternative labels of subtotal, tax, total, payment and change, `syllables` parts of made-up names."""
 
 
 class Cell(NamedTuple):
@@ -43,7 +40,7 @@ class Cell(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A line of print, a graphic, or (with neither) a gap. `scale` is its height in lines of body text."""
+    """A line of print, a graphic, or a gap (with neither). `scale`: height in lines of body text."""
 
     cells: tuple[Cell, ...] = ()
     scale: float = 1.0
@@ -96,7 +93,7 @@ def compose_header(rng: Generator, words: Vocabulary) -> list[Row]:
 
 
 def compose_items(rng: Generator, words: Vocabulary, line_count: float) -> list[Row]:
-    """The table of items in about `line_count` lines (at least one item), with one or two lines an item."""
+    """The table of items in about `line_count` lines: at least one item, each in one or two lines."""
     one_line, gap = chance(rng, 0.6), pick(rng, (0.0, 0.0, 0.3))
     edges = (0, 0.48, 0.58, 0.79, 1) if one_line else (0, 0.35, 0.52, 0.76, 1)
 
@@ -149,7 +146,7 @@ def compose_footer(rng: Generator, words: Vocabulary) -> list[Row]:
 
 
 def compose_receipt(rng: Generator, words: Vocabulary, line_count: float) -> list[Row]:
-    """The rows of a receipt of 70 to 100% of `line_count` lines, where its fixed parts leave room for items."""
+    """The rows of a receipt of 70 to 100% of `line_count` lines, or more if its fixed parts and one item need more."""
     head, sums, foot = compose_header(rng, words), compose_sums(rng, words), compose_footer(rng, words)
     fixed = sum(row.scale for row in (*head, *sums, *foot))
     rows = head + compose_items(rng, words, line_count * rng.uniform(0.7, 1.0) - fixed) + sums + foot
@@ -174,7 +171,7 @@ def draw_dashes(rng: Generator, ink: np.ndarray) -> None:
 
 
 def draw_marks(rng: Generator, ink: np.ndarray) -> None:
-    """A row of asterisks, dashes or the like: print that is no text."""
+    """A row of asterisks, dashes or the like: print that is not text."""
     height, width = ink.shape
     row, thickness = pick(rng, "*-=_.#") * math.ceil(width / (0.6 * height)), 1 + height // 24
     cv2.putText(ink, row, (0, height * 3 // 4), cv2.FONT_HERSHEY_SIMPLEX, height / 30, 255, thickness, cv2.LINE_AA)
@@ -196,7 +193,7 @@ def draw_matrix_code(rng: Generator, ink: np.ndarray) -> None:
 
 
 def draw_logo(rng: Generator, ink: np.ndarray) -> None:
-    """A few filled and hollow shapes on top of each other around the middle."""
+    """One to three shapes on top of each other around the middle."""
     height, width = ink.shape
     for shade in (255, 0, 255)[: rng.integers(1, 4)]:
         axes = (int(height * rng.uniform(0.2, 0.9)), int(height * rng.uniform(0.15, 0.45)))
@@ -222,31 +219,29 @@ class Typeface(NamedTuple):
 
 @lru_cache(maxsize=256)
 def load_font(path: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The font at `size` pixels. Raises UserError for a file that is missing or no font."""
+    """The font at `size` pixels. Raises UserError for a file that is missing or not a font."""
     if not path:
         return ImageFont.load_default(size)
-    if not Path(path).is_file():
-        raise UserError(f"--font {path}: does not exist; give a .ttf or .otf file")
     with library_errors(f"--font {path}: cannot be used", "give a .ttf or .otf file"):
         return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
 
 @lru_cache(maxsize=64)
 def has_glyph(path: str, letter: str) -> bool:
-    """Whether the font has `letter`: its picture differs from that of a code point that no font has."""
+    """Whether the font has `letter`: whether it draws another picture than for a code point that no font has."""
     font = load_font(path, 32)
     return bytes(font.getmask(letter)) not in (b"", bytes(font.getmask("\U0010fffe")))
 
 
 @lru_cache(maxsize=1)
 def system_fonts() -> tuple[str, ...]:
-    """Plain text fonts in the usual folders of this machine; often none."""
+    """Plain text fonts in the usual folders of this machine, if there are any."""
     found = (path for folder in FONT_FOLDERS for path in sorted(Path(folder).rglob("*.ttf")))
     return tuple(str(path) for path in found if path.name.startswith(FONT_NAMES))
 
 
 def choose_print(rng: Generator, fonts: Sequence[str], others: Sequence[str]) -> tuple[Typeface, Vocabulary]:
-    """One of `fonts` in 3 of 4 receipts if there are any, else Pillow's own or one of the others; and words for it."""
+    """A typeface (in 3 of 4 receipts one of `fonts`, if given; else Pillow's own or one of `others`) and its words."""
     path = pick(rng, fonts) if fonts and chance(rng, 0.75) else pick(rng, ("", *others))
     fixed_pitch = not path and chance(rng, 0.5)
     face = Typeface(path, fixed_pitch, stretch=rng.uniform(0.75, 1.0 if fixed_pitch else 1.1))
@@ -276,14 +271,14 @@ def word_ink(face: Typeface, size: int, bold: bool, text: str) -> tuple[np.ndarr
 
 @dataclass
 class Sheet:
-    """Print on flat paper: ink (height, width) uint8, and the words of each cell that has some. A word is its text and
-    its box x0, y0, x1, y1 in pixels."""
+    """Print on flat paper: ink (height, width) uint8, and the words of each cell with text. A word is its text and its
+    box x0, y0, x1, y1 in pixels."""
 
     ink: np.ndarray
     cells: list[list[tuple[str, np.ndarray]]] = field(default_factory=list)
 
     def labels(self, lines: bool) -> list[tuple[str, np.ndarray]]:
-        """Text and box of each word, or of the words of each cell as one line."""
+        """Text and box of each word or, with `lines`, of all words of each cell together."""
         if not lines:
             return [word for cell in self.cells for word in cell]
         return [(" ".join(text for text, _ in cell), enclosing_box([box for _, box in cell])) for cell in self.cells]
@@ -295,7 +290,7 @@ def enclosing_box(boxes: Sequence) -> np.ndarray:
 
 
 def print_row(sheet: Sheet, row: Row, face: Typeface, size: int, band: tuple[int, int, int, int]) -> str:
-    """Print the cells of `row` into a band x0, y0, x1, y1 of the sheet; return what the last cell has no room for."""
+    """Print the cells of `row` into a band x0, y0, x1, y1 of the sheet; return text that did not fit the last cell."""
     x0, y0, x1, y1 = band
     if row.inverted:
         sheet.ink[y0:y1, x0:x1] = 255

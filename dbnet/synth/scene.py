@@ -3,9 +3,9 @@
     python -m dbnet.synth --out data/synth --train 200 --val 20 --test 10 --size 640 --seed 0 [--font Korean.ttf]
 
 In the order of this file: `develop` turns the ink of a sheet (`receipt`) into coloured paper, `lay` chooses one
-homography for pixels and boxes, `photograph` or `scan` puts the paper into its scene, and `degrade` is the camera. All
-lengths follow `size`. The same seed gives the same pixels on the same machine, for any number of workers; another
-machine may have other fonts (`system_fonts`), which need not be there, or another Pillow.
+homography for pixels and boxes, `photograph` or `scan` puts the paper into its scene, and `degrade` adds the faults of
+a camera. All lengths follow `size`. The same seed gives the same pixels, for any number of workers, on machines with
+the same fonts (`system_fonts`) and versions.
 """
 
 import json
@@ -32,23 +32,24 @@ MIN_SIZE = 128  # of an image's long side: below it no line of print can be read
 
 LabelledWord = tuple[np.ndarray, str, bool]  # polygon (4, 2), transcription, illegible
 Frame = tuple[int, int]  # width, height of the image
+Fonts = Sequence[str]  # paths of .ttf or .otf files
 
 # ---- paper: (height, width, 3) uint8 RGB
 
 
 def smooth_noise(rng: Generator, height: int, width: int, rows: int, columns: int) -> np.ndarray:
-    """(height, width) float32, about 0 to 1, smooth between rows x columns random values."""
+    """(height, width) float32, about 0 to 1: rows x columns random values, enlarged smoothly."""
     return cv2.resize(rng.random((rows, columns), np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
 
 
 @lru_cache(maxsize=1)
 def noise_tile() -> np.ndarray:
-    """(2048, 2048) int16 Gaussian noise of deviation 32, made once: images take random windows of it."""
+    """(2048, 2048) int16 Gaussian noise with a standard deviation of 32, made once."""
     return np.random.default_rng(0).normal(0, 32, (2048, 2048)).astype(np.int16)
 
 
 def noise_window(rng: Generator, height: int, width: int) -> np.ndarray:
-    """(height, width) int16 from a random place of the tile, wrapped around."""
+    """(height, width) int16 from a random position in `noise_tile`, which repeats."""
     rows, columns = ((int(rng.integers(2048)) + np.arange(length)) % 2048 for length in (height, width))
     return noise_tile()[rows[:, None], columns]
 
@@ -63,7 +64,7 @@ def print_strength(rng: Generator, height: int, width: int) -> np.ndarray:
     strength *= rng.uniform(0.55, 1.0)
     if chance(rng, 0.25):  # dead or worn dots of the print head
         strength *= 1 - 0.6 * (rng.random(width, np.float32) < rng.uniform(0.02, 0.15))
-    if chance(rng, 0.15):  # a patch bleached by heat or light, not legible in its middle
+    if chance(rng, 0.15):  # a patch bleached by heat or light, not legible in the middle
         y, x = np.ogrid[:height, :width]
         distance = np.hypot(x - rng.uniform(0, width), y - rng.uniform(0, height)) / (width * rng.uniform(0.2, 0.5))
         strength *= np.clip(distance**3, 0.02, 1)
@@ -83,7 +84,7 @@ def fold_shading(rng: Generator, height: int, width: int) -> np.ndarray:
 
 
 def draw_pen(rng: Generator, paper: np.ndarray) -> None:
-    """A ring, tick or scribble by hand: no text."""
+    """A ring, tick or scribble by hand, which is not text."""
     height, width = paper.shape[:2]
     turn = np.linspace(0, rng.uniform(3, 16), 40)
     centre = rng.uniform(0.2, 0.8, 2) * (width, height)
@@ -149,7 +150,7 @@ def lay(rng: Generator, sheet: Sheet, frame: Frame, flat: bool) -> np.ndarray:
 
 
 def draw_face(rng: Generator, scene: np.ndarray) -> None:
-    """Something like a face: a head with hair, eyes and mouth."""
+    """A simple face: a head with hair, eyes and mouth."""
     height, width = scene.shape[:2]
     x, y = (rng.random(2) * (width, height)).astype(int).tolist()
     r = max(6, int(height * rng.uniform(0.03, 0.15)))
@@ -163,7 +164,7 @@ def draw_face(rng: Generator, scene: np.ndarray) -> None:
 
 
 def draw_pattern(rng: Generator, scene: np.ndarray) -> None:
-    """Tiles, bricks, shutters or a fence: lines at equal distances all over the scene."""
+    """Lines at equal distances all over the scene, as of tiles, bricks, shutters or a fence."""
     height, width = scene.shape[:2]
     pace, shade = max(4, int(height * rng.uniform(0.01, 0.08))), rng.integers(0, 256, 3).tolist()
     thickness, rows, columns = 1 + int(pace * rng.uniform(0, 0.5)), chance(rng, 0.8), chance(rng, 0.7)
@@ -174,7 +175,7 @@ def draw_pattern(rng: Generator, scene: np.ndarray) -> None:
 
 
 def table_top(rng: Generator, width: int, height: int, varied: bool) -> np.ndarray:
-    """A background (height, width, 3) uint8: wood, cloth or plain, with things on it; patterns and faces if varied."""
+    """A background (height, width, 3) uint8: wood, cloth or plain, with objects; if varied, with patterns and faces."""
     colour = np.float32(rng.uniform(30, 210) + np.multiply((1, 0.2, -1), rng.uniform(-10, 45)) + rng.uniform(-8, 8, 3))
     grain = smooth_noise(rng, height, width, *pick(rng, ((60, 3), (3, 60), (40, 30), (4, 4)))) - 0.5
     if chance(rng, 0.12):  # a checked cloth
@@ -202,7 +203,7 @@ def table_top(rng: Generator, width: int, height: int, varied: bool) -> np.ndarr
 
 
 def uneven_light(rng: Generator, width: int, height: int) -> np.ndarray:
-    """(height, width, 3) float32 factors: a slope of light, its colour, at times the photographer's shadow."""
+    """(height, width, 3) float32 factors: light that falls off, its colour and, in some images, a shadow."""
     light = 1 - rng.uniform(0, 0.5) * smooth_noise(rng, height, width, 2, 2)
     if chance(rng, 0.35):
         shadow = np.zeros((height // 4, width // 4), np.float32)
@@ -214,7 +215,7 @@ def uneven_light(rng: Generator, width: int, height: int) -> np.ndarray:
 
 
 def photograph(rng: Generator, paper: np.ndarray, homography: np.ndarray, frame: Frame, varied: bool) -> np.ndarray:
-    """The paper on a table, its shadow beside it, in uneven light: (h, w, 3) uint8 for a frame (w, h)."""
+    """The paper and its shadow on a table, in uneven light: (h, w, 3) uint8 for a frame (w, h)."""
     width, height = frame
     outline = transform(homography, rectangle(0, 0, *paper.shape[1::-1]))
     mask, reach = np.zeros((height, width), np.float32), width // 20 + 1
@@ -227,7 +228,7 @@ def photograph(rng: Generator, paper: np.ndarray, homography: np.ndarray, frame:
 
 
 def scan(rng: Generator, paper: np.ndarray, homography: np.ndarray, frame: Frame, varied: bool) -> np.ndarray:
-    """The paper under the white or black lid of a scanner, at times with hard contrast: as `photograph`."""
+    """The paper under the white or black lid of a scanner, some with high contrast; result as of `photograph`."""
     lid = [int(rng.integers(0, 30) if varied and chance(rng, 0.2) else rng.integers(244, 256))] * 3
     image = cv2.warpPerspective(paper, homography, frame, flags=cv2.INTER_LINEAR, borderValue=lid)
     if chance(rng, 0.3):
@@ -242,7 +243,7 @@ def degrade(rng: Generator, image: np.ndarray, size: int, flat: bool) -> np.ndar
         share = rng.uniform(0.6, 0.9)
         image = cv2.resize(image, None, fx=share, fy=share, interpolation=cv2.INTER_AREA)
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-    elif chance(rng, 0.2):  # the hand moved
+    elif chance(rng, 0.2):  # motion blur
         reach = max(2, round(size / 640 * rng.uniform(2, 4)))
         image = cv2.blur(image, pick(rng, ((1, reach), (reach, 1))))
     elif chance(rng, 0.6):
@@ -256,24 +257,19 @@ def degrade(rng: Generator, image: np.ndarray, size: int, flat: bool) -> np.ndar
 
 
 def render_receipt(
-    rng: Generator,
-    size: int = 640,
-    fonts: Sequence[str] = (),
-    lines: bool = False,
-    varied: bool = False,
-    other_fonts: Sequence[str] | None = None,
+    rng: Generator, size: int = 640, fonts: Fonts = (), lines: bool = False, varied: bool = False, others: Fonts = ()
 ) -> tuple[np.ndarray, list[LabelledWord]]:
     """One receipt: image (height, width, 3) uint8 RGB, long side about `size`, and its words.
 
     A word is (polygon, transcription, illegible): polygon (4, 2) float64 in pixels of the image, clockwise from the
     word's top left, tight around its ink, always inside the image; illegible where the print is too faint to read.
-    With `lines`, the words of a line that stand together in a column are one polygon. With `varied`, also light print
-    on dark paper, tight lines, rows of marks, specks, large empty margins, patterns and faces in the background, and
-    turned pages. `fonts` are files for 3 of 4 receipts; the others have Pillow's own or one of `other_fonts` (those of
-    this machine). Fonts with Hangul give Korean receipts. Raises UserError for a file that is no font.
+    With `lines`, the words of a line in one column are one polygon. With `varied`, also light print on dark paper,
+    tight lines, rows of marks, specks, large empty margins, patterns and faces in the background, and turned pages.
+    `fonts` are those of 3 of 4 receipts; the rest has Pillow's own font or one of `others`. Fonts with Hangul give
+    Korean receipts. Raises UserError for a file that is not a font.
     """
     flat = chance(rng, SCAN_SHARE)
-    face, words = choose_print(rng, fonts, system_fonts() if other_fonts is None else other_fonts)
+    face, words = choose_print(rng, fonts, others)
     long_side = round(size * rng.uniform(0.9, 1.0))
     sparse = varied and chance(rng, 0.25)
     share = rng.uniform(0.3, 0.6) if sparse else 1.0  # of the height that print may take
@@ -310,7 +306,7 @@ def render_receipt(
 
 
 def write_receipt(job: tuple[str, int], folder: Path, size: int, seed: int, **options: Any) -> tuple[str, dict]:
-    """Render and write image `index` of `split`; returns its file name and its entry of the json."""
+    """Render and write the image of a job (split, index). Returns its file name and its entry in the json."""
     split, index = job
     image, words = render_receipt(np.random.default_rng([seed, SPLITS.index(split), index]), size, **options)
     name = f"synth_{split}_{index:05d}.jpg"
@@ -330,16 +326,16 @@ def write_dataset(
     test: int = 10,
     size: int = 640,
     seed: int = 0,
-    fonts: Sequence[str] = (),
+    fonts: Fonts = (),
     workers: int | None = None,
     lines: bool = False,
     varied: bool = False,
 ) -> int:
     """Write a data set of receipts in the layout of the README, and return the number of its words.
 
-    `folder` must be absent or empty. The jsons come last, so that an interrupted run is no data set. Image i of a
-    split depends on (seed, split, i) alone: not on `workers` (processes; default: one a core) nor on the counts.
-    Workers are spawned, so a script calls this under `if __name__ == "__main__"`. Raises UserError.
+    `folder` must be absent or empty. The jsons are written last: without them, an interrupted run is not taken for a
+    data set. An image depends on its seed, split and index alone, not on `workers` (processes; default: one a core) and
+    counts. Workers are spawned: call this under `if __name__ == "__main__"` in a script. Raises UserError.
     """
     folder, fonts, counts = Path(folder), tuple(map(str, fonts)), {"train": train, "val": val, "test": test}
     for name, value in {**counts, "seed": seed, "size": size}.items():
@@ -355,7 +351,7 @@ def write_dataset(
     jobs = [(split, index) for split in SPLITS for index in range(counts[split])]
     workers = min(workers or count_cores(), len(jobs))
     images: dict[str, dict[str, dict]] = {split: {} for split in SPLITS}
-    options: dict[str, Any] = {"fonts": fonts, "lines": lines, "varied": varied, "other_fonts": system_fonts()}
+    options: dict[str, Any] = {"fonts": fonts, "lines": lines, "varied": varied, "others": system_fonts()}
     render = partial(write_receipt, folder=folder, size=size, seed=seed, **options)
     with library_errors(f"--out {folder}: cannot be written", "choose another folder", of=OSError):
         for split in SPLITS:
