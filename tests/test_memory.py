@@ -209,7 +209,8 @@ def step_that_fails_at(number, start, batches, config, halvings=0):
 @pytest.mark.parametrize("count", [24, pytest.param(None, marks=pytest.mark.long)])
 def test_out_of_memory_at_any_operation_of_a_step_leaves_what_a_smaller_plan_gives(small, count):
     """Or, where the weights change already, what the plan in force gives: no operation runs twice, none is missing."""
-    config = small.changed(batch_size=2, accumulate=1, image_size=64, ema=0.9, backbone="efficientnet_b0")
+    backbone = "efficientnet_b0" if count else "resnet18"  # with random numbers, or with few enough operations for all
+    config = small.changed(batch_size=2, accumulate=1, image_size=64, ema=0.9, backbone=backbone)
     batches = step_batches(config)
     start = make_training(config).model
     expected, _, operations = step_that_fails_at(0, start, batches, config)
