@@ -13,8 +13,6 @@ from dbnet.errors import UserError, library_errors
 
 FAMILIES = ("resnet", "resnext", "wide_resnet", "efficientnet", "convnext", "mobilenet_v3", "regnet", "swin")
 STRIDES = (4, 8, 16, 32)
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 WAY_OUT = "use --weights none to train from scratch, or --weights FILE with a state_dict of that network"
 
 
@@ -26,7 +24,7 @@ class Backbone(nn.Module):
 
     def __init__(self, name: str, weights: str) -> None:
         super().__init__()
-        self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
+        self.mean, self.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
         if name.startswith("timm:"):
             self.stages = _load_timm(name, weights)
             pretrained: Any = self.stages.pretrained_cfg

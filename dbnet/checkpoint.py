@@ -28,8 +28,8 @@ clahe_clip. tests/data/format-1.pt and weights/lite.pt (format 2) have to stay r
 
 
 def save_checkpoint(path: Path, config: Config, model: nn.Module, keep: Path | None = None, **state: Any) -> None:
-    """Write the configuration, the weights and `state` (tensors and plain values) to `path`, atomically. `keep`: where
-    the checkpoint goes that was there. Raises UserError, with that one kept, where it cannot be written."""
+    """Write the configuration, the weights and `state` (tensors and plain values) to `path`, atomically. A checkpoint
+    that was there goes to `keep`. Raises UserError, with that one kept, where `path` cannot be written."""
     _write(path, {"format": FORMAT, "config": config.to_dict(), "model": model.state_dict(), **state}, keep)
 
 
@@ -71,17 +71,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _check_archive(path: Path) -> None:
-    """Raise unless a file is a zip archive as torch.save writes it, with right checksums, which torch does not look at.
-    What is packed or overlaps could unfold to more than memory holds."""
+    """Raise ValueError unless a file is a zip archive as torch.save writes it, with right checksums, which torch does
+    not check. Compressed or overlapping parts could unfold to more than memory holds."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("it is compressed")
         if sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise ValueError("its parts overlap")
-        harmed = archive.testzip()
-    if harmed:
-        raise ValueError(f"the checksum of {harmed} does not fit")
+        if harmed := archive.testzip():
+            raise ValueError(f"the checksum of {harmed} does not fit")
 
 
 def load_weights(model: nn.Module, content: dict[str, Any], path: Path, config: Config) -> None:
@@ -91,11 +90,8 @@ def load_weights(model: nn.Module, content: dict[str, Any], path: Path, config: 
     except MemoryError:
         raise
     except Exception:  # missing, unexpected or wrongly shaped tensors, or no state_dict at all
-        theirs, ours = (
-            f"{each.backbone}, {each.pyramid_channels} pyramid channels, fusion {each.fusion}"
-            for each in (content["config"], config)
-        )
-        what = f"holds another architecture ({theirs}) than asked for ({ours})"
+        names = "{0.backbone}, {0.pyramid_channels} pyramid channels, fusion {0.fusion}".format
+        what = f"holds another architecture ({names(content['config'])}) than asked for ({names(config)})"
         raise UserError(f"{path}: {what}; set --backbone, --pyramid-channels and --fusion alike") from None
     _check_finite(path, model.state_dict())
 
@@ -124,11 +120,9 @@ def start_from(model: nn.Module, content: dict[str, Any], path: Path) -> None:
     ours, theirs = model.state_dict(), content["model"]
     if not isinstance(theirs, dict) or not all(isinstance(name, str) for name in theirs):
         raise UserError(f"{path}: holds no weights; leave out --init")
-
-    def agrees(name: str) -> bool:
-        return name in ours and isinstance(theirs.get(name), Tensor) and theirs[name].shape == ours[name].shape
-
-    misfits = {_layer(name) for name in ours.keys() | theirs.keys() if not agrees(name)}
+    misfits = {_layer(name) for name in ours.keys() ^ theirs.keys()}
+    common = ours.keys() & theirs.keys()
+    misfits |= {_layer(name) for name in common if getattr(theirs[name], "shape", None) != ours[name].shape}
     taken = {name: theirs[name] for name in ours if _layer(name) not in misfits}
     if not taken:
         raise UserError(f"{path}: none of its weights fits this network; leave out --init")
@@ -164,8 +158,8 @@ def change_checkpoint(path: Path, changes: dict[str, Any], **state: Any) -> None
 
 def write_half(source: Path, path: Path, changes: dict[str, Any]) -> None:
     """Write the network and the configuration of a checkpoint, with `changes`, at half the size: kernels as 16-bit
-    floats, which loading widens again; what only training needs is left out. Raises UserError as `load_checkpoint`
-    does, where a weight has no place in 16 bits, and where `path` cannot be written."""
+    floats, which loading widens again, without what only training needs. Raises UserError as `load_checkpoint` does,
+    where a weight is too large for 16 bits, and where `path` cannot be written."""
     content = load_checkpoint(source)
     halved = {name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in content["model"].items()}
     if not all(tensor.isfinite().all() for tensor in halved.values()):
