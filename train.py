@@ -50,7 +50,7 @@ with one_line_errors():  # where PyTorch is not installed, or a library that Ope
 
     from dbnet.checkpoint import build_model, save_checkpoint
     from dbnet.dataset import Batch, Batches, TextDataset, count_workers, make_loader
-    from dbnet.device import all_processes, from_first, is_first, print0, progress, seed_all, world_size
+    from dbnet.device import all_gather, from_first, is_first, print0, progress, world_size
     from dbnet.device import destroy_process_group, init_process_group, peak_memory, pick_amp_dtype, pick_device
     from dbnet.ensemble import Ensemble
     from dbnet.evaluation import Evaluation, advise_on_collapse, evaluate
@@ -61,7 +61,7 @@ with one_line_errors():  # where PyTorch is not installed, or a library that Ope
     from dbnet.pictures import PICTURE_MARK, sample_sheet, show_progress, write_image
     from dbnet.profile import print_profile
     from dbnet.training import LastSave, NothingTwice, Training, find_run, learning_rate, lock_run, log_row, new_run
-    from dbnet.training import prepare_folder, step_batches
+    from dbnet.training import prepare_folder, seed_all, step_batches
 
 READING_INTERVAL = 1.0  # seconds between two looks at the losses, each of which waits for the device
 
@@ -198,7 +198,7 @@ def optimizer_step(training: Training, batches: list[Batch], config: Config, ima
             if not is_out_of_memory(error):
                 raise
         maps = losses = micro = None  # here, past the except block, which held its tensors too, their memory is free
-        fits = all_processes(fits)  # all fall back together
+        fits = all(all_gather(fits))  # all processes fall back together
         if not fits:
             plan.shrink()  # 8 x 2 -> 4 x 4 -> 2 x 8 -> 1 x 16, then 896 and 800 px
             training.restore_start()

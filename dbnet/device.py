@@ -1,9 +1,9 @@
-"""Device, precision, random numbers and processes of a run. PyTorch is imported where it is used: a process that runs
+"""Device, precision, memory and processes of a run. PyTorch is imported where it is used: a process that runs
 an exported network works without it.
 
 Several processes work together as torchrun starts them. Training does not use DistributedDataParallel: between its
 collective calls a process may run out of memory, and all must fall back together. So each accumulates its gradients
-alone, one boolean says whether all got there (`all_processes`), and one call sums gradients, losses and batch norm
+alone, one boolean of each says whether it got there (`all_gather`), and one call sums gradients, losses and batch norm
 statistics (`all_reduce`). What the host decides (counts, saves, stops) goes through gloo and never waits for a GPU.
 """
 
@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,12 +25,9 @@ from dbnet.errors import UserError, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
 Value = TypeVar("Value")
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-_ALLOCATOR_SETTINGS = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # where users set up the memory of GPUs
 _rank, _world_size = 0, 1
 _distributed: Any = None  # torch.distributed, where there are several processes
 _gpu_group: Any = None  # of collective calls on tensors of a GPU
@@ -43,9 +40,9 @@ def pick_device(name: str) -> torch.device:
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and sys.platform == "linux" and not _ALLOCATOR_SETTINGS & os.environ.keys():
+    if name.startswith("cuda") and sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         # By default images of many shapes leave the memory in useless pieces. Read when the GPU is first used.
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -78,13 +75,6 @@ def pick_amp_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.amp]
 
 
-def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware, where inference takes half of the time."""
-    import torch
-
-    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-
-
 def compile_model(model: torch.nn.Module, freeze: bool = False) -> None:
     """Compile `model` in place at its first call, for batches of any shape, and keep that in the user's cache folder.
     With `freeze`, for inference on a CPU, its weights become constants. Raises UserError without a C++ compiler."""
@@ -93,34 +83,6 @@ def compile_model(model: torch.nn.Module, freeze: bool = False) -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "dbnet" / "inductor"))
     model.compile(dynamic=True, options={"freezing": freeze})
-
-
-def seed_all(config: Config) -> None:
-    """Seed the random numbers of PyTorch (samples have seeds of their own), and obey config.deterministic."""
-    import torch
-
-    torch.manual_seed(config.seed)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
-        torch.backends.cudnn.benchmark = False
-        torch.use_deterministic_algorithms(True)
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """State of PyTorch's random numbers, on the CPU and on the device."""
-    import torch
-
-    is_gpu = device.type == "cuda"
-    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if is_gpu else None}
-
-
-def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Go back to what `random_state` gave."""
-    import torch
-
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -140,12 +102,10 @@ def peak_memory(device: torch.device) -> float:
 def keep_freed_memory() -> None:
     """Let glibc reuse the memory of freed arrays, in this process and in those forked from it. By default it maps each
     large array anew, and the system fills it with zeros: on a CPU, half of the time of a training step."""
-    try:
+    with suppress(AttributeError, OSError, TypeError):  # musl, macOS, Windows
         set_option = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
-        return
-    set_option(_M_MMAP_MAX, 0)
-    set_option(_M_TRIM_THRESHOLD, -1)
+        set_option(-4, 0)  # M_MMAP_MAX of glibc's malloc.h
+        set_option(-1, -1)  # M_TRIM_THRESHOLD
 
 
 def init_process_group() -> None:
@@ -195,12 +155,7 @@ def progress(items: Iterable[Value] | None, title: str = "", total: int | None =
     return tqdm(items, title, total, **settings | how)
 
 
-def all_processes(flag: bool) -> bool:
-    """Whether `flag` is true in all processes. All of them call it; none waits for its device."""
-    return all(all_gather(flag))
-
-
-def all_reduce(numbers: Tensor) -> None:
+def all_reduce(numbers: torch.Tensor) -> None:
     """Replace a tensor by its sum over the processes."""
     if _world_size > 1:
         with _one_line_for_lost_processes():
@@ -208,7 +163,7 @@ def all_reduce(numbers: Tensor) -> None:
 
 
 def all_gather(value: Value) -> list[Value]:
-    """The value of each process, in the order of their ranks, in every process."""
+    """The value of each process, in the order of their ranks, in every process. None waits for its device."""
     values = [value] * _world_size
     if _world_size > 1:
         with _one_line_for_lost_processes():

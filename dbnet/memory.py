@@ -22,7 +22,6 @@ from dbnet.geometry import padded
 
 if TYPE_CHECKING:  # most of this is used without PyTorch
     import torch
-    from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -136,14 +135,7 @@ def resize_sample(micro: Batch, scale: float) -> Batch:
     from torch.nn import functional as F
 
     size = tuple(padded(round(side * scale)) for side in micro["image"].shape[1:3])
-
-    def resize(maps: Tensor, **how: Any) -> Tensor:
-        return F.interpolate(maps.float(), size=size, **how)
-
-    image = resize(micro["image"].permute(0, 3, 1, 2), mode="bilinear", antialias=True)
-    return {
-        "image": image.round().clamp(0, 255).byte().permute(0, 2, 3, 1),
-        "prob_map": resize(micro["prob_map"][:, None], mode="nearest-exact")[:, 0],
-        "thresh_levels": resize(micro["thresh_levels"][:, None], mode="bilinear")[:, 0],
-        "mask": resize(micro["mask"][:, None], mode="nearest-exact")[:, 0],
-    }
+    modes = {"prob_map": "nearest-exact", "thresh_levels": "bilinear", "mask": "nearest-exact"}
+    maps = {name: F.interpolate(micro[name][:, None].float(), size, mode=mode)[:, 0] for name, mode in modes.items()}
+    image = F.interpolate(micro["image"].permute(0, 3, 1, 2).float(), size, mode="bilinear", antialias=True)
+    return {**maps, "image": image.round().clamp(0, 255).byte().permute(0, 2, 3, 1)}

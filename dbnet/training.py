@@ -35,9 +35,7 @@ from dbnet.device import (
     peak_memory,
     pick_amp_dtype,
     print0,
-    random_state,
     rank,
-    restore_random_state,
     world_size,
 )
 from dbnet.errors import UserError, is_out_of_memory, library_errors, typed
@@ -162,6 +160,28 @@ def learning_rate(config: Config, epoch: int, progress: float = 1.0) -> float:
     else:
         rate = config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
     return rate * min(1.0, (epoch + progress) / config.warmup_epochs) if config.warmup_epochs else rate
+
+
+def seed_all(config: Config) -> None:
+    """Seed the random numbers of PyTorch (samples have seeds of their own), and obey config.deterministic."""
+    torch.manual_seed(config.seed)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """State of PyTorch's random numbers, on the CPU and on the device."""
+    is_gpu = device.type == "cuda"
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if is_gpu else None}
+
+
+def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Go back to what `random_state` gave."""
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 class WeightAverage:
