@@ -90,6 +90,9 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
 
     init_process_group()
     checkpoints = [find_weights(path) for path in args.checkpoints] or [from_first(default_checkpoint)]
+    for place in args.images or []:
+        if place.suffix.lower() in (".pt", ".onnx"):  # --images takes all words that follow it
+            raise UserError(f"--images {place}: is a checkpoint, not an image; name it in front of --images")
     network = load_network(checkpoints, changes)
     config = network.config
     images = find_images_at(args.images) if args.images else read_images(config.data, "test", config.format)

@@ -29,12 +29,14 @@ from dbnet.errors import is_out_of_memory, one_line_errors, run_script
 def parse_arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
     """The script's own arguments, and the fields of the configuration that the command changes."""
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--preset", help=f"configuration to start from: {', '.join(PRESETS)} (v1)")
+    parser.add_argument("--preset", choices=PRESETS, help="configuration to start from (v1)")
     parser.add_argument("--run", metavar="NAME", help="folder of the run under runs/ (preset and time)")
     parser.add_switch("--resume", "go on with the run; without --run, the newest one")
     parser.add_argument("--init", type=Path, metavar="CKPT", help="start from the weights of this checkpoint")
     parser.add_switch("--print-config", "print the resolved configuration as JSON and exit")
-    parser.add_argument("--diff", metavar="PRESET", help="print what differs from this preset and exit")
+    parser.add_argument(
+        "--diff", choices=PRESETS, metavar="PRESET", help="print what differs from this preset and exit"
+    )
     parser.add_argument("--show-samples", type=Path, metavar="FILE.png", help="picture some training samples and exit")
     parser.add_switch("--profile", "measure memory and speed on this device and exit")
     parser.add_config_flags()

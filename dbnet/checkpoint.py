@@ -46,7 +46,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     values (such a file could run code; it is not executed)."""
     check_regular(path)
     if not os.path.isfile(path):
-        raise UserError(f"{path}: no such checkpoint")
+        is_folder = ", but a folder; name the best.pt in it (images go with --images)" if path.is_dir() else ""
+        raise UserError(f"{path}: no such checkpoint{is_folder}")
     with library_errors(f"{path}: not a checkpoint, or a damaged one"), warnings.catch_warnings():
         _check_archive(path)
         warnings.simplefilter("ignore")  # about pickle protocols: what matters is whether it can be read

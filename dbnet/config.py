@@ -377,6 +377,9 @@ class ArgumentParser(argparse.ArgumentParser):
         """The script's own arguments, and the configuration fields that the command changes. A boolean field may stand
         alone (`--strict`) or with a value (`--use-polygon false`)."""
         tokens = list(sys.argv[1:] if arguments is None else arguments)
+        for before, token in pairwise(["", *tokens]):
+            if not token or re.fullmatch("--[a-z-]+=", token):  # of an unset variable; as a path, it is the folder .
+                self.error(f"{token or before}: has an empty value")
         switches = {flag for action in self._actions if action.metavar == "BOOL" for flag in action.option_strings}
         for i in reversed(range(len(tokens))):
             if tokens[i] in switches:

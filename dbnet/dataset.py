@@ -34,7 +34,7 @@ from dbnet.errors import ImageError, UserError, is_out_of_memory
 from dbnet.files import stamp
 from dbnet.geometry import Letterbox, areas, inference_side, padded, split_polygons
 from dbnet.images import file_of, read_image, read_size
-from dbnet.splits import read_split
+from dbnet.splits import check_scorable, read_split
 from dbnet.targets import draw_targets, make_targets, polygon_mask
 
 if TYPE_CHECKING:
@@ -273,7 +273,9 @@ class TextDataset(ImageDataset):
         super().__init__(list(images.values()), config, list(images))
         self.train = train
         self.annotations = list(annotations.values())
-        if train:
+        if not train:
+            check_scorable(config.data, split, self.annotations)
+        else:
             self.pad = config.pad
             self.words = [gather_words(annotation) for annotation in self.annotations]
             self._cache = PixelCache(len(images), config)

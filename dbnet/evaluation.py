@@ -24,7 +24,7 @@ from dbnet.geometry import Polygons, common_areas, near_pairs
 from dbnet.images import read_size
 from dbnet.inference import Network, Pipeline
 from dbnet.metric import MAX_DETECTIONS, CLEval, DatasetScore, Flags, ImageScore, Outlines, match_image
-from dbnet.splits import read_split
+from dbnet.splits import check_scorable, read_split
 
 IOU_MIN_POINTS = 3  # polygons with fewer have no area
 MIN_IOU = 0.5  # a match has more than this
@@ -315,6 +315,7 @@ def evaluate_submission(path: Path, config: Config, split: str, picture: Picture
     """Score a file of detections. Images that it lacks count as without detections, and one line says how many. Raises
     UserError where the file is not of this split."""
     images, annotations, _ = read_split(config.data, split, config.format, need_images=False)
+    check_scorable(config.data, split, annotations.values())
     submission = read_detections(path, list(annotations))
     if unknown := [name for name in submission if name not in images]:
         where = f"not in the split {split} of {config.data} (nor are {len(unknown) - 1} others)"

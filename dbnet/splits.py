@@ -51,6 +51,12 @@ def read_split(data: str | Path, split: str, form: str = "auto", need_images: bo
     return Split({name: path for name, (path, _) in found.items()}, annotations, [*map(len, parts.values())])
 
 
+def check_scorable(data: str | Path, split: str, annotations: Collection[Annotation]) -> None:
+    """Raise UserError where a split has no word that counts, as a test split without labels: all scores would be 0."""
+    if all(all(annotation.dont_care) for annotation in annotations):
+        raise UserError(f"{data}: no image of {split} has a word that can be scored; label some, or use another split")
+
+
 def read_images(data: str | Path, split: str, form: str = "auto") -> dict[str, Path]:
     """Images of a split that needs no annotations, by name: in the order of its json where there is one."""
     folders = [folder for folder, has in _folders(data, split, form).items() if has]

@@ -479,21 +479,7 @@ def test_mistakes_of_train(place, data, tmp_path, typed):
     rejected(train("--device", "cuda:99"), "--device cuda:99")
     rejected(typed("train.py", "--preset", "v9", cwd=place), "v9", "v1")
     rejected(train("--weights", "absent.pth"), "absent.pth", "--weights none")
-    for name in (
-        "../x",
-        "/x",
-        "a/b",
-        "a\\b",
-        "",
-        ".",
-        "..",
-        "first/",
-        "runs/first",
-        "NUL",
-        "com1.txt",
-        "a.",
-        "x" * 300,
-    ):
+    for name in ("../x", "/x", "a/b", "a\\b", " ", ".", "..", "runs/first", "NUL", "com1.txt", "a.", "x" * 300):
         for flags in ((), ("--resume",)):
             rejected(train("--run", name, *flags), f"--run {name}: takes a plain folder name")
     answer = train("--run", "nothere", "--resume", "--data", tmp_path / "absent").stderr.splitlines()
@@ -517,6 +503,8 @@ def test_mistakes_of_evaluate_and_predict(place, tmp_path, typed):
     rejected(typed("evaluate.py", checkpoint, "--tune", "--save", "--thresh", "0.2", cwd=place), "another --thresh")
     rejected(typed("evaluate.py", checkpoint, "--backbone", "resnet18", cwd=place), "another architecture")
     rejected(typed("evaluate.py", checkpoint, "--submission", "a.csv", cwd=place), "--submission")
+    rejected(typed("predict.py", "--images", tmp_path, checkpoint, cwd=place), "best.pt: is a checkpoint, not an image")
+    rejected(typed("predict.py", "runs/first", cwd=place), "runs/first: no such checkpoint, but a folder", "best.pt")
     rejected(typed("predict.py", checkpoint, "--images", tmp_path / "empty", cwd=place), "holds no images")
     rejected(typed("predict.py", checkpoint, "--images", tmp_path / "absent", cwd=place), "no such file or folder")
     rejected(typed("predict.py", checkpoint, "--out", tmp_path / "a.txt", cwd=place), "a.txt", "--out-format")
@@ -525,6 +513,19 @@ def test_mistakes_of_evaluate_and_predict(place, tmp_path, typed):
     rejected(typed("predict.py", checkpoint, "--out", tmp_path / "absent" / "a.csv", cwd=place), "a.csv")
     rejected(typed("predict.py", checkpoint, "--overlays", tmp_path / "file", cwd=place), "file", "another folder")
     rejected(typed("predict.py", tmp_path / "file", cwd=place), "file: not a checkpoint")
+
+
+def test_a_split_without_a_word_to_score_is_rejected_before_the_work(place, data, tmp_path, typed):
+    content = json.loads((data / "jsons/val.json").read_text())
+    for image in content["images"].values():
+        for word in image["words"].values():
+            word["illegibility"] = True
+    (data / "jsons/val.json").write_text(json.dumps(content))
+    (tmp_path / "a.csv").write_text("filename,polygons\n")
+    words = f"{data}: no image of val has a word that can be scored"
+    for scored in ([place / "runs/first/best.pt"], ["--submission", tmp_path / "a.csv"]):
+        rejected(typed("evaluate.py", *scored, "--data", data, cwd=tmp_path), words)
+    rejected(typed("train.py", "--preset", "lite", *TINY, "--data", data, cwd=tmp_path), words)
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,6 @@ def test_a_boolean_flag_stands_alone_or_with_a_value():
     ("typed", "takes"),
     [
         ("--use-polygon maybe", "true or false"),
-        ("--resume=", "true or false"),
         ("--resume 2", "true or false"),
         ("--train-sizes a,b", "whole numbers separated by commas"),
         ("--train-sizes 640.5", "whole numbers separated by commas"),
@@ -125,6 +124,9 @@ def test_a_value_of_another_kind_names_its_flag_and_what_it_takes(typed, takes):
     flag, value = re.split("[ =]", typed)
     with pytest.raises(UserError, match=re.escape(f"{flag}: takes {takes}, not {value!r}")):
         parser.parse([*typed.split(), "a.pt"])
+    for empty in (["--data", ""], ["--data="], ["--tta", "--data", "", "a.pt"]):
+        with pytest.raises(UserError, match=r"--data=?: has an empty value"):
+            parser.parse(empty)
     with pytest.raises(UserError, match=r"--amp.*'maybe'.*'auto', 'off', 'fp16', 'bf16'"):
         parser.parse(["--amp", "maybe"])
     args, changes = parser.parse(["--tta", "lite", "a.pt", "--strict", "no", "--resume"])
