@@ -49,14 +49,9 @@ SETTINGS_APART = {"batch_size", "cache_gb", "compile", "data", "device", "worker
 
 def main() -> None:
     parser = ArgumentParser(__doc__)
-    parser.add_argument(
-        "checkpoints",
-        nargs="*",
-        type=Path,
-        metavar="CKPT",
-        help="checkpoint, several whose probability maps are averaged, a .onnx file, or lite (finds lines) or "
-        "lite-words, which come with the program (newest runs/*/best.pt, else lite)",
-    )
+    weights_help = "checkpoint, several whose probability maps are averaged, a .onnx file, or lite (finds lines) or "
+    weights_help += "lite-words, which come with the program (newest runs/*/best.pt, else lite)"
+    parser.add_argument("checkpoints", nargs="*", type=Path, metavar="CKPT", help=weights_help)
     images_help = "folders, images, PDFs, quoted patterns (DATA/images/test)"
     parser.add_argument("--images", nargs="+", type=Path, metavar="PLACE", help=images_help)
     out = Path("submission.csv")
@@ -64,15 +59,10 @@ def main() -> None:
     formats = ("auto", "csv", "competition", "icdar", "coco", "labelme", "ppocrlabel")
     parser.add_argument("--out-format", choices=formats, default="auto", help="format of that file (by its suffix)")
     parser.add_argument("--overlays", type=Path, metavar="DIR", help="also write the images with their polygons here")
-    parser.add_argument(
-        "--crops", type=Path, metavar="DIR", help="also write each word here, upright, with index.csv in reading order"
-    )
-    parser.add_argument(
-        "--sort-by",
-        choices=("name", "uncertainty"),
-        default="name",
-        help="order of the images in the file: uncertainty puts first those whose labels need most correction",
-    )
+    crops_help = "also write each word here, upright, with index.csv in reading order"
+    parser.add_argument("--crops", type=Path, metavar="DIR", help=crops_help)
+    order_help = "order of the images in the file: uncertainty puts first those whose labels need most correction"
+    parser.add_argument("--sort-by", choices=("name", "uncertainty"), default="name", help=order_help)
     parser.add_switch("--resume", "continue an interrupted prediction for --out")
     parser.add_config_flags(of_checkpoint=True)
     run(*parser.parse())
@@ -111,10 +101,8 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
     found = {path: annotation for path, annotation in done.items() if pictures.are_there(path, annotation)}
     rest = [path for path in paths if path not in found]
     all_gather(None)  # no process writes before each has read
-    print0(
-        f"{' '.join(map(str, checkpoints))} ({network}) on {len(rest)} images, {network.device}"
-        + (f"; {len(found)} are done" if args.resume else "")
-    )
+    earlier = f"; {len(found)} are done" if args.resume else ""
+    print0(f"{' '.join(map(str, checkpoints))} ({network}) on {len(rest)} images, {network.device}{earlier}")
     newly, unreadable = detect(rest, network, pictures, journal, keys)
     for theirs, failed in all_gather((newly, unreadable)):
         found |= theirs
@@ -169,8 +157,7 @@ def print_summary(
         print(line)
     polygons = sum(len(annotation.polygons) for annotation in rows.values())
     print(f"{args.out}: {len(rows)} images, {polygons} polygons, {len(unreadable)} images could not be read")
-    full = [name for name, row in rows.items() if len(row.polygons) >= max_candidates]
-    if full:
+    if full := [name for name, row in rows.items() if len(row.polygons) >= max_candidates]:
         count = f"{len(full)} images have {max_candidates} polygons, {full[0]} first"
         print(f"{count}: raise --max-candidates for all text")
     if form == "icdar" and any(len(polygon) != 4 for row in rows.values() for polygon in row.polygons):
@@ -185,8 +172,7 @@ def print_summary(
 
 def default_checkpoint() -> Path:
     """The newest best.pt of all runs; without a run, the weights that come with the program."""
-    found = sorted(Path("runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
-    if found:
+    if found := sorted(Path("runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime):
         return found[-1]
     from dbnet.inference import find_weights
 

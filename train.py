@@ -34,9 +34,7 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_switch("--resume", "go on with the run; without --run, the newest one")
     parser.add_argument("--init", type=Path, metavar="CKPT", help="start from the weights of this checkpoint")
     parser.add_switch("--print-config", "print the resolved configuration as JSON and exit")
-    parser.add_argument(
-        "--diff", choices=PRESETS, metavar="PRESET", help="print what differs from this preset and exit"
-    )
+    parser.add_argument("--diff", choices=PRESETS, metavar="PRESET", help="print what differs from it and exit")
     parser.add_argument("--show-samples", type=Path, metavar="FILE.png", help="picture some training samples and exit")
     parser.add_switch("--profile", "measure memory and speed on this device and exit")
     parser.add_config_flags()

@@ -60,9 +60,8 @@ def draw_targets(
     prob_map, thresh_levels = np.zeros((2, height, width), np.uint8)
     lost, effort = set(range(len(polygons))), 0.0
     for indices, points in _stacked_by_point_count(polygons):
-        distances = offset_distances(
-            points.reshape(-1, 2).astype(float), np.full(*points.shape[:2]), 1 - shrink_ratio**2
-        )
+        flat, counts = points.reshape(-1, 2).astype(float), np.full(*points.shape[:2])
+        distances = offset_distances(flat, counts, 1 - shrink_ratio**2)
         can_be_shrunk = (distances > 0) & ~np.fromiter(map(is_tangled, points), bool, len(points))
         efforts = points.shape[1] * (np.ptp(points, axis=1) / (width, height)).clip(0, 1).prod(axis=1)
         order = efforts.argsort(kind="stable")  # so that the large ones are left out
@@ -146,8 +145,7 @@ def _raise_in_boxes(
     slopes = (-LEVELS / distances).astype(np.float32)[:, None]
     width, height = sizes.max(axis=0).tolist()
     x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
-    basis = np.ones((4, height, width), np.float32)
-    basis[1], basis[2], basis[3] = x, y, np.square(x) + np.square(y)
+    basis = np.stack(np.broadcast_arrays(np.float32(1), x, y, np.square(x) + np.square(y)))
     planes, order = coefficients.shape[1], np.lexsort(sizes.T[::-1])
     corners = np.concatenate([first, last, sizes], axis=1).tolist()
     for group in np.split(order, range(AT_ONCE, len(order), AT_ONCE)):
