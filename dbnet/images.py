@@ -313,19 +313,20 @@ def _jpeg_scans(path: Path, data: bytes) -> tuple[int, bool]:
 
 # ---- pages of PDF files: rendered in a process of its own, since PDFium aborts its process for some files
 
+_LOCKS: dict[int, Lock] = {}  # by process, since one may fork while a thread holds its lock
 _PAGE_SECONDS = 60  # until a page counts as one that does not end
 _RENDERER_BYTES = 3 << 30  # that the rendering process may take in addition to what it has after starting
 _MAX_PAGES_TRIED = 100_000
 
 
 @lru_cache(maxsize=1)
-def _renderer(process: int) -> tuple[Any, Lock, bool]:
-    """A process that runs `_serve_pages` for this one, a lock on it, and whether the user's limits leave it its memory;
-    a forked process has one of its own. It is in a session of its own, which Ctrl-C does not reach."""
+def _renderer(process: int) -> tuple[Any, bool]:
+    """A process that runs `_serve_pages` for this one, and whether the user's limits leave it its memory; a forked
+    process has one of its own. It is in a session of its own, which Ctrl-C does not reach."""
     code = f"import sys; sys.path[:] = {sys.path!r}; from dbnet.images import _serve_pages; _serve_pages()"
     words, pipe = [sys.executable, "-c", code], subprocess.PIPE
     renderer: Any = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True)
-    return renderer, Lock(), renderer.stdout.readline() == b"room\n"  # without a line, it could not even start
+    return renderer, renderer.stdout.readline() == b"room\n"  # without a line, it could not even start
 
 
 def _ask_renderer(path: Path, longest: int | None = None) -> dict[str, Any]:
@@ -336,11 +337,11 @@ def _ask_renderer(path: Path, longest: int | None = None) -> dict[str, Any]:
     if longest is not None and number is None:
         raise ImageError(f"{path}: a PDF of {len(list_pages(path))} pages; name one, e.g. {path.name}#page=1")
     check_regular(file, ImageError)
-    with _reading(path):
-        file.open("rb").close()  # for the system's own reason where it cannot be opened
-        renderer, lock, has_room = _renderer(os.getpid())
     question = {"file": os.path.abspath(file), "number": number, "longest": longest, "max_pixels": MAX_PIXELS}
-    with lock:
+    with _LOCKS.setdefault(os.getpid(), Lock()):
+        with _reading(path):
+            file.open("rb").close()  # for the system's own reason where it cannot be opened
+            renderer, has_room = _renderer(os.getpid())
         timer = Timer(_PAGE_SECONDS, renderer.kill)
         timer.daemon = True
         timer.start()

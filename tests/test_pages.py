@@ -192,10 +192,13 @@ def test_a_page_that_does_not_end_or_breaks_pdfium_ends_alone(tmp_path, pdf, mon
     bomb = tmp_path / "bomb.pdf"
     bomb.write_bytes(pdf_of_nested_forms(12, 40))
     read_size(page(pdf, 1))  # from here on the process runs
-    with monkeypatch.context() as patch:
-        patch.setattr(images, "_PAGE_SECONDS", 1)
-        with pytest.raises(ImageError, match=r"bomb\.pdf#page=1: takes more than 1 s or 3 GB to render, or breaks"):
-            read_image(page(bomb, 1))
+    with monkeypatch.context() as patch, ThreadPoolExecutor(4) as pool:
+        patch.setattr(images, "_PAGE_SECONDS", 2)
+        broken = pool.submit(read_image, page(bomb, 1))
+        waiting = [pool.submit(read_size, page(pdf, 1)) for _ in range(3)]
+        with pytest.raises(ImageError, match=r"bomb\.pdf#page=1: takes more than 2 s or 3 GB to render, or breaks"):
+            broken.result()
+        assert {each.result() for each in waiting} == {(WIDTH, HEIGHT)}
     assert read_image(page(pdf, 1))[1] == (WIDTH, HEIGHT)
     images._renderer(os.getpid())[0].kill()  # as PDFium's own abort does
     with pytest.raises(ImageError, match="breaks PDFium"):

@@ -12,8 +12,7 @@ def main() -> None:
         parser.add_argument(f"--{split}", type=int, default=count, metavar="N", help=f"{split} images ({count})")
     parser.add_argument("--size", type=int, default=640, help="longer side of the images in pixels (640)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same data set (0)")
-    font = "a .ttf or .otf to use; repeatable"
-    parser.add_argument("--font", dest="fonts", action="append", default=[], metavar="FILE", help=font)
+    parser.add_argument("--font", dest="fonts", action="append", default=[], metavar="FILE", help="font; repeatable")
     parser.add_argument("--lines", action="store_true", help="label lines of a column, not words")
     parser.add_argument("--varied", action="store_true", help="also dark paper, tight lines, dirt, turned pages")
     args = parser.parse_args()

@@ -300,23 +300,21 @@ def print_row(sheet: Sheet, row: Row, face: Typeface, size: int, band: tuple[int
     margin = (WORD_MARGIN * size + 0.5) * np.array((-1, -1, 1, 1))
     for cell in row.cells:
         room = (cell.right - cell.left) * across - (size * 0.4 if cell.right < 1 else 0)
-        rest, width = cell.text.split(), 0
-        words, printed = list[tuple[str, np.ndarray, int, int]](), list[tuple[str, np.ndarray]]()
+        rest, width, words = cell.text.split(), 0, list[tuple[str, np.ndarray, np.ndarray]]()
         while rest:
             ink, rise = word_ink(face, size, row.bold, rest[0])
             left = width + space if words else 0
             if ink.size == 0 or left + ink.shape[1] > room:
                 break
-            words.append((rest.pop(0), ink, left, baseline + rise))
             width = left + ink.shape[1]
-        origin = round(x0 + padding + cell.left * across + cell.align * (room - width))
-        for text, ink, left, top in words:
-            box = np.array((origin + left, top, origin + left + ink.shape[1], top + ink.shape[0]))
-            spot = sheet.ink[box[1] : box[3], box[0] : box[2]]
+            words.append((rest.pop(0), ink, np.array((left, rise, width, rise + ink.shape[0]))))
+        origin = (round(x0 + padding + cell.left * across + cell.align * (room - width)), baseline) * 2
+        for _, ink, box in words:
+            left, top, right, bottom = box + origin
+            spot = sheet.ink[top:bottom, left:right]
             spot[:] = spot - np.minimum(ink, spot) if row.inverted else np.maximum(spot, ink)
-            printed.append((text, box + margin))
-        sheet.cells += [printed] if printed else []
-    return " ".join(rest) if printed else ""
+        sheet.cells += [[(text, box + origin + margin) for text, _, box in words]] if words else []
+    return " ".join(rest) if words else ""
 
 
 def print_sheet(rng: Generator, width: int, height: int, face: Typeface, words: Vocabulary, varied: bool) -> Sheet:
