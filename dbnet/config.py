@@ -12,25 +12,18 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Self, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Self, get_args, get_origin, get_type_hints
 
 from dbnet.errors import UserError
 
 STRIDE = 32  # image sides are multiples of the coarsest stride of the backbone
 
 
-@dataclass(frozen=True)
-class Range:
-    """The values a number may take, both ends included."""
+class Range(NamedTuple):
+    """The values a number may take, both ends included. Neither infinity nor nan is within."""
 
     low: float
-    high: float = math.inf
-
-    def __contains__(self, value: float) -> bool:
-        return value < math.inf and self.low <= value <= self.high  # nan is not contained
-
-    def __str__(self) -> str:
-        return f"from {self.low:g} up" if self.high == math.inf else f"from {self.low:g} to {self.high:g}"
+    high: float = sys.float_info.max
 
 
 Count = Annotated[int, Range(1)]
@@ -42,11 +35,12 @@ Weight = Annotated[float, Range(0)]
 class Config:
     """All settings of a run, checked and immutable.
 
-    Each field is a flag of the scripts (`batch_size` is `--batch-size 4`), and its docstring is the help of the flag.
-    Raises UserError, naming the flag and the allowed values, when a value is of the wrong type or out of range.
+    Each field is a flag of the scripts (`batch_size` is `--batch-size 4`), and its docstring is the help of the flag;
+    the comments between them are the titles of the help's chapters. Raises UserError, naming the flag and the allowed
+    values, when a value is of the wrong type or out of range.
     """
 
-    # network
+    # shape of the network
     backbone: str = "resnet18"
     """network of torchvision by its name there (ResNet, ResNeXt, EfficientNet, ConvNeXt, MobileNetV3, RegNet, Swin:
     resnet50, convnext_tiny, ...), or timm:NAME where timm is installed (timm:hrnet_w44)"""
@@ -59,7 +53,7 @@ class Config:
     binarization_k: Annotated[float, Range(1)] = 50.0
     """steepness k of the differentiable binarization 1 / (1 + exp(-k (P - T)))"""
 
-    # images and samples
+    # images, and how they become samples
     data: str = "data/datasets"
     """folder with images/{train,val,test}/ and jsons/{train,val,test}.json; several folders, separated by commas, are
     one data set, each in a format of its own"""
@@ -91,7 +85,7 @@ class Config:
     thresh_max: Fraction = 0.7
     """value of the threshold map on outlines"""
 
-    # augmentation
+    # random changes of training images
     flip_p: Fraction = 0.5
     """probability of a horizontal flip"""
     rotate90_p: Fraction = 0.0
@@ -119,7 +113,7 @@ class Config:
     shadow_p: Fraction = 0.0
     """probability of a shadow with a straight edge"""
 
-    # loss
+    # weights of the loss w_p BCE(P) + w_b dice(B) + w_t L1(T)
     prob_loss_weight: Weight = 5.0
     """weight of the balanced cross entropy of the probability map"""
     thresh_loss_weight: Weight = 10.0
@@ -169,7 +163,7 @@ class Config:
     save_minutes: Weight = 10.0
     """minutes between two saves within an epoch; 0 saves only at its end"""
 
-    # device
+    # device and precision
     device: str = "auto"
     """device of the network: auto (the GPU where there is one), cpu, cuda or cuda:N; for a .onnx file also what else
     its ONNX Runtime runs on (openvino, coreml, ...)"""
@@ -178,7 +172,7 @@ class Config:
     compile: bool = False
     """compilation by torch.compile: minutes at the start for faster steps; needs a C++ compiler"""
 
-    # detection
+    # from a probability map to polygons
     tta: bool = False
     """test-time augmentation: the mean map of the image at several sizes, and mirrored for networks trained with
     flips; a little more accurate, three to six times the time"""
@@ -241,17 +235,6 @@ class Config:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-# Chapters of the help: their first field and their title.
-CHAPTERS = {
-    "backbone": "shape of the network",
-    "data": "images, and how they become samples",
-    "flip_p": "random changes of training images",
-    "prob_loss_weight": "weights of the loss w_p BCE(P) + w_b dice(B) + w_t L1(T)",
-    "epochs": "training",
-    "device": "device and precision",
-    "tta": "from a probability map to polygons",
-}
-
 # Fields that decide the shape of the network: fixed in a checkpoint.
 NETWORK_FIELDS = ("backbone", "weights", "pyramid_channels", "fusion", "binarization_k")
 
@@ -272,6 +255,11 @@ _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "
 def _hints() -> dict[str, Any]:
     """Field names and type hints in the order of the fields."""
     return get_type_hints(Config, include_extras=True)
+
+
+def _chapters() -> dict[str, str]:
+    """The first field of each chapter and the chapter's title, read from the source of Config."""
+    return {name: title for title, name in re.findall(r"^    # (.+)\n    (\w+):", inspect.getsource(Config), re.M)}
 
 
 @cache
@@ -305,8 +293,10 @@ def _check(name: str, hint: Any, value: Any) -> None:
         not isinstance(each, allowed) or isinstance(each, bool) != (of is bool) for each in values
     ):
         raise UserError(f"{typed}: takes {_TAKES[kind]}")
-    if get_origin(hint) is Annotated and value not in get_args(hint)[1]:
-        raise UserError(f"{typed}: must be {get_args(hint)[1]}")
+    if get_origin(hint) is Annotated:
+        low, high = get_args(hint)[1]
+        if not low <= value <= high:
+            raise UserError(f"{typed}: must be from {low:g} {'up' if high == sys.float_info.max else f'to {high:g}'}")
 
 
 BASELINE = Config()
@@ -355,9 +345,10 @@ class ArgumentParser(argparse.ArgumentParser):
             if of_checkpoint
             else "In parentheses: the value of preset v1; for another preset, --preset NAME --print-config."
         )
+        chapters = _chapters()
         for name, hint in _hints().items():
-            if name in CHAPTERS:
-                chapter = self.add_argument_group(CHAPTERS[name])
+            if name in chapters:
+                chapter = self.add_argument_group(chapters[name])
             description = _docstrings()[name].replace("%", "%%")
             if not of_checkpoint:
                 description += f" ({_as_typed(getattr(V1, name))})"
