@@ -34,14 +34,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbnet.config import ArgumentParser
-from dbnet.errors import UserError, printable, run_script
+from dbnet.errors import ImageError, UserError, printable, run_script
 
 if TYPE_CHECKING:
     from argparse import Namespace
+    from collections.abc import Iterable
 
     from dbnet.annotations import Annotation
     from dbnet.files import Journal
-    from dbnet.inference import Network
+    from dbnet.inference import Detection
     from dbnet.pictures import ImagePictures
 
 SETTINGS_APART = {"batch_size", "cache_gb", "compile", "data", "device", "workers"}  # results do not depend on these
@@ -71,15 +72,16 @@ def main() -> None:
 def run(args: Namespace, changes: dict[str, Any]) -> None:
     """Detect text in the images that `args` names; the first process writes the results of all."""
     from dbnet.annotations import Annotation, choose_format, result_mark, uncertainty, write_detections
-    from dbnet.device import all_gather, from_first, init_process_group, is_first, print0, rank
+    from dbnet.dataset import ImageDataset
+    from dbnet.device import all_gather, from_first, init_process_group, is_first, print0, progress, rank, world_size
     from dbnet.files import Journal, check_outputs, make_folder, stamp
     from dbnet.images import file_of
-    from dbnet.inference import find_weights, load_network
+    from dbnet.inference import Pipeline, find_weights, load_network
     from dbnet.pictures import ImagePictures
     from dbnet.splits import find_images_at, read_images
 
     init_process_group()
-    checkpoints = [find_weights(path) for path in args.checkpoints] or [from_first(default_checkpoint)]
+    checkpoints = [find_weights(path) for path in args.checkpoints or [from_first(default_checkpoint)]]
     for place in args.images or []:
         if place.suffix.lower() in (".pt", ".onnx"):  # --images takes all words that follow it
             raise UserError(f"--images {place}: is a checkpoint, not an image; name it in front of --images")
@@ -103,7 +105,9 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
     all_gather(None)  # no process writes before each has read
     earlier = f"; {len(found)} are done" if args.resume else ""
     print0(f"{' '.join(map(str, checkpoints))} ({network}) on {len(rest)} images, {network.device}{earlier}")
-    newly, unreadable = detect(rest, network, pictures, journal, keys)
+    detections = Pipeline(ImageDataset(rest, config), config, network.device).detect(network)
+    detections = progress(detections, total=-(-len(rest) // world_size()))
+    newly, unreadable = collect(detections, rest, pictures, journal, keys)
     for theirs, failed in all_gather((newly, unreadable)):
         found |= theirs
         unreadable |= failed
@@ -120,21 +124,16 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
             raise UserError(f"{args.out}: is written, but none of the {len(lines)} images could be read; {lines[0]}")
 
 
-def detect(
-    paths: list[Path], network: Network, pictures: ImagePictures, journal: Journal, keys: dict[Path, str]
+def collect(
+    detections: Iterable[Detection], paths: list[Path], pictures: ImagePictures, journal: Journal, keys: dict[Path, str]
 ) -> tuple[dict[Path, Annotation], dict[Path, str]]:
-    """What is found in this process's share of the images, and a line for each image that could not be read."""
+    """Write pictures and journal of the images that this process detects text in. Returns what is found in them, and a
+    line for each that could not be read."""
     from dbnet.annotations import Annotation
-    from dbnet.dataset import ImageDataset
-    from dbnet.device import progress, world_size
-    from dbnet.errors import ImageError
-    from dbnet.inference import Pipeline
 
     found: dict[Path, Annotation] = {}
     unreadable: dict[Path, str] = {}
-    detections = Pipeline(ImageDataset(paths, network.config), network.config, network.device).detect(network)
-    share = -(-len(paths) // world_size())
-    for detection in progress(detections, total=share):
+    for detection in detections:
         path = paths[detection.index]
         found[path] = Annotation.detected(detection.polygons, detection.scores, detection.size)
         if detection.error:
@@ -171,14 +170,11 @@ def print_summary(
 
 
 def default_checkpoint() -> Path:
-    """The newest best.pt of all runs; without a run, the weights that come with the program."""
-    if found := sorted(Path("runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime):
-        return found[-1]
-    from dbnet.inference import find_weights
-
-    weights = find_weights(Path("lite"))
-    print(f"no run in runs/: the weights that come with dbnet are used, {weights}")
-    return weights
+    """The newest best.pt of all runs; without a run, `lite`, which comes with the program."""
+    found = sorted(Path("runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        print("no run in runs/: the weights lite, which come with dbnet, are used")
+    return found[-1] if found else Path("lite")
 
 
 cli = partial(run_script, main)  # the command dbnet-predict

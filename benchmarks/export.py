@@ -19,7 +19,7 @@ from dbnet.config import Config
 from dbnet.dataset import Batches, ImageDataset, TextDataset
 from dbnet.ensemble import Ensemble
 from dbnet.evaluation import evaluate
-from dbnet.inference import Network, OnnxNetwork, Pipeline, write_onnx
+from dbnet.inference import Network, OnnxNetwork, Pipeline, find_weights, write_onnx
 from dbnet.memory import BatchPlan
 from predict import default_checkpoint
 
@@ -33,7 +33,7 @@ def main() -> None:
         ("--images", {"type": int, "default": 60, "help": "validation images to score"}),
     ]
     args = parse_arguments(__doc__, *flags)
-    checkpoint = args.checkpoint or default_checkpoint()
+    checkpoint = find_weights(args.checkpoint or default_checkpoint())
     model, config, _ = load_model(checkpoint, {"data": str(args.data), "device": "cpu", "tta": False})
     model.to(memory_format=torch.channels_last)
     print_versions()

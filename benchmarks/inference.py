@@ -22,7 +22,7 @@ from dbnet.checkpoint import load_model
 from dbnet.dataset import TextDataset
 from dbnet.ensemble import Ensemble
 from dbnet.evaluation import evaluate
-from dbnet.inference import Pipeline, write_onnx
+from dbnet.inference import Pipeline, find_weights, write_onnx
 from dbnet.metric import score_image
 from predict import default_checkpoint
 
@@ -60,7 +60,7 @@ def main() -> None:
         ("--compiled", {"action": "store_true"}),
     ]
     args = parse_arguments(__doc__, *flags)
-    checkpoint = args.checkpoint or default_checkpoint()
+    checkpoint = find_weights(args.checkpoint or default_checkpoint())
     model, config, _ = load_model(checkpoint, {"data": str(args.data), "device": "cpu", "tta": False})
     dataset = TextDataset(config, "val", train=False)
     del dataset.paths[args.images :], dataset.names[args.images :], dataset.annotations[args.images :]
