@@ -54,11 +54,11 @@ def measure_sample(config: Config) -> list[tuple[str, str, str, str]]:
         Letterbox(*size, config.image_size).resize(pixels)
 
     def augment(draw: Draw) -> None:
-        pixels, _ = dataset.load(draw.place)
+        pixels, _ = dataset.load(draw)
         dataset.augmentation(draw).render(pixels, np.zeros((side, side, 3), np.uint8))
 
     def targets(draw: Draw) -> None:
-        _, letterbox = dataset.load(draw.place)
+        _, letterbox = dataset.load(draw)
         text, _ = dataset.polygons(draw.place, letterbox, dataset.augmentation(draw))
         draw_targets(text, side, side, config.shrink_ratio)
 

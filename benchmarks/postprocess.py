@@ -12,7 +12,7 @@ from measure import parse_arguments, print_table, print_versions, time_and_ratio
 
 from dbnet.augment import Augmentation
 from dbnet.config import Config
-from dbnet.dataset import TextDataset
+from dbnet.dataset import Draw, TextDataset
 from dbnet.postprocess import extract_polygons
 from dbnet.targets import draw_targets
 
@@ -48,7 +48,7 @@ def main() -> None:
 
 def draw_prob_map(dataset: TextDataset, index: int) -> np.ndarray:
     """(1024, 1024) float32: the text kernels of a receipt as a network gives them, soft and not quite straight."""
-    _, letterbox = dataset.load(index)
+    _, letterbox = dataset.load(Draw(index))
     text, _ = dataset.polygons(index, letterbox, Augmentation())
     side = dataset.config.image_size
     kernels = draw_targets(text, side, side)[0].astype(np.float32)

@@ -5,7 +5,6 @@ All are numpy arrays; only `make_loader`, whose batches are tensors, needs PyTor
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ from functools import partial
 from itertools import compress, groupby, islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -58,7 +57,7 @@ class PixelCache:
     the file has no name and vanishes with the last of them; else the process that made it removes it."""
 
     def __init__(self, images: int, config: Config) -> None:
-        slot = np.dtype([("key", "i8", 3), ("sizes", "i8", 4), ("pixels", "u1", 3 * config.image_size**2)])
+        slot = np.dtype([("key", "i8", 3), ("size", "i8", 2), ("pixels", "u1", 3 * config.image_size**2)])
         self._slots: np.ndarray = np.empty(0, slot)
         self._file = ""
         try:
@@ -90,16 +89,17 @@ class PixelCache:
         self._file = ""  # the process that made it removes it
         self._slots = np.asarray(np.memmap(file, slot, "r+")) if file else np.empty(0, slot)
 
-    def load(self, index: int, key: list[int]) -> tuple[np.ndarray, tuple[int, int]] | None:
-        """The pixels and the (width, height) stored for an image under this key, or None."""
+    def load(self, index: int, key: list[int]) -> tuple[np.ndarray, Letterbox] | None:
+        """What is stored for an image under this key, or None."""
         if index >= len(self._slots) or self._slots[index]["key"].tolist() != key:
             return None
-        height, width, *size = self._slots[index]["sizes"].tolist()
-        pixels = self._slots[index]["pixels"][: height * width * 3].reshape(height, width, 3).copy()
-        return pixels, (size[0], size[1])
+        original_width, original_height = self._slots[index]["size"].tolist()
+        letterbox = Letterbox(original_width, original_height, key[-1])
+        width, height = letterbox.resized
+        return self._slots[index]["pixels"][: height * width * 3].reshape(height, width, 3).copy(), letterbox
 
-    def store(self, index: int, key: list[int], pixels: np.ndarray, size: tuple[int, int]) -> None:
-        """Keep (height, width, 3) pixels and the original (width, height) under a key of what they are made from."""
+    def store(self, index: int, key: list[int], pixels: np.ndarray, letterbox: Letterbox) -> None:
+        """Keep a resized image under a key of what it is made from; the last is the side that it is resized to."""
         if index >= len(self._slots):
             return
         if _free_bytes() < _MIN_FREE + self._slots.itemsize:
@@ -109,7 +109,7 @@ class PixelCache:
         slot = self._slots[index]
         slot["key"] = 0  # a slot half written does not count
         slot["pixels"][: pixels.size] = pixels.reshape(-1)
-        slot["sizes"] = *pixels.shape[:2], *size
+        slot["size"] = letterbox.width, letterbox.height
         slot["key"] = key
 
 
@@ -122,7 +122,7 @@ class Draw(NamedTuple):
 
     place: int  # of the image in the data set
     epoch: int = 0
-    side: int | None = None  # longer side of the resized image in pixels; None is config.image_size
+    side: int | None = None  # its image_size in pixels; None is config.image_size
     repeat: int = 0  # how often the image has come in this epoch before
 
 
@@ -140,10 +140,8 @@ class ImageDataset:
 
     pad = "tight"  # or "square": all samples are image_size x image_size
 
-    def __init__(self, paths: Sequence[Path], config: Config, names: Sequence[str] | None = None) -> None:
-        """Without `names`, they are those of the files."""
-        self.paths = list(paths)
-        self.names = [path.name for path in paths] if names is None else list(names)
+    def __init__(self, paths: Sequence[Path], config: Config) -> None:
+        self.paths, self.names = list(paths), [path.name for path in paths]
         self.config = config
         self.further_sizes: tuple[int, ...] = ()
         self._sizes: dict[int, tuple[int, int] | None] = {}
@@ -165,52 +163,42 @@ class ImageDataset:
         """The samples of a batch, all of one shape. (The data loader looks for this name.)"""
         samples = self._at_one_size(draws)
         for side in self.further_sizes:
-            resized = {sample["index"]: sample for sample in self.at(side)._at_one_size(draws)}
-            for sample in samples:
-                other = resized[sample["index"]]
+            others = self._at_one_size([draw._replace(side=side) for draw in draws])
+            for sample, other in zip(samples, others, strict=True):
                 sample.update({"error": other["error"]} if "error" in other else {f"image_{side}": other["image"]})
         return samples
 
     def batch(self, draws: list[Draw]) -> Batch:
         """The samples' arrays, stacked, and `failed`, the (index, error) of each sample that could not be read. With no
         readable sample, `image` is missing."""
-        return _collate(self.__getitems__(draws), _stack)
-
-    def at(self, image_size: int) -> Self:
-        """The same images at another image size."""
-        other = copy.copy(self)
-        other.config = self.config.changed(image_size=image_size)
-        return other
+        return _collate(self.__getitems__(draws), np.stack)
 
     def _at_one_size(self, draws: list[Draw]) -> list[Sample]:
-        loaded, samples = [], []
-        for draw in draws:
+        loaded, samples = [], [Sample(index=draw.place) for draw in draws]
+        for draw, sample in zip(draws, samples, strict=True):
             try:
-                loaded.append((draw, *self.load(draw.place), self.augmentation(draw)))
+                loaded.append((draw, sample, *self.load(draw), self.augmentation(draw)))
             except ImageError as error:
-                samples.append({"index": draw.place, "error": str(error)})
-        sizes = [augmentation.size(*letterbox.resized) for _, _, letterbox, augmentation in loaded]
+                sample["error"] = str(error)
+        sizes = [augmentation.size(*letterbox.resized) for *_, letterbox, augmentation in loaded]
         shape = self._padded(sizes, draws[0].side)
-        for draw, pixels, letterbox, augmentation in loaded:
-            image = np.zeros((*shape, 3), np.uint8)
-            augmentation.render(pixels, image)
-            samples.append({"image": image, **self.labels(draw, letterbox, augmentation, shape), "index": draw.place})
+        for draw, sample, pixels, letterbox, augmentation in loaded:
+            sample["image"] = np.zeros((*shape, 3), np.uint8)
+            augmentation.render(pixels, sample["image"])
+            sample |= self.labels(draw, letterbox, augmentation, shape)
         return samples
 
-    def load(self, place: int) -> tuple[np.ndarray, Letterbox]:
+    def load(self, draw: Draw) -> tuple[np.ndarray, Letterbox]:
         """The resized image, (height, width, 3) uint8 RGB, and how it was resized. Raises ImageError."""
-        side = self.side(place)
-        pixels, size = self.read(place, side)
+        side = self.side(draw)
+        pixels, size = read_image(self.paths[draw.place], side)
         letterbox = Letterbox(*size, side)
         return letterbox.resize(pixels), letterbox
 
-    def read(self, place: int, side: int) -> tuple[np.ndarray, tuple[int, int]]:
-        return read_image(self.paths[place], side)
-
-    def side(self, place: int) -> int:
-        """Longer side in pixels of an image in the network; one that cannot be read counts as a square."""
-        size = self.size(place) or (self.config.image_size, self.config.image_size)
-        return inference_side(*size, self.config.image_size, self.config.enlarge)
+    def side(self, draw: Draw) -> int:
+        """Longer side in pixels of the resized image; one that cannot be read counts as a square."""
+        image_size = draw.side or self.config.image_size
+        return inference_side(*(self.size(draw.place) or (image_size, image_size)), image_size, self.config.enlarge)
 
     def augmentation(self, draw: Draw) -> Augmentation:
         """The augmentation of a sample in addition to resizing and padding: here, none."""
@@ -230,11 +218,11 @@ class ImageDataset:
 
     def shapes(self, draw: Draw) -> list[tuple[int, int]]:
         """`shape` at image_size and at each of the further sizes."""
-        return [dataset.shape(draw) for dataset in (self, *map(self.at, self.further_sizes))]
+        return [self.shape(draw._replace(side=side)) for side in (None, *self.further_sizes)]
 
     def shape(self, draw: Draw) -> tuple[int, int]:
         """(height, width) of a padded sample in pixels, from the header; without one, it counts as a square."""
-        resized = Letterbox(*(self.size(draw.place) or (1, 1)), self.side(draw.place)).resized
+        resized = Letterbox(*(self.size(draw.place) or (1, 1)), self.side(draw)).resized
         return self._padded([self.augmentation(draw).size(*resized)], draw.side)
 
     def _padded(self, sizes: list[tuple[int, int]], side: int | None) -> tuple[int, int]:
@@ -270,9 +258,8 @@ class TextDataset(ImageDataset):
 
     def __init__(self, config: Config, split: str, train: bool) -> None:
         images, annotations, self._folder_sizes = read_split(config.data, split, config.format)
-        super().__init__(list(images.values()), config, list(images))
-        self.train = train
-        self.annotations = list(annotations.values())
+        super().__init__(list(images.values()), config)
+        self.train, self.names, self.annotations = train, list(images), list(annotations.values())
         if not train:
             check_scorable(config.data, split, self.annotations)
         else:
@@ -323,20 +310,18 @@ class TextDataset(ImageDataset):
         seeds = [self.config.seed, draw.epoch, draw.place] + [draw.repeat] * (draw.repeat > 0)
         return draw_augmentation(self.config, np.random.default_rng(seeds), draw.side)
 
-    def side(self, place: int) -> int:
-        return self.config.image_size if self.train else super().side(place)
+    def side(self, draw: Draw) -> int:
+        return self.config.image_size if self.train else super().side(draw)
 
-    def read(self, place: int, side: int) -> tuple[np.ndarray, tuple[int, int]]:
+    def load(self, draw: Draw) -> tuple[np.ndarray, Letterbox]:
         if not self.train:
-            return super().read(place, side)
-        key = [*(stamp(file_of(self.paths[place])) or (0, 0)), side]
-        cached = self._cache.load(place, key)
-        if cached:
-            return cached
-        pixels, size = super().read(place, side)
-        pixels = Letterbox(*size, side).resize(pixels)
-        self._cache.store(place, key, pixels, size)
-        return pixels, size
+            return super().load(draw)
+        key = [*(stamp(file_of(self.paths[draw.place])) or (0, 0)), self.side(draw)]
+        found = self._cache.load(draw.place, key)
+        if not found:
+            found = super().load(draw)
+            self._cache.store(draw.place, key, *found)
+        return found
 
     def labels(self, draw: Draw, letterbox: Letterbox, augmentation: Augmentation, shape: tuple[int, int]) -> Sample:
         if not self.train:
@@ -432,13 +417,9 @@ def make_loader(batches: Batches, workers: int, pin_memory: bool) -> DataLoader:
     )
 
 
-def _stack(samples: list[Sample]) -> Batch:
-    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
-
-
-def _collate(samples: list[Sample], stack: Callable[[list[Sample]], Batch]) -> Batch:
+def _collate(samples: list[Sample], stack: Callable[[list[Any]], Any]) -> Batch:
     readable = [sample for sample in samples if "error" not in sample]
-    batch = stack(readable) if readable else {}
+    batch = {name: stack([sample[name] for sample in readable]) for name in (readable[0] if readable else ())}
     batch["failed"] = [(sample["index"], sample["error"]) for sample in samples if "error" in sample]
     return batch
 

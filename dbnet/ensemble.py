@@ -23,11 +23,8 @@ from dbnet.geometry import Letterbox, in_windows, inference_side, padded
 from dbnet.memory import BatchPlan
 from dbnet.model import prepare_for_cpu
 
-TTA_SCALES = (1.0, 0.75, 1.25)
-"""Sizes of test-time augmentation, as multiples of image_size."""
-
-MOST_THREADS = 4
-"""Images that a CPU looks at side by side, at most: each needs the memory of a network at work."""
+TTA_SCALES = (1.0, 0.75, 1.25)  # sizes of test-time augmentation, as multiples of image_size
+MOST_THREADS = 4  # images that a CPU looks at side by side, at most: each needs the memory of a network at work
 
 
 def has_fast_bf16() -> bool:
@@ -52,9 +49,7 @@ class Ensemble:
     """
 
     def __init__(self, views: Sequence[View], config: Config, device: torch.device) -> None:
-        self.views = list(views)
-        self.config = config
-        self.device = device
+        self.views, self.config, self.device = list(views), config, device
         self.sides: tuple[int, ...] = (config.image_size, *sorted({view.side for view in views} - {config.image_size}))
         cores = torch.get_num_threads()
         self.threads = 1 if config.compile else min(MOST_THREADS, cores)
@@ -143,7 +138,7 @@ class Ensemble:
             for side in self.sides
         }
         first, shape = self.sides[0], images[self.sides[0]].shape[1:3]
-        total: Tensor | None = None
+        total = torch.zeros((), device=self.device)
         for view in self.views:
             batch = images[view.side].to(self.device, non_blocking=True)
             if view.flip:
@@ -154,8 +149,7 @@ class Ensemble:
                 prob_map = mirrored(prob_map, resized[view.side])
             if view.side != first:
                 prob_map = fitted(prob_map, resized[view.side], resized[first], shape)
-            total = prob_map if total is None else total.add_(prob_map)
-        assert total is not None  # there is a view
+            total = total + prob_map
         return (total * (255 / len(self.views))).round().to(torch.uint8)
 
 

@@ -395,11 +395,10 @@ class Pipeline:
 
     def _look_closer(self, network: Network, index: int) -> Detection:
         """What is found in the image at a place of the data set by a network of another image size."""
-        image_size = network.config.image_size
-        dataset = self.dataset.at(image_size)
+        dataset, image_size = copy(self.dataset), network.config.image_size
         dataset.further_sizes = network.sides[1:]
         config = self.config.changed(image_size=image_size, small_text=0)
-        [found] = Pipeline(dataset, config, "cpu")._look(network, [Draw(index)], BatchPlan(1))
+        [found] = Pipeline(dataset, config, "cpu")._look(network, [Draw(index, side=image_size)], BatchPlan(1))
         return found
 
     def _enlarged_size(self, prob_map: np.ndarray, size: tuple[int, int], polygons: list[np.ndarray]) -> int:

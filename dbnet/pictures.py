@@ -1,4 +1,4 @@
-"""Pictures to look at: polygons over images, training samples, the curves of a run and the search of a tuning."""
+"""Pictures to look at: polygons over images, crops of words, training samples, and the curves of a run."""
 
 import csv
 import gc
@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dbnet.annotations import Annotation, as_labels
-from dbnet.dataset import Draw, TextDataset
+from dbnet.dataset import TextDataset
 from dbnet.errors import UserError, one_line, printable
 from dbnet.files import Row, make_folder, read_log, write_whole
 from dbnet.geometry import MOST_TALL, Letterbox, tall_share
@@ -31,15 +31,11 @@ PICTURE_MARK = "picture by dbnet"  # in every picture, which may be overwritten 
 INDEX_HEADER = ["crop", "image", "order", "line", "score", "polygon"]
 
 
-def draw_polygons(
-    image: np.ndarray, polygons: Iterable[np.ndarray], color: tuple[int, int, int] = TEXT_COLOR
-) -> np.ndarray:
+def draw_polygons(image: np.ndarray, polygons: Iterable[np.ndarray], color: tuple[int, ...] = TEXT_COLOR) -> np.ndarray:
     """A copy of (height, width, 3) uint8 RGB pixels with the outlines of (n, 2) polygons on it, in an RGB color."""
-    canvas = image.copy()
     thickness = max(1, round(max(image.shape[:2]) / 800))
     outlines = [np.round(polygon).astype(np.int32) for polygon in polygons]
-    cv2.polylines(canvas, outlines, isClosed=True, color=color, thickness=thickness, lineType=cv2.LINE_AA)
-    return canvas
+    return cv2.polylines(image.copy(), outlines, isClosed=True, color=color, thickness=thickness, lineType=cv2.LINE_AA)
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
@@ -144,10 +140,10 @@ def sample_sheet(dataset: TextDataset, count: int = 4, side: int = 480) -> np.nd
     Returns (count x side, 3 x side, 3) uint8 RGB. Raises ImageError for one that cannot be read.
     """
     rows = []
-    for index in range(min(count, len(dataset))):
-        _, letterbox = dataset.load(index)
-        text, illegible = dataset.polygons(index, letterbox, dataset.augmentation(Draw(index)))
-        sample = dataset[index]
+    for draw in dataset.draws(0)[:count]:
+        _, letterbox = dataset.load(draw)
+        text, illegible = dataset.polygons(draw.place, letterbox, dataset.augmentation(draw))
+        [sample] = dataset.__getitems__([draw])
         image = sample["image"]
         panels = [
             draw_polygons(draw_polygons(image, text), illegible, DONT_CARE_COLOR),
@@ -173,7 +169,6 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
 """Title, scale, and the colour of each curve by its key in the log"""
 
 SCORES_SHOWN = 0.1  # below the best score; what is lower is off the chart
-_DOTS_UNTIL = 40  # epochs: with more, dots on the lines would run into each other
 
 
 def show_progress(run: Path) -> None:
@@ -201,8 +196,7 @@ def draw_curves(rows: list[Row]) -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-    figure = Figure((15, 8.2))
-    figure.subplots_adjust(left=0.04, right=0.99, bottom=0.06, top=0.91, wspace=0.14, hspace=0.27)
+    figure = Figure((15, 8.2), layout="constrained")
     epochs, scores = [row["epoch"] for row in rows], _numbers(rows, "hmean")
     title, best = f"epoch {epochs[-1]}: H-Mean {scores[-1]:.4f}", None
     if (scores > 0).any():
@@ -210,11 +204,10 @@ def draw_curves(rows: list[Row]) -> "Figure":
         title += f"      best: {scores[best]:.4f} in epoch {epochs[best]}"
     figure.suptitle(title, x=0.01, ha="left")
     for axes, (name, scale, curves) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-        style = "-o" if len(rows) <= _DOTS_UNTIL else "-"
         for key, color in curves.items():
             values, label = _numbers(rows, key), key.removesuffix("_loss")
             values[(values <= 0) & (scale == "log")] = np.nan
-            axes.plot(epochs, values, style, color=color, markersize=4, label=f"{label} {values[-1]:.4g}")
+            axes.plot(epochs, values, ".-", color=color, label=f"{label} {values[-1]:.4g}")
         if scale == "log":
             axes.set_yscale("log", subs=[])
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -232,11 +225,6 @@ def draw_curves(rows: list[Row]) -> "Figure":
             if scale == "score":
                 axes.plot(epochs[best], scores[best], "o", color=VERMILION, fillstyle="none")
                 axes.set_ylim(max(0, scores[best] - SCORES_SHOWN), min(1, scores[best] + SCORES_SHOWN / 5))
-    batches = [f"{row.get('batch')} at {row.get('image_size')} px" for row in rows]
-    for epoch, before, batch in zip(epochs[1:], batches, batches[1:], strict=False):
-        if batch != before:  # marked in the last panel, that of memory
-            axes.axvline(epoch - 0.5, color="0.5", linestyle="--")
-            axes.annotate(batch, (epoch - 0.5, 0), (3, 4), textcoords="offset points", fontsize="small")
     return figure
 
 

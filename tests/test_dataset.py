@@ -221,7 +221,7 @@ def test_a_cached_image_is_the_decoded_one_until_its_file_changes(rendered, smal
             assert np.array_equal(value, decoded[index][name]), name
     assert cached._cache.load(1, [0, 0, 0]) is None
     shutil.copy(data / "images" / "train" / cached.paths[2].name, cached.paths[1])
-    assert np.array_equal(cached.load(1)[0], cached.load(2)[0])
+    assert np.array_equal(cached.load(Draw(1))[0], cached.load(Draw(2))[0])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
@@ -333,10 +333,10 @@ def test_what_ends_the_workers_is_one_line_with_the_way_out(error, message):
 class DeadlyDataset(ImageDataset):
     """Its second image ends the process that reads it, as the system does when memory is short."""
 
-    def read(self, place, side):
-        if place == 1:
+    def load(self, draw):
+        if draw.place == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().read(place, side)
+        return super().load(draw)
 
 
 def test_a_worker_that_dies_ends_the_loading_in_one_line(small, rendered):

@@ -1,4 +1,4 @@
-"""Pictures: curves of any log, the search of a tuning, overlays with a name each, and none of them in the way."""
+"""Pictures: curves of any log, overlays with a name each, and none of them in the way."""
 
 import gc
 import importlib.util
@@ -74,13 +74,6 @@ def test_a_log_without_numbers_or_scores_is_drawn(tmp_path):
         assert not any(lines(axes, VERMILION) for axes in figure.axes)  # 0 is not the best of anything
         write_curves(tmp_path, rows)
         assert Image.open(tmp_path / "curves.png").size == (1500, 820)
-
-
-def test_a_change_of_the_batch_is_marked_in_the_panel_of_memory():
-    rows = [make_row(epoch, 0.9, batch="8 x 2" if epoch < 6 else "4 x 4") for epoch in range(1, 11)]
-    memory = draw_curves(rows).axes[-1]
-    assert [text.get_text() for text in memory.texts] == ["4 x 4 at 1024 px"]
-    assert memory.texts[0].xy[0] == 5.5
 
 
 def test_a_resumed_run_goes_on_with_its_curves(tmp_path):
