@@ -38,8 +38,7 @@ class ScoredMap(NamedTuple):
     """The probability map of an annotated image."""
 
     name: str
-    prob_map: np.ndarray | None
-    """(height, width) uint8, probability x 255, without padding; None if the image could not be read"""
+    prob_map: np.ndarray | None  # as in inference.Detection
     size: tuple[int, int] | None  # width and height of the image in pixels; None only where there is no map
     annotation: Annotation
     error: str | None = None  # a line if the image could not be read
@@ -62,7 +61,6 @@ def grid_of(config: Config) -> Grid:
 class Tuning:
     """Scores of each combination on each image."""
 
-    grid: Grid  # with the values of the configuration
     combinations: list[dict[str, float]]
     """values by field: the configuration's own first, then by their distance to these on the grid, so that of two that
     score the same the first changes less"""
@@ -113,7 +111,7 @@ class Tuning:
     def table(self) -> str:
         """Text: the best combinations, the configuration's own, and the cross-validated gain."""
         own = self.means[0, 2]
-        header = [f"{name:>6}" for name in self.grid]
+        header = [f"{name:>6}" for name in self.combinations[0]]
         lines = [
             f"\n{len(self.combinations)} combinations on {self.scores.shape[1]} images\n",
             "  ".join([f"{'':>6}", *header, "precision", "recall", "H-Mean", "   gain"]),
@@ -159,7 +157,7 @@ def tune(maps: Sequence[ScoredMap], config: Config, grid: Grid | None = None, wo
     place_of_own = [[values.index(own[name])] for name, values in grid.items()]
     steps = np.abs(np.indices(tuple(map(len, grid.values()))).reshape(len(grid), -1) - place_of_own).sum(axis=0)
     order = np.argsort(steps, kind="stable").tolist()
-    return Tuning(grid, [combinations[index] for index in order], scores[order])
+    return Tuning([combinations[index] for index in order], scores[order])
 
 
 def score_map(image: ScoredMap, config: Config, grid: Grid) -> np.ndarray:
@@ -200,12 +198,10 @@ def _score_selections(image: ScoredMap, regions: list[Region], config: Config, g
     return scores[place.reshape(len(grid["box_thresh"]), -1)]
 
 
-def tune_checkpoint(
-    pipeline: Pipeline, network: Network, split: str, scores: Path | None, save_to: Path | None
-) -> None:
+def tune_checkpoint(pipeline: Pipeline, network: Network, split: str, scores: Path | None, target: Path | None) -> None:
     """Run a network over an annotated split once, score all combinations, and write and print the best.
 
-    `scores` is where all combinations go as JSON, `save_to` the checkpoint that gets the best values if there is no
+    `scores` is where all combinations go as JSON, `target` the checkpoint that gets the best values if there is no
     `Tuning.doubt`. Raises UserError as `tune` does, and where a file cannot be written.
     """
     dataset, config = pipeline.dataset, pipeline.config
@@ -223,13 +219,13 @@ def tune_checkpoint(
     if scores:
         write_json(scores, tuning.to_dict())
         print(f"all combinations: {scores}")
-    if save_to and tuning.doubt:
-        print(f"not saved: {tuning.doubt}; {save_to} keeps its own values")
-    elif save_to:
+    if target and tuning.doubt:
+        print(f"not saved: {tuning.doubt}; {target} keeps its own values")
+    elif target:
         from dbnet.checkpoint import change_checkpoint, load_checkpoint  # with PyTorch, which a .onnx file does without
 
         own, best = tuning.combinations[0], tuning.combinations[tuning.best]
         hmeans = {"own_hmean": float(tuning.means[0, 2]), "cross_validated_hmean": tuning.cross_validated}
-        tunings = load_checkpoint(save_to).get("tunings", [])
-        change_checkpoint(save_to, best, tunings=[*tunings, {"before": own, "after": best, "split": split, **hmeans}])
-        print(f"saved: {save_to} now has the best values; its old ones are kept in it, under `tunings`")
+        tunings = load_checkpoint(target).get("tunings", [])
+        change_checkpoint(target, best, tunings=[*tunings, {"before": own, "after": best, "split": split, **hmeans}])
+        print(f"saved: {target} now has the best values; its old ones are kept in it, under `tunings`")

@@ -155,7 +155,7 @@ def test_halves_are_by_file_name_in_any_order_of_the_images():
 def tuning_of(hmeans):
     grid = grid_with(tuple(np.arange(len(hmeans)) / 10), (0.5,), (2.0,), (3.0,))
     combinations = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-    return Tuning(grid, combinations, np.repeat(np.array(hmeans, float)[..., None], 3, axis=2))
+    return Tuning(combinations, np.repeat(np.array(hmeans, float)[..., None], 3, axis=2))
 
 
 def test_overfitted_values_are_not_saved():
