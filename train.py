@@ -98,7 +98,7 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
     print0(f"{config.data}: {train_set.count_words()}")
     val_set = TextDataset(config, "val", train=False)
     validation = Pipeline(val_set, config, device)
-    training = Training.begin(build_model(config, run, last, init), config, device)
+    training = Training(build_model(config, run, last, init), config, device)
     if last:
         training.load_state(last, config, run / "last.pt")
     from_first(lambda: prepare_folder(run, config))
@@ -110,10 +110,11 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
             if train_set.config.image_size != image_size:  # memory has run out
                 train_set = TextDataset(config.changed(image_size=image_size), "train", train=True)
             row = train_epoch(training, train_set, config, saver)
+            saver.save(training)  # where the validation is cut short, it alone is missing
             in_force = config.changed(image_size=training.plan.image_size)  # memory may have run out since
             if validation.config != in_force:
                 validation = Pipeline(TextDataset(in_force, "val", train=False), in_force, device)
-            with saver.unless_validated(training):
+            with saver.validation():
                 evaluation = evaluate(validation, Ensemble.of(training.scored_model, in_force, device), "validation")
             training.running = None
             training.epoch += 1
@@ -127,11 +128,9 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
 def train_epoch(training: Training, train_set: TextDataset, config: Config, saver: LastSave | None = None) -> Row:
     """One pass over the training images, or the rest of one that has begun (training.running).
 
-    Returns its row of the log, which training.running also keeps. Saves when `saver` is due, and ends with a save at a
-    signal, or where a data worker has died or the data folder has gone.
+    Returns its row of the log. Saves when `saver` is due, and ends with a save at a signal, or where a data worker has
+    died or the data folder has gone.
     """
-    if training.running and training.running.row:
-        return training.running.row  # only the validation is missing
     device, plan, epoch = training.device, training.plan, training.begin_epoch(config)
     order = (config.batch_size, config.seed, plan.accumulate * world_size(), training.epoch, epoch.batches)
     loader = make_loader(Batches(train_set, *order), count_workers(config), device.type == "cuda")
@@ -155,11 +154,11 @@ def train_epoch(training: Training, train_set: TextDataset, config: Config, save
             epoch.images += images
             if images and time.monotonic() - read_at > READING_INTERVAL:
                 read_at = time.monotonic()
-                training.stop_unless_finite()
+                training.stop_unless_finite(config)
                 memory = f"{peak_memory(device):.1f} GB, batch {plan.in_force}"
                 bar.set_postfix_str(f"loss {losses[0]:.3f}, lr {epoch.lr:.1e}, {memory}")
             bar.update(min(epoch.batches * config.batch_size, total) - bar.n)
-    training.stop_unless_finite()
+    training.stop_unless_finite(config)
     epoch.seconds = time.monotonic() - started
     return training.finish_epoch(config)
 

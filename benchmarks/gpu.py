@@ -191,7 +191,7 @@ def begin(config: Config, device: torch.device) -> Training:
     """A training before its first step."""
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = config.pad == "square"
-    return Training.begin(DBNet(config), config, device)
+    return Training(DBNet(config), config, device)
 
 
 def endless_groups(config: Config, device: torch.device) -> Iterator[list[dict[str, Any]]]:

@@ -39,7 +39,7 @@ def main() -> None:
 
     batch = synthetic_batch(config)
     rows = []
-    training = train.Training.begin(DBNet(config), config, device)
+    training = train.Training(DBNet(config), config, device)
     for name in ("as the C library gives memory", "with freed memory kept"):
         took = milliseconds(lambda: step(training, [batch], config, device), repeats=5) / config.batch_size
         rows.append((f"square, random images, {name}", f"{took:.0f}"))

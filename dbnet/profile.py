@@ -1,7 +1,7 @@
 """Memory and speed of a preset on this device, before a long run: `python train.py --preset v1 --profile`.
 
 Real optimizer steps on synthetic batches, for each plan of the fallback (`dbnet.memory`): 8 x 2, 4 x 4, 2 x 8 and
-1 x 16 at 1024, 896 and 800 px. A plan that was not measured, for lack of memory or time, says so.
+1 x 16 at 1024, 896 and 800 px, each printed once it is measured: Ctrl-C leaves out the rest.
 """
 
 import multiprocessing
@@ -28,7 +28,6 @@ from dbnet.training import Training
 Step = Callable[[Training, list[Batch], Config], object]  # train.optimizer_step
 
 COMPETITION_IMAGES = 3272  # of its training split, for the hours where there is no data set yet
-_LIMIT_SECONDS = {"cpu": 120.0, "cuda": 600.0}  # no case begins later
 _CASE_SECONDS = 10.0  # no further step of a case begins later
 
 
@@ -48,20 +47,17 @@ def print_profile(preset: str | None, config: Config, step: Step) -> None:
     print(f"{preset or 'v1'} on {name}: {config.backbone}, {dtype}, torch {torch.__version__}")
     row = "{:>7}  {:>6}  {:>7}  {:>8}  {}".format
     print(row("image", "batch", "peak GB", "images/s", f"{config.epochs} epochs"))
-    begun, limit = time.monotonic(), _LIMIT_SECONDS[device.type]
     for case in fallback_cases(config):
-        memory, speed, taken = "-", "-", f"not measured: {limit:.0f} s are the limit"
-        if time.monotonic() - begun < limit:
-            try:
-                peak, images_per_second = measure_case(case, device, step)
-                hours = config.epochs * images / images_per_second / 3600
-                taken = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
-                memory, speed = f"{peak:.2f}", f"{images_per_second:.3g}"
-            except (RuntimeError, MemoryError) as error:  # BrokenProcessPool: the system has ended the process
-                if not isinstance(error, BrokenProcessPool) and not is_out_of_memory(error):
-                    raise
-                taken = "out of memory"
-            free_memory()
+        memory, speed, taken = "-", "-", "out of memory"
+        try:
+            peak, images_per_second = measure_case(case, device, step)
+            hours = config.epochs * images / images_per_second / 3600
+            taken = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+            memory, speed = f"{peak:.2f}", f"{images_per_second:.3g}"
+        except (RuntimeError, MemoryError) as error:  # BrokenProcessPool: the system has ended the process
+            if not isinstance(error, BrokenProcessPool) and not is_out_of_memory(error):
+                raise
+        free_memory()
         print(row(f"{case.image_size} px", f"{case.batch_size} x {case.accumulate}", memory, speed, taken), flush=True)
     print("first, what training starts with; the other rows are what it falls back to when memory runs out")
     print("peak: " + ("of tensors on the GPU" if is_gpu else "growth of a process that does only this"))
@@ -100,7 +96,7 @@ def run_steps(config: Config, device: torch.device, step: Step) -> tuple[float, 
             Path("/proc/self/oom_score_adj").write_text("1000")
     batches = [synthetic_batch(config)] * config.accumulate
     plan = _OnlyPlan(config.batch_size, config.accumulate, config.image_size)
-    training = Training.begin(DBNet(config), config, device, plan)
+    training = Training(DBNet(config), config, device, plan)
     training.begin_epoch(config)
     seconds: list[float] = []
     while len(seconds) < 6 and sum(seconds) < _CASE_SECONDS:

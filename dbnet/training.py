@@ -26,18 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dbnet.checkpoint import load_checkpoint, save_checkpoint
 from dbnet.config import Config
 from dbnet.dataset import Batch, load_batches
-from dbnet.device import (
-    all_gather,
-    all_reduce,
-    compile_model,
-    from_first,
-    is_first,
-    peak_memory,
-    pick_amp_dtype,
-    print0,
-    rank,
-    world_size,
-)
+from dbnet.device import all_gather, all_reduce, from_first, is_first, print0, rank, world_size
+from dbnet.device import compile_model, peak_memory, pick_amp_dtype
 from dbnet.errors import UserError, is_out_of_memory, library_errors, typed
 from dbnet.files import check_writable, locked, read_log, remove_leftovers, write_json, write_whole
 from dbnet.loss import Losses
@@ -49,7 +39,7 @@ RUNS = Path("runs")
 _RUN_NAME = re.compile(r'(?!(?i:con|prn|aux|nul|com\d|lpt\d)(\.|$))[^\x00-\x1f/\\:*?"<>|]{1,80}(?<![. ])')
 NON_FINITE_LIMIT = 5  # steps in a row without finite loss and gradients; then training stops
 FP16_HALVINGS = 16  # of the loss scale, from 2**16 to 1: so many steps in a row may be lost to find it
-_FP16_GROWTH_INTERVAL = 2000  # steps until the scale is doubled; a scaler with another one is not fp16's
+_BEFORE = "last.prev.pt"  # the save before last.pt
 _ECHO_SECONDS = 1.0  # torchrun passes on the Ctrl-C that its processes get from the terminal as well
 
 
@@ -89,7 +79,7 @@ def lock_run(run: Path) -> Iterator[None]:
         from_first(lambda: held.enter_context(locked(run / ".lock", f"{run}: is being trained")))
         try:
             yield
-        except (UserError, Interrupted, KeyboardInterrupt):
+        except (UserError, SystemExit, KeyboardInterrupt):
             if (run / "last.pt").exists():
                 resume = f"{typed('train', world_size())} --run {quote(run.name)} --resume"
                 print0(f"\ngo on from the last save with: {resume}", flush=True)
@@ -146,9 +136,8 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 def make_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
     """Scale the loss for fp16. In other types the scale stays 1 (train.optimizer_step), and the scaler does the rest of
     its work: it skips a step whose gradients are not finite, on the device and without asking the host."""
-    fp16 = pick_amp_dtype(config, device) == torch.float16
-    scale, interval = (2.0**FP16_HALVINGS, _FP16_GROWTH_INTERVAL) if fp16 else (1.0, 2**31 - 1)
-    scaler = torch.amp.GradScaler(device.type, init_scale=scale, growth_interval=interval)
+    scale = 2.0**FP16_HALVINGS if pick_amp_dtype(config, device) == torch.float16 else 1.0
+    scaler = torch.amp.GradScaler(device.type, init_scale=scale)
     scaler.scale(torch.zeros(1, device=device))  # creates the scale on the device
     return scaler
 
@@ -198,15 +187,12 @@ class WeightAverage:
         """Take the weights after an optimizer step into the average."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        averages, current = [], []
         ours, theirs = ([*each.parameters(), *each.buffers()] for each in (self.model, model))
-        for average, tensor in zip(ours, theirs, strict=True):
-            if average.is_floating_point():
-                averages.append(average)
-                current.append(tensor)
-            else:
-                average.copy_(tensor)
+        averages, current = ([each for each in some if each.is_floating_point()] for some in (ours, theirs))
         torch._foreach_lerp_(averages, current, 1 - decay)
+        for average, count in zip(ours, theirs, strict=True):
+            if not average.is_floating_point():
+                average.copy_(count)
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "model": self.model.state_dict()}
@@ -244,11 +230,10 @@ class RunningEpoch:
     steps: Tensor = field(default_factory=lambda: torch.zeros(()))  # number of those steps
     skipped: Tensor = field(default_factory=lambda: torch.zeros(()))  # steps whose gradient was not finite
     non_finite_streak: Tensor = field(default_factory=lambda: torch.zeros(()))  # last steps in a row that were not
-    row: dict[str, Any] | None = None  # of the log, without the validation, once all batches are done
 
     def to(self, device: torch.device) -> Self:
-        tensors = [name for name, value in vars(self).items() if isinstance(value, Tensor)]
-        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+        moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
 
     def note(self, losses: Tensor, gradient_norm: Tensor) -> None:
         """Add the losses of a step, on the device: no step waits for the one before."""
@@ -260,39 +245,26 @@ class RunningEpoch:
             self.non_finite_streak = torch.where(finite & stepped, 0, self.non_finite_streak + 1)
 
 
-@dataclass
 class Training:
     """What an optimizer step changes, and the progress of the run: with the configuration, all of `last.pt`."""
 
-    model: DBNet
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    plan: BatchPlan
-    average: WeightAverage | None = None  # where config.ema asks for it
-    epoch: int = 0  # number of epochs that are finished
-    best_hmean: float = -1.0
-    best_epoch: int = 0
-    running: RunningEpoch | None = None  # the epoch after those, once it has begun
-    random_states: list[dict[str, Any]] = field(default_factory=list)  # of each process, as noted last
-    unreadable: set[str] = field(default_factory=set)  # a line for each image, since the start of the process
-
-    @classmethod
-    def begin(cls, model: DBNet, config: Config, device: torch.device, plan: BatchPlan | None = None) -> Self:
+    def __init__(self, model: DBNet, config: Config, device: torch.device, plan: BatchPlan | None = None) -> None:
         model.to(device).to(memory_format=torch.channels_last).train()
         if config.compile:
             compile_model(model)
-        average = WeightAverage(model, config.ema) if config.ema else None
-        plan = plan or BatchPlan(config.batch_size, accumulation(config), config.image_size)
-        return cls(model, make_optimizer(model, config), make_scaler(config, device), plan, average)
-
-    def __post_init__(self) -> None:
-        self.device = next(self.model.parameters()).device
-        self._buffers_before = [torch.empty_like(buffer) for buffer in self.model.buffers()]
-        self._norms = [layer for layer in self.model.modules() if isinstance(layer, nn.BatchNorm2d)]
-        self._random_before: dict[str, Any] = {}
-        self._statistics = [buffer for name, buffer in self.model.named_buffers() if "running_" in name]
-        summed = sum(each.numel() for each in [*self.model.parameters(), *self._statistics]) + len(Losses._fields)
-        self._flat = torch.zeros(summed if world_size() > 1 else 0, device=self.device)
+        self.model, self.device = model, next(model.parameters()).device
+        self.average = WeightAverage(model, config.ema) if config.ema else None
+        self.optimizer, self.scaler = make_optimizer(model, config), make_scaler(config, device)
+        self.plan = plan or BatchPlan(config.batch_size, accumulation(config), config.image_size)
+        self.epoch = 0  # number of epochs that are finished
+        self.running: RunningEpoch | None = None  # the epoch after those, once it has begun
+        self.best_hmean, self.best_epoch = -1.0, 0
+        self.unreadable: set[str] = set()  # a line for each image, since the start of the process
+        self._norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+        self._buffers_before = [torch.empty_like(buffer) for buffer in model.buffers()]
+        self._statistics = [buffer for name, buffer in model.named_buffers() if "running_" in name]
+        summed = sum(each.numel() for each in [*model.parameters(), *self._statistics]) + len(Losses._fields)
+        self._flat = torch.zeros(summed if world_size() > 1 else 0, device=device)
         all_reduce(self._flat)  # NCCL allocates at its first sum; once the processes have agreed on a step, it must not
 
     @property
@@ -338,11 +310,11 @@ class Training:
             saver.stop()
         return count, images
 
-    def stop_unless_finite(self) -> None:
+    def stop_unless_finite(self, config: Config) -> None:
         """Raise UserError after too many steps in a row without finite loss and gradients. Waits for the device."""
         assert self.running
         streak = int(self.running.non_finite_streak)
-        is_fp16 = self.scaler.get_growth_interval() == _FP16_GROWTH_INTERVAL
+        is_fp16 = pick_amp_dtype(config, self.device) == torch.float16
         if streak >= NON_FINITE_LIMIT + (FP16_HALVINGS if is_fp16 else 0):
             steps = f"{streak} steps in a row in epoch {self.epoch + 1}"
             raise UserError(f"loss or gradients were not finite for {steps}; lower --lr, or try --amp off")
@@ -356,7 +328,7 @@ class Training:
         if not running.images:
             raise UserError(f"{config.data}: none of the training images can be read; {min(self.unreadable)}")
         means = (running.losses / running.steps.clamp(min=1)).tolist()
-        running.row = {
+        return {
             "epoch": self.epoch + 1,
             "lr": running.lr,
             **{f"{name}_loss": mean for name, mean in zip(Losses._fields, means, strict=True)},
@@ -366,7 +338,6 @@ class Training:
             "skipped_steps": int(running.skipped),
             "unreadable_images": len(self.unreadable),
         }
-        return running.row
 
     def describe(self, config: Config) -> str:
         processes = f" x {world_size()} processes" if world_size() > 1 else ""
@@ -433,11 +404,8 @@ class Training:
         all_reduce(self._flat)
         torch._foreach_copy_(parts, views)
 
-    def note_random_states(self) -> None:
-        """Keep the random states of all processes; all of them call it."""
-        self.random_states = all_gather(random_state(self.device))
-
     def state(self) -> dict[str, Any]:
+        """Tensors and plain values for a save, with the random states of all processes, each of which calls this."""
         return {
             "average": self.average.state_dict() if self.average else None,
             "optimizer": self.optimizer.state_dict(),
@@ -445,44 +413,35 @@ class Training:
             "plan": asdict(self.plan),
             **{name: getattr(self, name) for name in ("epoch", "best_hmean", "best_epoch")},
             "running": dict(vars(self.running)) if self.running else None,
-            "random": self.random_states,
+            "random": all_gather(random_state(self.device)),
         }
 
     def load_state(self, state: dict[str, Any], config: Config, path: Path = Path("last.pt")) -> None:
         """Go on from what `state` gave, the content of `path`; where the configurations differ, `config` holds. A
         running epoch begins again where its batches have changed. Raises UserError where it is no state of a run."""
         changed = [name for name in _ORDER if getattr(state["config"], name) != getattr(config, name)]
-        with library_errors(
-            f"{path}: holds no state of a run (a copy of best.pt?)", "start a new run from its weights with --init"
-        ):
+        what = f"{path}: holds no state of a run (a copy of best.pt, or of the first version?)"
+        with library_errors(what, "start a new run from its weights with --init"):
             # The optimizer's own settings (weight decay, say) are those of the configuration, not of the save.
             settings = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": settings})
-            # Only fp16 has a scale; in older saves, other types have one that must not come back.
-            intervals = {self.scaler.get_growth_interval(), state["scaler"].get("growth_interval")}
-            if intervals == {_FP16_GROWTH_INTERVAL}:
+            if pick_amp_dtype(state["config"], self.device) == pick_amp_dtype(config, self.device):
                 self.scaler.load_state_dict(state["scaler"])
-            if self.average and state.get("average"):
+            if self.average and state["average"]:
                 self.average.load_state_dict(state["average"])
             if not {"batch_size", "image_size"} & set(changed):
                 self.plan = BatchPlan(**state["plan"] | {"accumulate": self.plan.accumulate})
             self.epoch, self.best_hmean, self.best_epoch = state["epoch"], state["best_hmean"], state["best_epoch"]
-            if len(state.get("random", [])) == world_size():
+            if len(state["random"]) == world_size():
                 restore_random_state(state["random"][rank()], self.device)
-            if state.get("running") and changed:
-                flag = f"--{changed[0].replace('_', '-')}"
-                print0(f"epoch {self.epoch + 1} begins again: {flag} has changed its batches")
-            elif state.get("running"):
-                known = {name: value for name, value in state["running"].items() if name not in _RETIRED}
+            if state["running"] and changed:
+                print0(f"epoch {self.epoch + 1} begins again: --{changed[0].replace('_', '-')} has changed its batches")
+            elif state["running"]:
+                known = {name: state["running"][name] for name in vars(RunningEpoch(0))}  # older saves have more
                 self.running = RunningEpoch(**known).to(self.device)
 
 
 _ORDER = ("data", "data_weights", "batch_size", "image_size", "pad", "seed")  # fields that decide an epoch's batches
-_RETIRED = ("dropped", "failed")  # what a RunningEpoch of an older save has, and no one reads
-
-
-class Interrupted(SystemExit):
-    """The end that a signal asked for; its exit status is 128 and the signal's number."""
 
 
 class LastSave:
@@ -518,36 +477,29 @@ class LastSave:
             self.stop()
 
     def stop(self) -> None:
-        raise Interrupted(128 + self.signal)
+        """End the program as the signal asks: with 128 and its number as exit status."""
+        raise SystemExit(128 + self.signal)
 
     def is_due(self) -> bool:
         """Whether config.save_minutes have passed; only the first process counts them."""
         return is_first() and 0 < self.config.save_minutes * 60 <= time.monotonic() - self._saved
 
     def save(self, training: Training) -> None:
-        """Save the run as it is; all processes call it."""
-        training.note_random_states()
-        self.write(training)
-
-    def write(self, training: Training) -> None:
-        """Save the run with the random states that were noted last; only the first process writes."""
+        """Save the run as it is; all processes call it, the first one writes."""
+        state = training.state()
         if is_first():
-            save_checkpoint(self.path, self.config, training.model, keep=save_before(self.path), **training.state())
+            save_checkpoint(self.path, self.config, training.model, keep=self.path.with_name(_BEFORE), **state)
         self._saved = time.monotonic()
 
     @contextmanager
-    def unless_validated(self, training: Training) -> Iterator[None]:
-        """Save the trained epoch where its validation, the work of this block, does not come to its end. A signal ends
-        the block at once: nothing in it can be left half done."""
-        training.note_random_states()
+    def validation(self) -> Iterator[None]:
+        """In this block a signal ends the run at once: what comes before is saved, and nothing is left half done."""
+        self._stops_at_once = True
         try:
-            self._stops_at_once = True
             if self.signal:
                 self.stop()
             yield
-        except (Interrupted, UserError, RuntimeError, MemoryError) as error:
-            self._stops_at_once = False
-            self.write(training)
+        except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise UserError("out of memory in the validation; lower --image-size, --resume") from None
             raise
@@ -555,14 +507,9 @@ class LastSave:
             self._stops_at_once = False
 
 
-def save_before(path: Path) -> Path:
-    """Path of the save before the one at `path`."""
-    return path.with_name(f"{path.stem}.prev{path.suffix}")
-
-
 def load_last(run: Path) -> dict[str, Any]:
     """The last whole save of a run; where a later one is damaged, that is printed."""
-    path, before = run / "last.pt", save_before(run / "last.pt")
+    path, before = run / "last.pt", run / _BEFORE
     try:
         return load_checkpoint(path)
     except UserError as error:

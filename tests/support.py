@@ -132,7 +132,7 @@ CPU = torch.device("cpu")
 def make_training(config, model=None, device=CPU):
     torch.manual_seed(0)
     model = model or DBNet(config)
-    return Training.begin(model, config, device)
+    return Training(model, config, device)
 
 
 def fail_above(model, limit, record=None):

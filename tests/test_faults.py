@@ -239,12 +239,12 @@ def test_a_clock_that_goes_backwards_changes_nothing(rendered, tmp_path, monkeyp
     monkeypatch.setattr(time, "time", lambda: now - 3600 * next(hours))
     config = Config.from_preset("lite", weights="none", image_size=64, data=str(rendered), workers=0, epochs=2)
     saved = []
-    write = train.LastSave.write
-    monkeypatch.setattr(train.LastSave, "write", lambda self, training: (saved.append(1), write(self, training)))
+    save = train.LastSave.save
+    monkeypatch.setattr(train.LastSave, "save", lambda self, training: (saved.append(1), save(self, training)))
     train.train(config.changed(batch_size=1, save_minutes=1e-5), tmp_path / "a")
     log = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
     assert all(0 < row["train_seconds"] < 600 and row["images_per_second"] > 0 for row in log)
-    assert len(saved) == 16  # of each epoch: before its six steps, after them, and after its validation
+    assert len(saved) == 18  # of each epoch: before its six steps, after them, before and after its validation
 
 
 @pytest.mark.long
@@ -370,21 +370,22 @@ def test_a_copy_of_best_pt_is_not_resumed_and_a_finished_run_says_so(rendered, t
 
 def test_the_learning_rate_is_logged_where_a_run_was_cut_after_the_last_step_of_an_epoch(rendered, tmp_path):
     config = tiny(rendered, warmup_epochs=2.0, save_minutes=1e-9)
-    saves, write = [], train.LastSave.write
+    saves, save = [], train.LastSave.save
 
     def keep(self, training):
-        write(self, training)
+        save(self, training)
         saves.append(self.path.read_bytes())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.LastSave, "write", keep)
+        patch.setattr(train.LastSave, "save", keep)
         train.train(config, tmp_path / "a")
     expected = rows(tmp_path / "a")
-    (tmp_path / "a/last.pt").write_bytes(saves[-2])  # all steps done, not validated
-    save = load_last(tmp_path / "a")
-    assert save["epoch"] == 0 and save["running"]["images"] == 6
-    train.train(config, tmp_path / "a", last=save)
-    assert rows(tmp_path / "a") == expected and expected[0]["lr"] < config.lr
+    for content in saves[-3:-1]:  # within the epoch, with all steps done, and before its validation
+        (tmp_path / "a/last.pt").write_bytes(content)
+        last = load_last(tmp_path / "a")
+        assert last["epoch"] == 0 and last["running"]["images"] == 6
+        train.train(config, tmp_path / "a", last=last)
+        assert rows(tmp_path / "a") == expected and expected[0]["lr"] < config.lr
 
 
 def test_the_smallest_training_size_learns_from_single_images(rendered, tmp_path):

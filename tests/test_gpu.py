@@ -133,7 +133,7 @@ def test_a_resumed_training_takes_the_steps_of_one_that_was_not_interrupted(smal
     LastSave(tmp_path, config).save(whole)
     train.optimizer_step(whole, batches[2:], config)
     saved = load_last(tmp_path)
-    resumed = Training.begin(build_model(config, tmp_path, saved, None), config, device)
+    resumed = Training(build_model(config, tmp_path, saved, None), config, device)
     resumed.load_state(saved, config)
     train.optimizer_step(resumed, batches[2:], config)
     for name, tensor in whole.model.state_dict().items():

@@ -1,7 +1,5 @@
 """--profile: every plan of the fallback has its row, measured or with the reason why not."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from support import CPU, command
@@ -90,19 +88,9 @@ def test_the_memory_of_a_case_is_the_growth_of_its_own_process(small):
     assert two - one == pytest.approx(2 * 2**26 / 1e9, abs=0.04)
 
 
-def test_the_plan_that_training_starts_with_comes_first_and_what_has_no_time_says_so(small, monkeypatch, capsys):
-    times = iter([0.0, 119.0, 121.0])
-    monkeypatch.setattr(profile, "time", SimpleNamespace(monotonic=lambda: next(times)))
-    monkeypatch.setattr(profile, "measure_case", lambda *_: (1.0, 2.0))
-    print_profile(None, small.changed(image_size=64, batch_size=2), train.optimizer_step)
-    first, second = [line.split(maxsplit=7) for line in capsys.readouterr().out.splitlines() if " px " in line]
-    assert first[2:7] == ["2", "x", "1", "1.00", "2"]
-    assert second[2:] == ["1", "x", "2", "-", "-", "not measured: 120 s are the limit"]
-
-
 def test_a_micro_batch_that_does_not_fit_is_not_halved_while_it_is_measured(small):
     plan = profile._OnlyPlan(4, 1, 128)
-    training = Training.begin(DBNet(small), small, CPU, plan)
+    training = Training(DBNet(small), small, CPU, plan)
     training.model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("injected")))
     with pytest.raises(MemoryError, match="4 x 1 does not fit"):
         train.optimizer_step(training, [synthetic_batch(small)], small)
