@@ -191,9 +191,13 @@ class ImageDataset:
     def load(self, draw: Draw) -> tuple[np.ndarray, Letterbox]:
         """The resized image, (height, width, 3) uint8 RGB, and how it was resized. Raises ImageError."""
         side = self.side(draw)
-        pixels, size = read_image(self.paths[draw.place], side)
+        pixels, size = self.read(draw.place, side)
         letterbox = Letterbox(*size, side)
         return letterbox.resize(pixels), letterbox
+
+    def read(self, place: int, side: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """What `read_image` gives; inference reads images in memory too."""
+        return read_image(self.paths[place], side)
 
     def side(self, draw: Draw) -> int:
         """Longer side in pixels of the resized image; one that cannot be read counts as a square."""
