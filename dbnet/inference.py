@@ -565,14 +565,11 @@ class _Pictures(ImageDataset):
                 self.pixels[place] = _pixels(image, bgr)
                 self._sizes[place] = (self.pixels[place].shape[1], self.pixels[place].shape[0])
 
-    def load(self, draw: Draw) -> tuple[np.ndarray, Letterbox]:
-        side, pixels = self.side(draw), self.pixels.get(draw.place)
-        if pixels is None:
-            pixels, size = read_image(self.paths[draw.place], side, self.data.get(draw.place))
-        else:
-            size = pixels.shape[1], pixels.shape[0]
-        letterbox = Letterbox(*size, side)
-        return letterbox.resize(pixels), letterbox
+    def read(self, place: int, side: int) -> tuple[np.ndarray, tuple[int, int]]:
+        if place not in self.pixels:
+            return read_image(self.paths[place], side, self.data.get(place))
+        pixels = self.pixels[place]
+        return pixels, (pixels.shape[1], pixels.shape[0])
 
 
 def _pixels(image: Any, bgr: bool) -> np.ndarray:
