@@ -208,8 +208,7 @@ def _match(image: _Comparison, selection: np.ndarray) -> ImageMatch:
     chars_tp, chars_gt = gt_chars.sum(axis=0).tolist()
     fp_chars = int(_lengths(image.dets, np.flatnonzero(det_valid & (matches_of_det == 0)), are_words=False).sum())
     chars_det = len(claims) + fp_chars
-    gran_recall = int((matches_of_gt - 1).clip(0).sum())
-    gran_precision = int((matches_of_det - 1).clip(0).sum())
+    gran_recall, gran_precision = (len(gt) - int(np.count_nonzero(each)) for each in (matches_of_gt, matches_of_det))
     recall = max(0, chars_tp - gran_recall) / max(chars_gt, 1)
     precision = max(0, chars_tp - gran_precision) / max(chars_det, 1)
     score = ImageScore(
