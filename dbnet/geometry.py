@@ -15,10 +15,10 @@ from numpy.typing import ArrayLike
 from dbnet.config import STRIDE
 
 MAX_COORDINATE = 100_000_000  # pixels, in both directions: longer than any image that can be read
-WHOLE_UP_TO = 4  # largest ratio of the sides of an image that the network processes as a whole
-PAGE_BREADTH = 0.6
-"""Shorter side of a longer image in the network, as a share of image_size: a page of paper in each window. A strip
-of eight receipts has 99.5% of their H-Mean alone (benchmarks/RESULTS.md)."""
+WHOLE_UP_TO = 3  # largest ratio of the sides of an image that the network processes as a whole: of two receipts 0.88
+PAGE_WIDTH = 0.7
+"""Width of a higher image in the network, as a share of image_size, as pages above each other have it alone. Of a wider
+one the height is image_size, as that of pages side by side. Measured: benchmarks/RESULTS.md, long strips."""
 
 MAX_CROSSINGS = 500  # of an outline with itself; with more it is a tangle. They grow with the square of the points
 MAX_EFFORT = 50_000
@@ -78,7 +78,8 @@ def inference_side(width: int, height: int, image_size: int, enlarge: float) -> 
     short, long = sorted((width, height))
     side = min(image_size, enlarge * long)
     if long > WHOLE_UP_TO * short:
-        side = max(side, min(long * image_size * PAGE_BREADTH / short, long))
+        breadth = image_size * (PAGE_WIDTH if height > width else 1)
+        side = max(side, min(long * breadth / short, long))
     return max(1, math.floor(side + 0.5))
 
 
