@@ -1,7 +1,6 @@
 """All settings of a run in one flat dataclass, the presets, and the command-line flags made of its fields."""
 
 import argparse
-import ast
 import dataclasses
 import inspect
 import math
@@ -35,9 +34,9 @@ Weight = Annotated[float, Range(0)]
 class Config:
     """All settings of a run, checked and immutable.
 
-    Each field is a flag of the scripts (`batch_size` is `--batch-size 4`), and its docstring is the help of the flag;
-    the comments between them are the titles of the help's chapters. Raises UserError, naming the flag and the allowed
-    values, when a value is of the wrong type or out of range.
+    Each field is a flag of the scripts (`batch_size` is `--batch-size 4`). The comment behind it or the docstring under
+    it is the flag's help, and the comments between fields are the titles of the help's chapters. Raises UserError,
+    naming the flag and the allowed values, when a value is of the wrong type or out of range.
     """
 
     # shape of the network
@@ -66,8 +65,7 @@ class Config:
     number of points), ctw1500, labelme"""
     image_size: Annotated[int, Range(STRIDE, 8192)] = 640
     """length in pixels to which the longer side of every image is resized, rounded up to a multiple of 32"""
-    enlarge: Annotated[float, Range(1)] = 2.0
-    """largest factor by which a small image is enlarged for detection"""
+    enlarge: Annotated[float, Range(1)] = 2.0  # largest factor by which a small image is enlarged for detection
     train_sizes: tuple[int, ...] = ()
     """image sizes for training, one drawn for each optimizer step (640,800,1024), up to image_size; none: only that"""
     pad: Literal["square", "tight"] = "square"
@@ -76,92 +74,62 @@ class Config:
     """disk space in GB for decoded training images, in the temporary folder, at most half of what is free; 0: none"""
     workers: Annotated[int, Range(-1, 1024)] = -1
     """processes that load images; 0 loads in the main process, -1 starts one for each core, at most 8"""
-    strict: bool = False
-    """stop at the first image that cannot be read, instead of counting it and going on"""
+    strict: bool = False  # stop at the first image that cannot be read, instead of counting it and going on
     shrink_ratio: Annotated[float, Range(0.05, 0.95)] = 0.4
     """ratio r of the paper: text kernels are polygons shrunk by area x (1 - r^2) / perimeter"""
-    thresh_min: Fraction = 0.3
-    """value of the threshold map away from outlines"""
-    thresh_max: Fraction = 0.7
-    """value of the threshold map on outlines"""
+    thresh_min: Fraction = 0.3  # value of the threshold map away from outlines
+    thresh_max: Fraction = 0.7  # value of the threshold map on outlines
 
     # random changes of training images
-    flip_p: Fraction = 0.5
-    """probability of a horizontal flip"""
-    rotate90_p: Fraction = 0.0
-    """probability of a rotation by 90, 180 or 270 degrees"""
-    rotate: Annotated[float, Range(0, 45)] = 0.0
-    """largest angle of a random rotation in degrees, to either side"""
+    flip_p: Fraction = 0.5  # probability of a horizontal flip
+    rotate90_p: Fraction = 0.0  # probability of a rotation by 90, 180 or 270 degrees
+    rotate: Annotated[float, Range(0, 45)] = 0.0  # largest angle of a random rotation in degrees, to either side
     scale: Annotated[float, Range(1, 4)] = 1.0
     """largest factor of a random scaling, up (a part of the image is cut out; words cut in two are masked) or down"""
     perspective: Annotated[float, Range(0, 0.3)] = 0.0
     """largest shift of the image's corners, as a fraction of its sides"""
-    brightness_contrast_p: Fraction = 0.0
-    """probability of a change of brightness and contrast"""
-    brightness: Fraction = 0.2
-    """largest change of brightness, as a fraction of the full range"""
-    contrast: Fraction = 0.2
-    """largest relative change of contrast"""
-    clahe_p: Fraction = 0.0
-    """probability of contrast-limited adaptive histogram equalization on 8 x 8 tiles"""
-    blur_p: Fraction = 0.0
-    """probability of a blur, as of a lens out of focus"""
-    noise_p: Fraction = 0.0
-    """probability of noise, as of a sensor in the dark"""
-    jpeg_p: Fraction = 0.0
-    """probability of JPEG compression at low quality"""
-    shadow_p: Fraction = 0.0
-    """probability of a shadow with a straight edge"""
+    brightness_contrast_p: Fraction = 0.0  # probability of a change of brightness and contrast
+    brightness: Fraction = 0.2  # largest change of brightness, as a fraction of the full range
+    contrast: Fraction = 0.2  # largest relative change of contrast
+    clahe_p: Fraction = 0.0  # probability of contrast-limited adaptive histogram equalization on 8 x 8 tiles
+    blur_p: Fraction = 0.0  # probability of a blur, as of a lens out of focus
+    noise_p: Fraction = 0.0  # probability of noise, as of a sensor in the dark
+    jpeg_p: Fraction = 0.0  # probability of JPEG compression at low quality
+    shadow_p: Fraction = 0.0  # probability of a shadow with a straight edge
 
     # weights of the loss w_p BCE(P) + w_b dice(B) + w_t L1(T)
-    prob_loss_weight: Weight = 5.0
-    """weight of the balanced cross entropy of the probability map"""
-    thresh_loss_weight: Weight = 10.0
-    """weight of the L1 distance of the threshold map"""
-    binary_loss_weight: Weight = 1.0
-    """weight of the dice loss of the approximate binary map"""
-    negative_ratio: Weight = 3.0
-    """number of hardest negative pixels in the cross entropy for each positive pixel"""
+    prob_loss_weight: Weight = 5.0  # weight of the balanced cross entropy of the probability map
+    thresh_loss_weight: Weight = 10.0  # weight of the L1 distance of the threshold map
+    binary_loss_weight: Weight = 1.0  # weight of the dice loss of the approximate binary map
+    negative_ratio: Weight = 3.0  # number of hardest negative pixels in the cross entropy for each positive pixel
 
     # training
-    epochs: Count = 10
-    """passes over the training images"""
-    batch_size: Count = 16
-    """images in one pass through the network (the micro-batch); halved when memory runs out"""
+    epochs: Count = 10  # passes over the training images
+    batch_size: Count = 16  # images in one pass through the network (the micro-batch); halved when memory runs out
     accumulate: Count = 1
     """micro-batches in one optimizer step; the effective batch is batch_size x accumulate x processes of torchrun"""
     effective_batch: Annotated[int, Range(0)] = 0
     """images in one optimizer step over all processes; accumulate then follows from it; 0 is off"""
-    optimizer: Literal["adam", "adamw"] = "adam"
-    """optimizer: adam, or adamw (decoupled weight decay)"""
-    lr: Annotated[float, Range(1e-8, 10)] = 1e-3
-    """initial learning rate"""
-    weight_decay: Weight = 1e-4
-    """weight decay of the optimizer"""
+    optimizer: Literal["adam", "adamw"] = "adam"  # optimizer: adam, or adamw (decoupled weight decay)
+    lr: Annotated[float, Range(1e-8, 10)] = 1e-3  # initial learning rate
+    weight_decay: Weight = 1e-4  # weight decay of the optimizer
     schedule: Literal["step", "cosine"] = "step"
     """learning rate by epoch: step (times step_gamma every step_epochs) or cosine (down to min_lr)"""
-    step_epochs: Count = 100
-    """epochs between two steps of the step schedule"""
-    step_gamma: Annotated[float, Range(0.001, 1)] = 0.1
-    """factor of each step of the step schedule"""
-    min_lr: Weight = 1e-6
-    """final learning rate of the cosine schedule"""
-    warmup_epochs: Weight = 0.0
-    """epochs over which the learning rate rises to its schedule, step by step"""
+    step_epochs: Count = 100  # epochs between two steps of the step schedule
+    step_gamma: Annotated[float, Range(0.001, 1)] = 0.1  # factor of each step of the step schedule
+    min_lr: Weight = 1e-6  # final learning rate of the cosine schedule
+    warmup_epochs: Weight = 0.0  # epochs over which the learning rate rises to its schedule, step by step
     ema: Annotated[float, Range(0, 0.99999)] = 0.0
     """decay of a moving average of the weights, which is validated and saved as best.pt in their place; 0 is off"""
     freeze_batch_norm: bool = False
     """keep the batch norm statistics of the initial weights; for training on (--init) in small batches"""
-    clip_grad_norm: Weight = 5.0
-    """largest norm of the gradient of an optimizer step; 0 is off"""
+    clip_grad_norm: Weight = 5.0  # largest norm of the gradient of an optimizer step; 0 is off
     patience: Annotated[int, Range(0)] = 0
     """epochs in a row without a better validation H-Mean after which training stops; 0 is off"""
-    seed: Annotated[int, Range(0, 2**31)] = 42
-    """seed of the initial weights, the order of samples and the augmentation"""
+    seed: Annotated[int, Range(0, 2**31)] = 42  # seed of the initial weights, the order of samples and the augmentation
     deterministic: bool = False
     """same weights from the same seed and data on the same machine, also where that is slower"""
-    save_minutes: Weight = 10.0
-    """minutes between two saves within an epoch; 0 saves only at its end"""
+    save_minutes: Weight = 10.0  # minutes between two saves within an epoch; 0 saves only at its end
 
     # device and precision
     device: str = "auto"
@@ -169,8 +137,7 @@ class Config:
     its ONNX Runtime runs on (openvino, coreml, ...)"""
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
     """mixed precision: auto is bf16 on GPUs that have it, else fp16; on a CPU that has it bf16 for detection"""
-    compile: bool = False
-    """compilation by torch.compile: minutes at the start for faster steps; needs a C++ compiler"""
+    compile: bool = False  # compilation by torch.compile: minutes at the start for faster steps; needs a C++ compiler
 
     # from a probability map to polygons
     tta: bool = False
@@ -181,14 +148,10 @@ class Config:
     small_text: Weight = 0.0
     """height in pixels of the resized image: an image with most text lower than that is looked at again, up to 1.5
     times as large; 0 is off"""
-    use_polygon: bool = False
-    """polygons that follow the contour; false gives minimum-area rectangles"""
-    thresh: Fraction = 0.3
-    """lowest probability of a text pixel"""
-    box_thresh: Fraction = 0.4
-    """lowest mean probability inside a region that is kept"""
-    max_candidates: Count = 300
-    """largest number of regions that are kept in an image, the best ones"""
+    use_polygon: bool = False  # polygons that follow the contour; false gives minimum-area rectangles
+    thresh: Fraction = 0.3  # lowest probability of a text pixel
+    box_thresh: Fraction = 0.4  # lowest mean probability inside a region that is kept
+    max_candidates: Count = 300  # largest number of regions that are kept in an image, the best ones
     min_size: Weight = 3.0
     """shortest side of a region before it is grown, in pixels of the map, which is as large as the resized image"""
     box_unclip_ratio: Annotated[float, Range(0, 10)] = 1.5
@@ -257,20 +220,12 @@ def _hints() -> dict[str, Any]:
     return get_type_hints(Config, include_extras=True)
 
 
-def _chapters() -> dict[str, str]:
-    """The first field of each chapter and the chapter's title, read from the source of Config."""
-    return {name: title for title, name in re.findall(r"^    # (.+)\n    (\w+):", inspect.getsource(Config), re.M)}
-
-
-@cache
-def _docstrings() -> dict[str, str]:
-    """The docstring under each field, on one line, read from the source of Config."""
-    [definition] = ast.parse(inspect.getsource(Config)).body
-    return {
-        ast.unparse(field.target): " ".join(ast.literal_eval(docstring.value).split())
-        for field, docstring in pairwise(ast.iter_child_nodes(definition))
-        if isinstance(field, ast.AnnAssign) and isinstance(docstring, ast.Expr)
-    }
+def _documentation() -> tuple[dict[str, str], dict[str, str]]:
+    """From the source of Config: the titles of the chapters by their first fields, and the help of each field."""
+    source = inspect.getsource(Config)
+    titles = re.findall(r"^    # (.+)\n    (\w+):", source, re.M)
+    helps = re.findall(r'^    (\w+): .+?(?:  # (.+)|\n    """((?s:.+?))""")$', source, re.M)
+    return dict(each[::-1] for each in titles), {name: " ".join((c or d).split()) for name, c, d in helps}
 
 
 def _kind(hint: Any) -> Any:
@@ -345,11 +300,11 @@ class ArgumentParser(argparse.ArgumentParser):
             if of_checkpoint
             else "In parentheses: the value of preset v1; for another preset, --preset NAME --print-config."
         )
-        chapters = _chapters()
+        chapters, helps = _documentation()
         for name, hint in _hints().items():
             if name in chapters:
                 chapter = self.add_argument_group(chapters[name])
-            description = _docstrings()[name].replace("%", "%%")
+            description = helps[name].replace("%", "%%")
             if not of_checkpoint:
                 description += f" ({_as_typed(getattr(V1, name))})"
             elif name not in _READING_FIELDS:
