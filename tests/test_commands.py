@@ -64,7 +64,7 @@ def data(rendered, tmp_path):
 def test_a_run_writes_its_files(place):
     run = place / "runs" / "first"
     files = {path.name for path in run.iterdir() if not path.name.startswith("events.out.tfevents")}
-    assert files == {"best.pt", "last.pt", "config.json", "log.jsonl", "curves.png"}
+    assert files == {"best.pt", "last.pt", "last.prev.pt", "config.json", "log.jsonl", "curves.png"}
     [row] = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     assert row["epoch"] == 1 and row["batch"] == "2 x 1"
     assert {"total_loss", "prob_loss", "lr", "precision", "recall", "hmean", "images_per_second"} <= row.keys()
