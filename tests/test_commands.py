@@ -22,6 +22,7 @@ from dbnet.annotations import Annotation, write_labels
 from dbnet.checkpoint import change_checkpoint, load_checkpoint
 from dbnet.errors import UserError, run_script
 from dbnet.formats import read_submission
+from dbnet.inference import Pipeline
 from dbnet.pictures import ImagePictures
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -399,14 +400,14 @@ def test_an_image_wider_than_a_jpeg_can_be_gets_its_overlay(predict_hard, tmp_pa
 def test_an_image_that_vanishes_before_it_is_read_ends_no_prediction(
     predict_hard, tmp_path, monkeypatch, capsys, out_format
 ):
-    gone, detect = tmp_path / "in/a.png", predict_script.detect
+    gone, detect = tmp_path / "in/a.png", Pipeline.detect
     shutil.copy(tmp_path / "in/b.png", gone)
 
     def detect_later(*arguments):
         gone.unlink()
         return detect(*arguments)
 
-    monkeypatch.setattr(predict_script, "detect", detect_later)
+    monkeypatch.setattr(Pipeline, "detect", detect_later)
     content, overlays = predict_hard("--out-format", out_format)
     assert len(content["images"]) == 2 and not overlays
     printed = capsys.readouterr().out
