@@ -6,7 +6,6 @@
     python train.py --run first --resume                       go on with runs/first
     python train.py --preset v1 --init runs/first/best.pt      start from trained weights
     python train.py --preset v1 --show-samples samples.png     look at augmented samples, and exit
-    python train.py --preset v1 --profile                      measure memory and speed on this device, and exit
 
 A run writes runs/NAME/: config.json, best.pt (by validation H-Mean), last.pt (all that resuming needs; last.prev.pt is
 the save before it), log.jsonl (a line an epoch), curves.png, and events for `tensorboard --logdir runs` after
@@ -36,7 +35,6 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_switch("--print-config", "print the resolved configuration as JSON and exit")
     parser.add_argument("--diff", choices=PRESETS, metavar="PRESET", help="print what differs from it and exit")
     parser.add_argument("--show-samples", type=Path, metavar="FILE.png", help="picture some training samples and exit")
-    parser.add_switch("--profile", "measure memory and speed on this device and exit")
     parser.add_config_flags()
     return parser.parse()
 
@@ -59,7 +57,6 @@ with one_line_errors():  # where PyTorch is not installed, or a library that Ope
     from dbnet.loss import Losses, db_loss
     from dbnet.memory import micro_batches
     from dbnet.pictures import PICTURE_MARK, sample_sheet, show_progress, write_image
-    from dbnet.profile import print_profile
     from dbnet.training import LastSave, NothingTwice, Training, find_run, learning_rate, lock_run, log_row, new_run
     from dbnet.training import prepare_folder, seed_all, step_batches
 
@@ -81,8 +78,6 @@ def main() -> None:
         check_outputs((args.show_samples, PICTURE_MARK))
         write_image(args.show_samples, sample_sheet(TextDataset(config, "train", train=True)))
         print(f"{args.show_samples}: image with polygons, probability map, threshold map")
-    elif args.profile:
-        print_profile(args.preset, config, optimizer_step)
     else:
         run = run or from_first(lambda: new_run(args.run, args.preset))
         with lock_run(run):

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 from measure import ROOT, milliseconds, parse_arguments, print_table, print_versions
+from plans import synthetic_batch
 
 import train
 from dbnet.config import Config
 from dbnet.dataset import Batches, TextDataset, count_workers, make_loader
 from dbnet.device import keep_freed_memory, pick_device
 from dbnet.model import DBNet
-from dbnet.profile import synthetic_batch
 
 STEPS = 6
 

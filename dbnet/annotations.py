@@ -230,13 +230,9 @@ def _coco_content(found: dict[str, Annotation]) -> dict[str, Any]:
         images.append({"id": image_id, "file_name": name, **_sized(annotation, "width", "height")})
         for polygon, ignore, extras in annotation.words():
             (left, top), (right, bottom) = polygon.min(axis=0).tolist(), polygon.max(axis=0).tolist()
-            word: dict[str, Any] = {
-                "id": len(words) + 1,
-                "image_id": image_id,
-                "category_id": 1,
-                "iscrowd": int(ignore),
-            }
-            word |= {"segmentation": [polygon.ravel().tolist()], "bbox": [left, top, right - left, bottom - top]}
+            word: dict[str, Any] = {"id": len(words) + 1, "image_id": image_id, "category_id": 1}
+            word |= {"iscrowd": int(ignore), "segmentation": [polygon.ravel().tolist()]}
+            word["bbox"] = [left, top, right - left, bottom - top]
             words.append({**word, "area": cv2.contourArea(polygon.astype(np.float32)), **extras})
     kinds = {"info": {"description": RESULT_MARK}, "categories": [{"id": 1, "name": "text"}]}
     return {**kinds, "images": images, "annotations": words}

@@ -1,9 +1,4 @@
-"""Augmentations of a training sample. They are drawn first and applied later: the shape of a sample is known early.
-
-augmentation = draw_augmentation(config, rng, image_size)
-augmentation.render(image, canvas)                 # 8-bit pixels; the last step writes them into the canvas
-points = augmentation.move(points, width, height)  # the points of all polygons at once
-"""
+"""Augmentations of a training sample. They are drawn first and applied later: the shape of a sample is known early."""
 
 from dataclasses import dataclass
 
@@ -15,11 +10,6 @@ from dbnet.config import Config
 _CLAHE_CLIP = 2.0
 _CLAHE_TILES = (8, 8)
 _ROTATIONS = {1: cv2.ROTATE_90_CLOCKWISE, 2: cv2.ROTATE_180, 3: cv2.ROTATE_90_COUNTERCLOCKWISE}
-_BLUR_SIGMAS = (0.4, 1.6)  # pixels
-_NOISE_DEVIATIONS = (2.0, 14.0)  # grey levels
-_JPEG_QUALITIES = (15, 70)
-_SHADOW_DEPTHS = (0.2, 0.6)  # share of the light that is taken away
-_SHADOW_EDGE = 0.02  # softness, as a fraction of the longer side
 
 
 @dataclass(frozen=True)
@@ -29,10 +19,6 @@ class Augmentation:
     brightness: float = 0.0  # added to the values, as a fraction of the full range
     contrast: float = 0.0  # values are scaled by 1 + contrast
     clahe_clip: float = 0.0  # clip limit of the contrast-limited adaptive histogram equalization; 0 leaves it out
-    shadow: tuple[float, float, float] | None = None  # direction, distance and depth, as `_cast_shadow` takes them
-    blur: float = 0.0  # standard deviation of a Gaussian blur in pixels
-    noise: tuple[float, int] | None = None  # standard deviation of grey noise, in grey levels, and its seed
-    jpeg_quality: int = 0  # 1 to 100; 0 leaves the compression out
     flip: bool = False  # left and right
     quarter_turns: int = 0  # clockwise turns by 90 degrees, 0 to 3
     scale: float = 1.0  # factor on both sides
@@ -67,7 +53,7 @@ class Augmentation:
         scaled = self._scaled(image.shape[1], image.shape[0])
         width, height = self.size(image.shape[1], image.shape[0])
         region = canvas[:height, :width]
-        image = self._change_values(image)
+        self._change_values(image)
         image = cv2.flip(image, 1) if self.flip else image
         image = cv2.rotate(image, _ROTATIONS[self.quarter_turns]) if self.quarter_turns else image
         if image.shape[1::-1] != scaled:
@@ -80,7 +66,7 @@ class Augmentation:
             left, top = self._cut(*scaled)
             region[:] = image[top : top + height, left : left + width]
 
-    def _change_values(self, image: np.ndarray) -> np.ndarray:
+    def _change_values(self, image: np.ndarray) -> None:
         if self.brightness or self.contrast:
             cv2.addWeighted(image, 1 + self.contrast, image, 0, self.brightness * 255, dst=image)
         if self.clahe_clip:  # of the luma: the lightness of CIELAB takes eight times as long
@@ -88,18 +74,6 @@ class Augmentation:
             luma = cv2.createCLAHE(self.clahe_clip, _CLAHE_TILES).apply(cv2.extractChannel(ycrcb, 0))
             cv2.insertChannel(luma, ycrcb, 0)
             cv2.cvtColor(ycrcb, cv2.COLOR_YCrCb2RGB, dst=image)
-        if self.shadow:
-            _cast_shadow(image, *self.shadow)
-        if self.blur:
-            image = cv2.GaussianBlur(image, (0, 0), self.blur)
-        if self.noise:
-            deviation, seed = self.noise
-            noise = np.random.default_rng(seed).standard_normal(image.shape[:2], np.float32) * np.float32(deviation)
-            image = cv2.add(image, cv2.merge([noise] * 3), dtype=cv2.CV_8U)
-        if self.jpeg_quality:  # the order of the channels hardly matters
-            _, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, self.jpeg_quality])
-            image = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))
-        return image
 
     def _scaled(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) after turns and scaling, before anything is cut off."""
@@ -132,8 +106,6 @@ def draw_augmentation(config: Config, rng: np.random.Generator, image_size: int 
     brightness = rng.uniform(-config.brightness, config.brightness) if shade else 0.0
     contrast = rng.uniform(-config.contrast, config.contrast) if shade else 0.0
     quarter_turns = int(rng.integers(1, 4)) if turn else 0
-    probabilities = config.blur_p, config.noise_p, config.jpeg_p, config.shadow_p
-    blurred, noisy, compressed, shaded = rng.random(4) < probabilities
     scale = config.scale ** rng.uniform(-1, 1) if config.scale > 1 else 1.0
     largest = config.perspective
     return Augmentation(  # the arguments draw in this order
@@ -142,25 +114,9 @@ def draw_augmentation(config: Config, rng: np.random.Generator, image_size: int 
         _CLAHE_CLIP if equalized else 0.0,
         flip=bool(flip),
         quarter_turns=quarter_turns,
-        shadow=(rng.uniform(0, 2 * np.pi), rng.uniform(-0.3, 0.3), rng.uniform(*_SHADOW_DEPTHS)) if shaded else None,
-        blur=rng.uniform(*_BLUR_SIGMAS) if blurred else 0.0,
-        noise=(rng.uniform(*_NOISE_DEVIATIONS), int(rng.integers(2**31))) if noisy else None,
-        jpeg_quality=int(rng.integers(*_JPEG_QUALITIES)) if compressed else 0,
         scale=scale * image_size / config.image_size,
         angle=rng.uniform(-config.rotate, config.rotate) if config.rotate else 0.0,
         corners=tuple(map(tuple, rng.uniform(-largest, largest, (4, 2)).tolist())) if largest else (),
         limit=image_size,
         cut_position=tuple(rng.random(2)) if scale > 1 else (0.5, 0.5),
     )
-
-
-def _cast_shadow(image: np.ndarray, direction: float, distance: float, depth: float) -> None:
-    """Take `depth` of the light from (height, width, 3) uint8, in place, on one side of a soft straight edge: in the
-    `direction` (radians), from `distance` of the centre on (a fraction of the longer side)."""
-    height, width = image.shape[:2]
-    longer = max(height, width)
-    x = (np.arange(width, dtype=np.float32) - width / 2) * (np.cos(direction) / longer)
-    y = (np.arange(height, dtype=np.float32) - height / 2) * (np.sin(direction) / longer)
-    shaded = np.clip((x + (y[:, None] - distance)) / _SHADOW_EDGE, 0, 1)
-    light = cv2.merge([1 - np.float32(depth) * shaded] * 3)
-    cv2.multiply(image, light, dst=image, dtype=cv2.CV_8U)

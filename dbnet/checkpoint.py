@@ -20,10 +20,10 @@ from dbnet.model import DBNet, fold
 FORMAT = 3
 """Format that `save_checkpoint` writes; checkpoints of a higher one are rejected.
 
-A field that old checkpoints lack gets its default, which must mean what the program did before. When a field or a layer
-is removed or renamed, or values change their meaning: raise FORMAT, and translate in `load_checkpoint`; reject what can
-no longer be honoured. Format 2 has a batch norm more in the fusion asf. Format 3 lacks the fields sync_batch_norm and
-clahe_clip. tests/data/format-1.pt and weights/lite.pt (format 2) have to stay readable.
+A field that old checkpoints lack gets its default, which must mean what the program did before. A removed one goes into
+`config.REMOVED_FIELDS`. When a layer is removed or renamed, or values change their meaning: raise FORMAT, and translate
+in `load_checkpoint`; reject what can no longer be honoured. Format 2 has a batch norm more in the fusion asf. Format 3
+lacks the label format totaltext. tests/data/format-1.pt and weights/lite.pt (format 2) have to stay readable.
 """
 
 
@@ -59,10 +59,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: has format {str(written_by)[:9]}; update dbnet if it is by a newer dbnet")
     try:
         values = dict(content["config"])
-        if written_by < 3:
-            values = {name: value for name, value in values.items() if name not in ("sync_batch_norm", "clahe_clip")}
-            values |= {"format": "auto"} if values.get("format") == "totaltext" else {}
-        content["config"] = Config().changed(**values)
+        if written_by < 3 and values.get("format") == "totaltext":
+            values["format"] = "auto"
+        content["config"] = Config.from_dict(values)
     except (UserError, TypeError, ValueError) as error:  # the last two where it is no dict of fields
         reason = f"its configuration is unknown here ({one_line(error)})"
         raise UserError(f"{path}: {reason}; update dbnet if it is of a newer one") from None

@@ -92,10 +92,6 @@ class Config:
     brightness: Fraction = 0.2  # largest change of brightness, as a fraction of the full range
     contrast: Fraction = 0.2  # largest relative change of contrast
     clahe_p: Fraction = 0.0  # probability of contrast-limited adaptive histogram equalization on 8 x 8 tiles
-    blur_p: Fraction = 0.0  # probability of a blur, as of a lens out of focus
-    noise_p: Fraction = 0.0  # probability of noise, as of a sensor in the dark
-    jpeg_p: Fraction = 0.0  # probability of JPEG compression at low quality
-    shadow_p: Fraction = 0.0  # probability of a shadow with a straight edge
 
     # weights of the loss w_p BCE(P) + w_b dice(B) + w_t L1(T)
     prob_loss_weight: Weight = 5.0  # weight of the balanced cross entropy of the probability map
@@ -185,18 +181,25 @@ class Config:
         return PRESETS[name].changed(**changes)
 
     def changed(self, **changes: Any) -> Self:
-        """A copy with some fields changed; lists become tuples, so that `Config().changed(**values)` undoes `to_dict`.
-        Raises UserError for an unknown field."""
+        """A copy with some fields changed; lists become tuples. Raises UserError for an unknown field."""
         if unknown := sorted(changes.keys() - _hints().keys()):
             raise UserError(f"unknown configuration field {unknown[0]!r}; --help lists all of them")
         lists = {name: tuple(value) for name, value in changes.items() if isinstance(value, list)}
         return dataclasses.replace(self, **changes | lists)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The configuration of a file, from what `to_dict` gave in this or an earlier version. Raises UserError."""
+        return cls().changed(**{name: value for name, value in values.items() if name not in REMOVED_FIELDS})
 
     def to_dict(self) -> dict[str, Any]:
         """Field names and plain values in the order of the fields, ready for JSON."""
         values = {name: getattr(self, name) for name in _hints()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
+
+# Fields of earlier versions. Files that still have them are read as without.
+REMOVED_FIELDS = {"sync_batch_norm", "clahe_clip", "blur_p", "noise_p", "jpeg_p", "shadow_p"}
 
 # Fields that decide the shape of the network: fixed in a checkpoint.
 NETWORK_FIELDS = ("backbone", "weights", "pyramid_channels", "fusion", "binarization_k")

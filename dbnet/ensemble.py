@@ -1,9 +1,5 @@
 """Networks that look at an image together: the mean probability map of several checkpoints, sizes and mirror images.
 
-    ensemble = Ensemble.load([Path("a.pt"), Path("b.pt")], {"tta": True})
-    prob_maps = ensemble.infer(images, sizes, BatchPlan(8))    # goes to the device and returns at once
-    prob_maps()                                                # (N, height, width) uint8, once they have arrived
-
 Each network sees images of its own size. Its maps are brought to the geometry of the first one's, and averaged.
 """
 

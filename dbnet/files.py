@@ -75,7 +75,8 @@ def locked(path: Path, message: str) -> Iterator[None]:
             yield
         finally:
             with suppress(OSError):
-                path.unlink()
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # not that of a folder made anew
+                    path.unlink()
                 path.parent.rmdir()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pyclipper
 import shapely
 from numpy.typing import ArrayLike
 
@@ -126,6 +127,14 @@ def offset_distances(points: np.ndarray, counts: np.ndarray, ratio: float) -> np
     """
     lengths = _sums(np.sqrt(np.square(points[next_point(counts)] - points).sum(axis=1)), counts)
     return areas(points, counts) * ratio / np.where(lengths > 0, lengths, np.inf)
+
+
+def offset(polygon: list[list[float]], distance: float) -> list[list[list[int]]]:
+    """The pieces of a polygon moved outward by `distance` pixels with round corners, inward if it is negative, in whole
+    pixels."""
+    clipper = pyclipper.PyclipperOffset()
+    clipper.AddPath(polygon, pyclipper.JT_ROUND, pyclipper.ET_CLOSEDPOLYGON)
+    return clipper.Execute(distance)
 
 
 def next_point(counts: np.ndarray) -> np.ndarray:
@@ -544,9 +553,20 @@ def reading_order(polygons: list[np.ndarray]) -> tuple[list[int], list[int]]:
     return np.lexsort((x, numbers)).tolist(), numbers.tolist()
 
 
-def tall_share(polygons: list[np.ndarray], without: float = 0.0) -> float:
-    """Share of those that are higher than long among the elongated of (n, 2) polygons; `without` any, this number."""
-    sizes = [cv2.boundingRect(polygon.astype(np.float32))[2:] for polygon in polygons]
-    tall = sum(height > ELONGATED * width for width, height in sizes)
-    wide = sum(width > ELONGATED * height for width, height in sizes)
-    return tall / (tall + wide) if tall + wide else without
+def tall_share(polygons: list[np.ndarray]) -> float:
+    """Share of those that are higher than long among the elongated of (n, 2) polygons; 0 without any."""
+    lengths = _lengths(polygons)
+    tall, wide = np.count_nonzero(lengths < 1 / ELONGATED), np.count_nonzero(lengths > ELONGATED)
+    return tall / max(tall + wide, 1)
+
+
+def median_length(polygons: list[np.ndarray], turned: bool = False) -> float:
+    """Median length of (n, 2) polygons in their heights, or, `turned`, of polygons that run down; 0 without any."""
+    lengths = _lengths(polygons)
+    return float(np.median(1 / lengths if turned else lengths)) if polygons else 0.0
+
+
+def _lengths(polygons: list[np.ndarray]) -> np.ndarray:
+    """(polygons,) width / height of the bounding box of each, in whole pixels."""
+    boxes = np.array([cv2.boundingRect(polygon.astype(np.float32)) for polygon in polygons]).reshape(-1, 4)
+    return boxes[:, 2] / boxes[:, 3]

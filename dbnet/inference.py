@@ -26,7 +26,7 @@ from dbnet.config import NETWORK_FIELDS, Config
 from dbnet.dataset import Batches, Draw, ImageDataset, count_cores, count_workers, load_batches, make_loader
 from dbnet.errors import ImageError, UserError, is_out_of_memory, library_errors
 from dbnet.files import check_regular, write_whole
-from dbnet.geometry import MOST_TALL, Letterbox, in_windows, inference_side, padded, tall_share, windows
+from dbnet.geometry import Letterbox, in_windows, inference_side, median_length, padded, tall_share, windows
 from dbnet.images import list_pages, read_image, read_size, to_rgb
 from dbnet.memory import BatchPlan, run_until_it_fits
 from dbnet.postprocess import corners, extract_polygons
@@ -40,6 +40,7 @@ OPSET = 17
 CONFIG_KEY = "dbnet_config"
 _EXPORT_ANEW = "export it with export.py"
 SOME_TALL = 0.1  # share of tall words above which a page may lie on its side. Upright pages have 0.03
+SHORT = 1.75  # median length of words, in their heights, below which it may, too: bits of its lines are found
 SMALL_TEXT_SHOWN, MOST_ENLARGED = 1.15, 1.5  # times config.small_text that small text gets high; limit of the factor
 FEW_WORDS = 3  # fewer in the turned page are no sign: on a photograph without text they may be tiles or a fence
 _WAITING_IMAGES = 64  # on a GPU, more maps than this do not wait for their polygons; then the network does
@@ -90,7 +91,7 @@ class OnnxNetwork:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
             metadata = self.session.get_modelmeta().custom_metadata_map
         try:
-            trained = Config().changed(**json.loads(metadata[CONFIG_KEY]))
+            trained = Config.from_dict(json.loads(metadata[CONFIG_KEY]))
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError, UserError):
             raise UserError(f"{path}: holds no configuration of this dbnet; {_EXPORT_ANEW}") from None
         arrays = [*self.session.get_inputs(), *self.session.get_outputs()]
@@ -372,10 +373,11 @@ class Pipeline:
     def _detection(
         self, network: Network, plan: BatchPlan, image: _Mapped, found: tuple[list[np.ndarray], list[float]]
     ) -> Detection:
-        """What is found in an image: the polygons and scores of its map or, where the page lies on its side, those of a
-        look at it turned by a quarter."""
+        """What is found in an image: the polygons and scores of its map or, where words are longer in that, those of a
+        look at the image turned by a quarter."""
         batch, place, size, prob_map = image
-        if self.config.sideways and tall_share(found[0], without=1) > SOME_TALL:
+        length = median_length(found[0])
+        if self.config.sideways and (length < SHORT or tall_share(found[0]) > SOME_TALL):
             views = []
             for side, images in zip(network.sides, images_of(batch, network), strict=True):
                 width, height = resized_as(size, self.config.changed(image_size=side)).resized
@@ -386,7 +388,7 @@ class Pipeline:
             turned = network.infer(views, [size[::-1]], plan)()[0, :width, :height]
             turned = np.ascontiguousarray(np.rot90(turned, -1))
             found_turned = polygons_of(turned, size, self.config)
-            if tall_share(found_turned[0]) > MOST_TALL and len(found_turned[0]) >= FEW_WORDS:
+            if median_length(found_turned[0], turned=True) > length and len(found_turned[0]) >= FEW_WORDS:
                 prob_map, found = turned, found_turned
         enlarged = self._enlarged_size(prob_map, size, found[0])
         if enlarged > self.config.image_size:

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
-import pyclipper
 
-from dbnet.geometry import offset_distances, split_polygons
+from dbnet.geometry import offset, offset_distances, split_polygons
 
 if TYPE_CHECKING:
     from dbnet.config import Config
@@ -159,9 +158,7 @@ def offset_polygons(polygons: list[np.ndarray], distances: list[float]) -> list[
     is (m, 2) int32, or None if it is not exactly one piece."""
     grown = []
     for polygon, distance in zip(polygons, distances, strict=True):
-        offset = pyclipper.PyclipperOffset()
-        offset.AddPath(polygon.tolist(), pyclipper.JT_ROUND, pyclipper.ET_CLOSEDPOLYGON)
-        pieces = offset.Execute(distance)
+        pieces = offset(polygon.tolist(), distance)
         grown.append(pieces[0] if len(pieces) == 1 else [])
     counts = np.array([len(polygon) for polygon in grown], int)
     flat = np.fromiter(chain.from_iterable(chain.from_iterable(grown)), np.int32, 2 * counts.sum())

@@ -1,8 +1,5 @@
 """A report of an evaluation: one HTML file that shows each image and each mistake, and opens without a connection.
 
-    evaluation = evaluate(pipeline, network, picture=picture_of)
-    write_report(Path("report.html"), evaluation, "best.pt on val", settings, comparison=None, lang="auto")
-
 The page is report.html beside this module. This module adds its data: names, numbers and polygons as one JSON, and the
 pictures as base64, each in an element of its own, so that a browser decodes only those that it shows.
 """

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import cv2
 import numpy as np
-import pyclipper
 
-from dbnet.geometry import is_tangled, offset_distances
+from dbnet.geometry import is_tangled, offset, offset_distances
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +69,7 @@ def draw_targets(
         order = order[(efforts <= MAX_EFFORT) & can_be_shrunk[order]]
         indices, points, distances = indices[order], points[order], distances[order]
         for index, polygon, distance in zip(indices.tolist(), points.tolist(), distances.tolist(), strict=True):
-            for kernel in _offset(polygon, -distance):  # one piece or several
+            for kernel in offset(polygon, -distance):  # one piece or several
                 cv2.fillPoly(prob_map, [np.array(kernel, np.int32)], 1)
                 lost.discard(index)
         _raise_near_outlines(thresh_levels, points, distances)
@@ -109,13 +108,6 @@ def _stacked_by_point_count(polygons: Sequence[np.ndarray]) -> Iterator[tuple[np
         points = np.concatenate([arrays[index] for index in group]).reshape(-1, point_count, 2)
         can_be_drawn = np.abs(points).max(axis=(1, 2)) < MAX_DRAWN_COORDINATE  # False for nan as well
         yield np.array(group)[can_be_drawn], np.rint(points[can_be_drawn]).astype(np.int32)
-
-
-def _offset(polygon: list[list[int]], distance: float) -> list[list[list[int]]]:
-    """The pieces of a polygon moved outward by `distance` pixels, inward if it is negative, in integer pixels."""
-    offset = pyclipper.PyclipperOffset()
-    offset.AddPath(polygon, pyclipper.JT_ROUND, pyclipper.ET_CLOSEDPOLYGON)
-    return offset.Execute(distance)
 
 
 def _raise_near_outlines(thresh_levels: np.ndarray, points: np.ndarray, distances: np.ndarray) -> None:
@@ -174,7 +166,7 @@ def _boxes_within(distances: np.ndarray, points: np.ndarray, shape: tuple[int, i
     first = points.min(axis=1) - margins
     last = points.max(axis=1) + margins + 1
     for index in np.flatnonzero((distances > 1) & (distances < COARSE_DISTANCE)):
-        dilated = np.array(_offset(points[index].tolist(), distances[index])[0], np.int32)
+        dilated = np.array(offset(points[index].tolist(), distances[index])[0], np.int32)
         first[index], last[index] = dilated.min(axis=0), dilated.max(axis=0) + 1
     return np.stack([np.maximum(first, 0), np.minimum(last, shape[::-1])])
 

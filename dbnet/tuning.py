@@ -1,9 +1,5 @@
 """Search for the best post-processing settings: CLEval of a grid of them, from probability maps computed once.
 
-    tuning = tune(maps, config)                  # of annotated images
-    print(tuning.combinations[tuning.best])      # thresh, box_thresh, unclip ratio and min_size
-    print(tuning.cross_validated)                # expected H-Mean of values that are chosen like this
-
 Every combination scores exactly what `extract_polygons` and `score_image` give with it, but most of the work is shared:
 contours and their scores depend on thresh alone, offset polygons and their matches on thresh and the unclip ratio, and
 box_thresh and min_size only select among the polygons.

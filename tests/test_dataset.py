@@ -152,16 +152,6 @@ def test_the_micro_batches_of_a_step_share_one_of_the_train_sizes(small):
         assert set(sides) == {64, 96, 128}  # none larger than image_size
 
 
-@pytest.mark.parametrize("field", ["blur_p", "noise_p", "jpeg_p", "shadow_p"])
-def test_each_degradation_changes_values_and_no_word(small, field):
-    plain = small.changed(flip_p=0.0, brightness_contrast_p=0.0, clahe_p=0.0)
-    before = TextDataset(plain, "train", train=True)[0]
-    after = TextDataset(plain.changed(**{field: 1.0}), "train", train=True)[0]
-    difference = np.abs(after["image"].astype(float) - before["image"]).mean()
-    assert 0.2 < difference < 80
-    assert np.array_equal(after["prob_map"], before["prob_map"])
-
-
 def test_photometric_augmentation_keeps_shape_and_changes_values():
     image = np.random.default_rng(0).integers(60, 120, (64, 64, 3), dtype=np.uint8)
     dark = np.full((64, 64, 3), 20, np.uint8)

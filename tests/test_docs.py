@@ -49,8 +49,8 @@ NOT_RUN = {
 
 SLOW = {
     "torchrun --nproc-per-node 2 -- train.py --preset v1 --effective-batch 16",
-    "python train.py --preset v1 --profile",
-    "python train.py --preset v1 --data data/mine --profile",
+    "python benchmarks/plans.py --preset v1",
+    "python benchmarks/plans.py --preset v1 --data data/mine",
 }
 """Commands that only `make test-long` runs."""
 
@@ -113,7 +113,7 @@ def in_test_size(words):
     """The words of a command with flags added that make its work small; of a flag given twice the last counts."""
     if "dbnet.synth" in words:
         return [*words, "--train", "6", "--val", "2", "--test", "2", "--size", "192"]
-    if "train.py" in words:
+    if {"train.py", "benchmarks/plans.py"} & {*words}:
         epochs = "2" if "--resume" in words else "1"
         small = ["--image-size", "64", "--batch-size", "2", "--epochs", epochs, "--weights", "none", "--workers", "0"]
         small += ["--max-candidates", "20"]  # or tuning would take in hundreds of specks of a hardly trained network

@@ -1,21 +1,21 @@
-"""--profile: every plan of the fallback has its row, measured or with the reason why not."""
+"""benchmarks/plans.py: every plan of the fallback has its row, measured or with the reason why not."""
 
 import pytest
 import torch
 from support import CPU, command
 
 import train
-from dbnet import profile
+from benchmarks import plans
+from benchmarks.plans import fallback_cases, measure_case, print_plans, synthetic_batch
 from dbnet.config import Config
 from dbnet.dataset import Batches, TextDataset, make_loader
 from dbnet.model import DBNet
-from dbnet.profile import fallback_cases, measure_case, print_profile, synthetic_batch
 from dbnet.training import Training
 
 
 def test_the_command_measures_each_batch_of_the_fallback(rendered, tmp_path):
     flags = ["--preset", "lite", "--image-size", "64", "--batch-size", "2", "--accumulate", "3", "--epochs", "9"]
-    result = command("train.py", *flags, "--profile", "--data", rendered, cwd=tmp_path)
+    result = command("benchmarks/plans.py", *flags, "--data", rendered, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines() if " px " in line]
     assert [" ".join(row[:5]) for row in rows] == ["64 px 2 x 3", "64 px 1 x 6"]
@@ -69,16 +69,16 @@ def test_steps_that_take_long_are_few_and_the_first_counts_only_where_it_is_alon
         steps.append(len(batches))
 
     config = small.changed(image_size=64, batch_size=2, accumulate=2)
-    profile.run_steps(config, CPU, note)
+    plans.run_steps(config, CPU, note)
     assert steps == [2] * 6
-    monkeypatch.setattr(profile, "_CASE_SECONDS", 1e-9)
-    assert profile.run_steps(config, CPU, note)[1] > 0
+    monkeypatch.setattr(plans, "_CASE_SECONDS", 1e-9)
+    assert plans.run_steps(config, CPU, note)[1] > 0
     assert steps == [2] * 7
 
 
 @pytest.mark.parametrize("step", [exhaust, die])
 def test_out_of_memory_is_a_row(small, step, capsys):
-    print_profile(None, small.changed(image_size=64, batch_size=1, accumulate=2), step)
+    print_plans("v1", small.changed(image_size=64, batch_size=1, accumulate=2), step)
     assert "  64 px   1 x 2        -         -  out of memory\n" in capsys.readouterr().out
 
 
@@ -89,7 +89,7 @@ def test_the_memory_of_a_case_is_the_growth_of_its_own_process(small):
 
 
 def test_a_micro_batch_that_does_not_fit_is_not_halved_while_it_is_measured(small):
-    plan = profile._OnlyPlan(4, 1, 128)
+    plan = plans._OnlyPlan(4, 1, 128)
     training = Training(DBNet(small), small, CPU, plan)
     training.model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("injected")))
     with pytest.raises(MemoryError, match="4 x 1 does not fit"):

@@ -1,4 +1,6 @@
-"""Memory and speed of a preset on this device, before a long run: `python train.py --preset v1 --profile`.
+"""Memory and speed of a preset on this device, before a long run.
+
+    python benchmarks/plans.py --preset v1 [--data DIR] [--FIELD VALUE ...]      flags as of train.py
 
 Real optimizer steps on synthetic batches, for each plan of the fallback (`dbnet.memory`): 8 x 2, 4 x 4, 2 x 8 and
 1 x 16 at 1024, 896 and 800 px, each printed once it is measured: Ctrl-C leaves out the rest.
@@ -16,16 +18,19 @@ from pathlib import Path
 
 import torch
 
-from dbnet.config import Config
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `import dbnet` and `import train`
+
+import train
+from dbnet.config import PRESETS, ArgumentParser, Config
 from dbnet.dataset import Batch
 from dbnet.device import keep_freed_memory, peak_memory, pick_amp_dtype, pick_device
-from dbnet.errors import is_out_of_memory
+from dbnet.errors import is_out_of_memory, run_script
 from dbnet.memory import SMALLER_SIZES, BatchPlan, free_memory
 from dbnet.model import DBNet
 from dbnet.splits import data_folders, read_split
 from dbnet.training import Training
 
-Step = Callable[[Training, list[Batch], Config], object]  # train.optimizer_step
+Step = Callable[[Training, list[Batch], Config], object]
 
 COMPETITION_IMAGES = 3272  # of its training split, for the hours where there is no data set yet
 _CASE_SECONDS = 10.0  # no further step of a case begins later
@@ -36,7 +41,15 @@ class _OnlyPlan(BatchPlan):
         raise MemoryError(f"{self.in_force} does not fit")  # here, that is a result
 
 
-def print_profile(preset: str | None, config: Config, step: Step) -> None:
+def main() -> None:
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("--preset", choices=PRESETS, default="v1", help="configuration to measure (v1)")
+    parser.add_config_flags()
+    args, changes = parser.parse()
+    print_plans(args.preset, Config.from_preset(args.preset, **changes))
+
+
+def print_plans(preset: str, config: Config, step: Step = train.optimizer_step) -> None:
     """Measure each plan and print its row. Raises UserError without such a device or for a broken data set."""
     device = pick_device(config.device)
     is_gpu, images, source = device.type == "cuda", COMPETITION_IMAGES, f"the competition's; there is no {config.data}"
@@ -44,7 +57,7 @@ def print_profile(preset: str | None, config: Config, step: Step) -> None:
         images, source = len(read_split(config.data, "train").images), config.data
     name = torch.cuda.get_device_name(device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
     dtype = str(pick_amp_dtype(config, device) or torch.float32).removeprefix("torch.")
-    print(f"{preset or 'v1'} on {name}: {config.backbone}, {dtype}, torch {torch.__version__}")
+    print(f"{preset} on {name}: {config.backbone}, {dtype}, torch {torch.__version__}")
     row = "{:>7}  {:>6}  {:>7}  {:>8}  {}".format
     print(row("image", "batch", "peak GB", "images/s", f"{config.epochs} epochs"))
     for case in fallback_cases(config):
@@ -121,3 +134,7 @@ def synthetic_batch(config: Config) -> Batch:
         "mask": torch.ones_like(text),
         "side": torch.full((count,), side),
     }
+
+
+if __name__ == "__main__":
+    run_script(main)
