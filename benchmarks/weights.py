@@ -84,7 +84,7 @@ def write(folder: Path, samples: Iterator[Sample], split: str = "train") -> None
         cv2.imwrite(str(folder / "images" / split / name), sample.image, [cv2.IMWRITE_JPEG_QUALITY, 93])
         entries[name] = {
             "words": {
-                str(index): {"points": word.points.round(1).tolist(), "illegibility": word.dont_care}
+                str(index): {"points": word.points.round(1).tolist(), "illegibility": bool(word.dont_care)}
                 for index, word in enumerate(sample.words)
             }
         }
@@ -146,7 +146,7 @@ def cut_into_words(sample: Sample) -> Sample:
             continue
         for left, right in edges:
             a, b = int(x0) + left, int(x0) + right
-            words.append(Word(np.array([[a, y0], [b, y0], [b, y1], [a, y1]]), bool(right - left < 3)))
+            words.append(Word(np.array([[a, y0], [b, y0], [b, y1], [a, y1]]), right - left < 3))
     return Sample(sample.image, words)
 
 

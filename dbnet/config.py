@@ -333,7 +333,7 @@ class ArgumentParser(argparse.ArgumentParser):
         for i in reversed(range(len(tokens))):
             if tokens[i] in switches:
                 tokens[i] += f"={tokens.pop(i + 1) if _is_value(''.join(tokens[i + 1 : i + 2])) else 'true'}"
-        namespace = self.parse_args(tokens)
+        namespace = self.parse_intermixed_args(tokens)
         changes = {name: vars(namespace).pop(name) for name in _hints() if name in namespace}
         return namespace, changes
 

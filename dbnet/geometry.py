@@ -556,7 +556,7 @@ def reading_order(polygons: list[np.ndarray]) -> tuple[list[int], list[int]]:
 def tall_share(polygons: list[np.ndarray]) -> float:
     """Share of those that are higher than long among the elongated of (n, 2) polygons; 0 without any."""
     lengths = _lengths(polygons)
-    tall, wide = np.count_nonzero(lengths < 1 / ELONGATED), np.count_nonzero(lengths > ELONGATED)
+    tall, wide = int((lengths < 1 / ELONGATED).sum()), int((lengths > ELONGATED).sum())
     return tall / max(tall + wide, 1)
 
 

@@ -131,6 +131,7 @@ def test_a_value_of_another_kind_names_its_flag_and_what_it_takes(typed, takes):
         parser.parse(["--amp", "maybe"])
     args, changes = parser.parse(["--tta", "lite", "a.pt", "--strict", "no", "--resume"])
     assert args.checkpoints == ["lite", "a.pt"] and args.resume and changes == {"tta": True, "strict": False}
+    assert parser.parse(["a.pt", "--tta", "b.pt"])[0].checkpoints == ["a.pt", "b.pt"]
 
 
 def test_numbers_separated_by_commas_are_typed_as_the_help_shows_them():

@@ -77,6 +77,16 @@ def test_a_file_of_half_the_size_computes_what_its_rounded_kernels_say(exported)
     assert 0 < np.abs(maps[0] - maps[1]).max() < 0.01
 
 
+@pytest.mark.parametrize("error", [0.01, np.nan])
+def test_a_file_that_computes_something_else_is_not_kept(exported, tmp_path, monkeypatch, error):
+    model, config, _ = load_model(exported / "best.pt", {})
+    right = OnnxNetwork.probabilities
+    monkeypatch.setattr(OnnxNetwork, "probabilities", lambda self, images: right(self, images) + np.float32(error))
+    with pytest.raises(UserError, match=r"wrong\.onnx: not kept: .* with a difference"):
+        export.export_onnx(tmp_path / "wrong.onnx", model, config, half=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_runs_on_the_provider_of_onnx_runtime_that_is_named(exported):
     import onnxruntime
 
