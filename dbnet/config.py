@@ -140,7 +140,7 @@ class Config:
     """test-time augmentation: the mean map of the image at several sizes, and mirrored for networks trained with
     flips; a little more accurate, three to six times the time"""
     sideways: bool = True
-    """look again, turned by a quarter, at an image whose lines run up or down, or in which none is found"""
+    """look again, turned by a quarter, at an image in which lines run up or down, or only short words are found"""
     small_text: Weight = 0.0
     """height in pixels of the resized image: an image with most text lower than that is looked at again, up to 1.5
     times as large; 0 is off"""
