@@ -72,7 +72,8 @@ def list_text_files(source: Path, *suffixes: str) -> list[TextFile]:
     files = []
     for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
         where, path = f"{source}: {entry.filename}", PurePosixPath(entry.filename)
-        if path.suffix.lower() in suffixes and not path.name.startswith("."):
+        is_hidden = any(part.startswith(".") and part != ".." for part in path.parts)
+        if path.suffix.lower() in suffixes and not is_hidden:
             if entry.file_size > _MAX_ZIPPED:
                 raise UserError(f"{where}: unfolds to {entry.file_size} bytes, over the limit of {_MAX_ZIPPED}")
             files.append(TextFile(where, path, partial(archive.read, entry)))
@@ -193,6 +194,7 @@ _DONT_CARE = {"ignore", "ignored", "crowd", "illegible", "illegibility", "unread
 _DONT_CARE |= {"dontcare", "donotcare", "legibilityillegible", "notreadable"}
 _CARE = {"legible", "readable", "legibility", "care"}
 _CLASS = {"label", "class", "category", "categoryname", "supercategory", "tag", "tags", "wordtags"}
+_CLASS |= {"attributes", "flags"}  # where they are lists of names
 _TRUE, _FALSE = {"true", "1", "1.0", "yes"}, {"false", "0", "0.0", "no", "none", "null", ""}
 _QUOTES = {"''", '""', "“”", "„“", "„”", "‘’", "«»", "「」", "『』", "＂＂", "＇＇"}
 
@@ -272,9 +274,8 @@ def _annotation(words: list[Word], size: tuple[int, int] | None = None) -> Annot
 def size_of(entry: dict[str, Any], width: str, height: str) -> tuple[int, int] | None:
     """The image's size under these two names, or None where it is missing or empty."""
     values = [str(entry.get(name)).removesuffix(".0") for name in (width, height)]
-    if not all(re.fullmatch("[1-9][0-9]{0,8}", value, re.ASCII) for value in values):
-        return None
-    return int(values[0]), int(values[1])
+    is_known = all(re.fullmatch("[1-9][0-9]{0,8}", value, re.ASCII) for value in values)
+    return (int(values[0]), int(values[1])) if is_known else None
 
 
 # ---- files for one image
@@ -283,6 +284,7 @@ _NUMBER = re.compile(r"\s*[-+]?[0-9]{1,18}(\.[0-9]*)?\s*", re.ASCII)
 _MANY_NUMBERS = 12  # in a line: its format knows more than four points
 _CTW1500_NUMBERS = 32
 _FLAGGED = re.compile(r"(?:[^,]*,){8}\s*(?:[01]|true|false)\s*,\s*(.*?)\s*", re.IGNORECASE)
+_OUTLINES = ("polygon", "rectangle", "oriented_rectangle", "rotation", "quadrilateral")  # of LabelMe's types of shapes
 
 LINE_FORMATS: dict[str, tuple[int, str, Callable[[np.ndarray], np.ndarray]]] = {
     "icdar": (8, "x1,y1,x2,y2,x3,y3,x4,y4", lambda points: points[:4]),
@@ -300,16 +302,15 @@ Don't care is the transcription `###` (`is_hidden_text`), or that behind the nam
 """
 
 
-def parse_lines(where: str, text: str, form: str) -> Annotation:
-    """The words of a text file in one of LINE_FORMATS."""
+def parse_lines(where: str, text: str, form: str, has_flags: bool = False) -> Annotation:
+    """The words of a text file in one of LINE_FORMATS, with or without flags (`_have_flags`)."""
     least, expected, outline = LINE_FORMATS[form]
-    lines, words = list(_lines(text)), list[Word]()
-    has_flags = form == "icdar" and _have_flags([line for _, line in lines])
-    for number, line in lines:
+    words = list[Word]()
+    for number, line in _lines(text):
         place, numbers = f"{where}: line {number}", _numbers(line)
         if len(numbers) < least:
             hints = (hint for pattern, hint in _FOREIGN_LINES if re.match(pattern, line))
-            hint = next(hints, "--format says which form is read")
+            hint = next(hints, "write plain numbers, or name another --format")
             raise UserError(f"{place}: must begin with {expected}, not {line[:60]!r}; {hint}")
         polygon = outline(numbers[: len(numbers) // 2 * 2].reshape(-1, 2))
         last = line.rstrip(", \t").rpartition(",")[2]
@@ -318,14 +319,15 @@ def parse_lines(where: str, text: str, form: str) -> Annotation:
     return _annotation(words)
 
 
-def _have_flags(lines: list[str]) -> bool:
-    """Whether every line has a flag, 0 or 1, before its text, as in RCTW-17.
+def _have_flags(files: list[TextFile]) -> bool:
+    """Whether every line of a set of files has a flag, 0 or 1, before its text, as in RCTW-17.
 
     Prices such as `1,500` and `1,50 EUR` look alike, so all texts must be in quotes, or one must begin with a letter.
     """
-    texts = [match[1] for match in map(_FLAGGED.fullmatch, lines) if match]
+    matches = [_FLAGGED.fullmatch(line) for file in files for _, line in _lines(file.read())]
+    texts = [match[1] for match in matches if match]
     is_text = any(text[:1].isalpha() for text in texts) or all(text[:1] + text[-1:] in _QUOTES for text in texts)
-    return is_text and len(texts) == len(lines)
+    return is_text and len(texts) == len(matches)
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
@@ -380,7 +382,7 @@ def parse_labelme(where: str, text: str) -> Annotation:
         kind = shape.get("shape_type") or "polygon"
         if kind == "rectangle" and len(polygon) == 2:
             polygon = rectangle(*polygon.ravel().tolist())
-        elif kind not in ("polygon", "rectangle", "rotation", "quadrilateral") or len(polygon) < 3:
+        elif kind not in _OUTLINES or len(polygon) < 3:
             raise UserError(f"{place}: is a {kind} of {len(polygon)} points; draw a polygon or rectangle instead")
         words.append((polygon, ignore, score))
     return _annotation(words, size_of(content, "imageWidth", "imageHeight"))
@@ -398,18 +400,18 @@ Entry = tuple[str, str, Annotation]
 
 def _read_each(files: list[TextFile], form: str, names: ImageNames) -> Iterator[Entry]:
     """The words of files for one image each: NAME.txt, NAME.jpg.txt, SUB/NAME.json and so on (`ImageNames`), or the
-    same after a prefix that all have: gt_, poly_gt_ or res_. Raises UserError for a file without an image, or with two.
-    """
+    same after a prefix that all have: gt_, poly_gt_ or res_. Raises UserError for a file on no image, or on two."""
     prefix = next((p for p in ("poly_gt_", "gt_", "res_") if all(file.path.name.startswith(p) for file in files)), "")
     found = [names.find_end(str(file.path.with_suffix(""))) for file in files]
     without = [names.find_end(str(file.path.parent / file.path.stem.removeprefix(prefix))) for file in files]
+    parse = partial(parse_lines, form=form, has_flags=_have_flags(files)) if form == "icdar" else IMAGE_PARSERS[form]
     for file, images in zip(files, without if any(without) or not all(found) else found, strict=True):
         if len(images) > 1:
             raise UserError(f"{file.where}: may be on {images[0]} or {images[1]}; rename one of these")
         if not images:
             there = file.path.stem.removeprefix(prefix)
             raise UserError(f"{file.where}: there is no image {there!r}; put it there or take this file away")
-        yield file.where, images[0], IMAGE_PARSERS[form](file.where, file.read())
+        yield file.where, images[0], parse(file.where, file.read())
 
 
 # ---- files for all images
@@ -446,12 +448,9 @@ def parse_coco(where: str, text: str, names: ImageNames) -> Iterator[Entry]:
         if key in words:
             raise UserError(f"{where}: image {number}: the id {key} is there twice")
         words[key] = []
-    ignored = {
-        _key(category.get("id"))
-        for category in (categories if isinstance(categories, list) else [])
-        if isinstance(category, dict)
-        and any(is_dont_care_class(category.get(key)) for key in ("name", "supercategory"))
-    } - {None}
+    kinds = [kind for kind in (categories if isinstance(categories, list) else []) if isinstance(kind, dict)]
+    named = ((_key(kind.get("id")), kind.get(key)) for kind in kinds for key in ("name", "supercategory"))
+    ignored = {key for key, name in named if key is not None and is_dont_care_class(name)}
     for number, entry in enumerate(entries, start=1):
         place = f"{where}: annotation {number}"
         key = _key(entry.get("image_id")) if isinstance(entry, dict) else None
@@ -475,7 +474,7 @@ def _parse_segmentation(where: str, entry: dict[str, Any]) -> list[np.ndarray]:
     parts, box, attributes = entry.get("segmentation"), entry.get("bbox"), entry.get("attributes")
     if isinstance(parts, dict) and not entry.get("iscrowd"):
         raise UserError(f"{where}: its segmentation is a mask (RLE); export polygons")
-    if parts and not isinstance(parts, dict):
+    if parts not in (None, "", [], [[]]) and not isinstance(parts, dict):
         if not isinstance(parts, list) or any(not isinstance(part, list) or len(part) < 6 for part in parts):
             raise UserError(f"{where}: its segmentation must be lists of x1, y1, x2, y2, x3, y3 and more")
         return [to_polygon(where, [part[i : i + 2] for i in range(0, len(part), 2)]) for part in parts]
@@ -484,15 +483,13 @@ def _parse_segmentation(where: str, entry: dict[str, Any]) -> list[np.ndarray]:
     (x, y), (width, height) = to_polygon(where, [box[:2], box[2:]]).tolist()
     try:
         degrees = float(attributes.get("rotation") or 0) if isinstance(attributes, dict) else 0.0
-        polygon = rectangle(x, y, x + width, y + height, degrees)  # ValueError for inf
+        return [check_polygon(where, rectangle(x, y, x + width, y + height, degrees))]  # ValueError for inf
     except (TypeError, ValueError, OverflowError):
         raise UserError(f'{where}: "rotation" must be a number of degrees') from None
-    return [check_polygon(where, polygon)]
 
 
 def parse_ppocrlabel(where: str, text: str, names: ImageNames) -> Iterator[Entry]:
-    """PPOCRLabel's Label.txt, PaddleOCR's too: lines of `FOLDER/NAME.jpg`, a tab, and a JSON list of words with
-    `points`, `transcription` and `difficult`."""
+    """Label.txt of PPOCRLabel and PaddleOCR: lines of `FOLDER/NAME.jpg`, a tab, and a JSON list of words."""
     for number, line in _lines(text):
         place = f"{where}: line {number}"
         path, tab, content = line.partition("\t")
@@ -512,18 +509,17 @@ WHOLE_PARSERS = {"competition": parse_competition, "coco": parse_coco, "ppocrlab
 _AS_LINES = "write each outline as a line x1,y1,x2,y2,x3,y3,x4,y4,text into NAME.txt"
 _FOREIGN_LINES = (
     (r"x:\s*\[\[", f"this is Total-Text's form; {_AS_LINES}"),
-    (
-        r"[^\t]+\t\s*\[",
-        "this is a Label.txt of PPOCRLabel or PaddleOCR; call it Label.txt, without files for one image",
-    ),
+    (r"[^\t]+\t\s*\[", "this is PPOCRLabel's or PaddleOCR's form; call it Label.txt, without files for one image"),
     (r"\s*[\[{]", "this is JSON; end its name in .json"),
     (r"imagesource:|gsd:|(-?[\d.]+\s+){8}\S+\s+\d\s*$", f"this is DOTA's form; {_AS_LINES}"),
     (r"\d+(\s+(0?\.\d+|0|1|1\.0+)){4,}\s*$", f"this is YOLO's form, in shares of the image; {_AS_LINES}, in pixels"),
-    (r"\s*\d+(\s*,\s*|\s+)\d+\1\d+\1\d+\1\"", f"this is ICDAR 2013's form, two corners of a box; {_AS_LINES}"),
+    (r"\s*\d+([,\s]+\d+){3}\s*($|[,\s](?!\s*-?[\d.]+\s*([,\s]|$)))", f"this is a box, as in ICDAR 2013; {_AS_LINES}"),
     (r"(\d+\s+){2}-?\d+(\s+-?[\d.]+){4}\s*$", f"this is MSRA-TD500's form; {_AS_LINES}"),
     (r"\s*-?[\d.]+(\s*[;|\t\uff0c\u3001]|\s+-?\d)", "numbers must be separated by commas; replace the separators"),
-    (r"\s*#|\s*(?!nan|inf)[a-z_]+\d*\s*,", "this is a heading or a comment; delete the line"),
-    ("\ufeff", "the line begins with a byte order mark; save the file as UTF-8 without it"),
+    (r"(\s*-?[\d.]+\s*,){7}\s*-?[\d.]+\s*[^\s\d.,]", "a comma must be between the numbers and the text"),
+    (r"(?i)\s*[#/;]|\s*(?!nan|inf)[a-z_]+\d*\s*,", "this is a heading or a comment; delete the line"),
+    (r"\s*[\"'(]", "the numbers must be without quotes and brackets"),
+    ("\ufeff|.\0", "this is UTF-16, or begins with a byte order mark; save the file as UTF-8 without it"),
 )
 """What lines of other formats look like, and what to do."""
 

@@ -148,6 +148,7 @@ def test_polygons_of_any_number_of_points():
 
 def test_labelme_polygons_rectangles_and_dont_care():
     shapes = [
+        {"label": "text", "points": QUAD, "shape_type": "oriented_rectangle"},
         {"label": "text", "points": QUAD, "shape_type": "polygon", "flags": {}},
         {"label": "text", "points": [[9, 8], [1, 2]], "shape_type": "rectangle"},
         {"label": "###", "points": QUAD},
@@ -156,8 +157,8 @@ def test_labelme_polygons_rectangles_and_dont_care():
     ]
     text = json.dumps({"shapes": shapes, "imagePath": "..\\..\\a.jpg", "imageData": None})
     annotation = parse_labelme("a.json", text)
-    assert points(annotation)[:2] == [QUAD, [[1, 2], [9, 2], [9, 8], [1, 8]]]
-    assert annotation.dont_care == [False, False, True, True, True]
+    assert points(annotation)[:3] == [QUAD, QUAD, [[1, 2], [9, 2], [9, 8], [1, 8]]]
+    assert annotation.dont_care == [False, False, False, True, True, True]
 
 
 def test_coco_parts_boxes_crowds_and_folders(tmp_path):
@@ -167,6 +168,7 @@ def test_coco_parts_boxes_crowds_and_folders(tmp_path):
         "annotations": [
             {"image_id": "x", "segmentation": [flat, flat[:6]]},
             {"image_id": "x", "segmentation": [], "bbox": [1, 2, 3, 4], "ignore": 1},
+            {"image_id": "x", "segmentation": [[]], "bbox": [1, 2, 3, 4]},
             {"image_id": "x", "segmentation": {"counts": "..", "size": [9, 9]}, "bbox": [1, 2, 3, 4], "iscrowd": 1},
         ],
     }
@@ -175,8 +177,8 @@ def test_coco_parts_boxes_crowds_and_folders(tmp_path):
     form, found = read_labels_at(path, ["a.jpg", "b.jpg"])
     assert form == "coco" and list(found) == ["a.jpg", "b.jpg"] and found["b.jpg"].polygons == []
     box = [[1, 2], [4, 2], [4, 6], [1, 6]]
-    assert points(found["a.jpg"]) == [QUAD, QUAD[:3], box, box]
-    assert found["a.jpg"].dont_care == [False, False, True, True]
+    assert points(found["a.jpg"]) == [QUAD, QUAD[:3], box, box, box]
+    assert found["a.jpg"].dont_care == [False, False, True, False, True]
     assert found["a.jpg"].scores is None
 
 
@@ -590,12 +592,29 @@ def coco(image=(), **word):
                 {"category_id": 4},
                 {"iscrowd": 1.0},
                 {"tags": ["difficult"]},
+                {"attributes": ["illegible"]},
+                {"flags": ["ignore"]},
             ]
         ),
     ],
 )
 def test_dont_care_is_seen_in_every_dialect(tmp_path, files):
     assert flags_of(tmp_path, files) == [False, False, True]
+
+
+def test_whether_texts_have_flags_before_them_is_decided_for_all_files_of_a_set(tmp_path):
+    files = {LABELS: ["0,합계", "0,12.00", "0,b"], "labels/val/b.txt": ["0,1.00", "0,2.00", "1,3.00"]}
+    files |= {"labels/val/c.txt": ["1,Cola", "2,Brot", "3,Bier"], "labels/val/d.txt": ["1,Cola"]}
+    expected = {"receipt 1.jpg": [False] * 3, "b.jpg": [False, False, True], "c.jpg": [False] * 3, "d.jpg": [False]}
+    for names in (["receipt 1.jpg", "b.jpg"], ["c.jpg", "d.jpg"]):
+        data = tmp_path / names[0]
+        for name in names:
+            path = f"labels/val/{Path(name).stem}.txt"
+            texts = [f"{quad},{text}" for quad, text in zip(QUADS, files[path], strict=False)]
+            folder_of(data, {path: "\n".join(texts)})
+            Image.new("RGB", (640, 480)).save(data / "images" / "val" / name)
+        found = read_split(data, "val").annotations
+        assert {name: found[name].dont_care for name in names} == {name: expected[name] for name in names}
 
 
 @pytest.mark.parametrize(
@@ -644,6 +663,7 @@ def test_labels_in_sub_folders_belong_to_the_images_there(tmp_path, label):
     if inner:
         with zipfile.ZipFile(tmp_path / path, "w") as archive:
             archive.writestr(inner, content)
+            archive.writestr(".ipynb_checkpoints/a-checkpoint.txt", content)  # hidden, as in a folder
     else:
         (tmp_path / path).write_text(content)
     assert points(read_split(tmp_path, "val").annotations["x/a.jpg"]) == [LABELME["shapes"][0]["points"]]
@@ -707,6 +727,25 @@ def test_sizes_that_labels_carry_are_compared_with_the_image_upright_and_as_stor
     Image.new("RGB", (640, 480)).save(turned / "images" / "val" / "receipt 1.jpg", exif=exif)
     with pytest.raises(UserError, match=r"640 x 480 px, but the image has 480 x 640 px; the tool ignored that EXIF"):
         read_split(turned, "val")
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("X1,Y1,X2,Y2,X3,Y3,X4,Y4,Text", "a heading or a comment"),
+        ("// made by a tool", "a heading or a comment"),
+        ("50,40,200,40,TOTAL", "a box"),
+        ("50,40,200,40", "a box"),
+        (f"{QUADS[0]}\tTOTAL", "a comma must be between the numbers and the text"),
+        (f"{QUADS[0]};TOTAL", "a comma must be between the numbers and the text"),
+        (re.sub(r"(\d+)", r'"\1"', QUADS[0]), "without quotes and brackets"),
+        (f"({QUADS[0]}),TOTAL", "without quotes and brackets"),
+        ("\0".join(QUADS[0]), "UTF-16"),
+    ],
+)
+def test_the_error_about_a_line_says_what_to_do(tmp_path, line, hint):
+    with pytest.raises(UserError, match=f"receipt 1.txt: line 1: must begin with .*; .*{hint}"):
+        flags_of(tmp_path, {LABELS: line})
 
 
 @pytest.mark.parametrize(
