@@ -18,7 +18,7 @@ import numpy as np
 import shapely
 from numpy.typing import ArrayLike
 
-from dbnet.errors import ImageError, UserError
+from dbnet.errors import UserError
 from dbnet.files import make_folder, write_whole
 from dbnet.geometry import fit_outline, order_outlines, reading_order
 from dbnet.images import name_stem, read_size
@@ -51,22 +51,25 @@ class Annotation:
             yield polygon, ignore, extras
 
 
-def check_sizes(source: Path, annotations: dict[str, Annotation], images: dict[str, Path]) -> None:
+def check_sizes(source: Path, annotations: dict[str, Annotation], images: dict[str, Path]) -> list[str]:
     """Raise UserError where labels were made for another image: their file has another size than the image of this
-    name, or all coordinates are shares of the image.
+    name, or all coordinates are shares of the image. Returns a sentence that counts outlines outside of their images.
 
     A file may have the size as stored, before the turn that EXIF asks for, if its points fit the upright image alone.
     """
+    outside = list[str]()
     for name, annotation in annotations.items():
         farthest = np.concatenate([np.zeros((1, 2)), *annotation.polygons]).max(axis=0)
         if annotation.polygons and farthest.max() <= 1:
             raise UserError(f"{source}: {name}: coordinates are shares of the image, from 0 to 1; write them in pixels")
-        stated = annotation.size
         try:
-            size = read_size(images[name]) if stated else None
-        except ImageError:  # a submission can be scored without the images
+            size = read_size(images[name])
+        except UserError:  # a submission can be scored without the images, or what opens them
             continue
-        if not stated or not size or stated == size:
+        middles = [polygon.mean(axis=0) for polygon in annotation.polygons if len(polygon)]
+        outside += [name for middle in middles if (middle < 0).any() or (middle > size).any()]
+        stated = annotation.size or size
+        if stated == size:
             continue
         advice = "put the image that was labelled there, or scale the labels"
         if stated == size[::-1]:
@@ -75,6 +78,8 @@ def check_sizes(source: Path, annotations: dict[str, Annotation], images: dict[s
             advice = "the tool ignored that EXIF turns the image; turn it (mogrify -auto-orient) and label that"
         labelled, upright = (f"{width} x {height} px" for width, height in (stated, size))
         raise UserError(f"{source}: {name}: was labelled at {labelled}, but the image has {upright}; {advice}")
+    advice = "were they labelled at another size, or before EXIF turned the image?"
+    return [f"{len(outside)} outlines lie outside of their images, first in {outside[0]}; {advice}"] if outside else []
 
 
 def put_in_order(annotations: dict[str, Annotation]) -> list[str]:

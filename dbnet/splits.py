@@ -163,8 +163,6 @@ def _read_folder(folder: Path, split: str, form: str, need_images: bool) -> dict
     recognized, labels = read_labels_at(place, list(present), form)
     if form == "auto" and recognized != "competition":
         print(f"{place}: annotations of the format {recognized} (--format insists on another)")
-    for sentence in put_in_order(labels):
-        print(f"{place}: {sentence}", file=sys.stderr)
     if others:
         print(f"{place}: read; {', '.join(map(str, others))}: annotations too, not read")
     missing = [name for name in labels if name not in present]
@@ -174,7 +172,8 @@ def _read_folder(folder: Path, split: str, form: str, need_images: bool) -> dict
         more = f"{place.name} names it (and {len(missing) - 1} more like it)"
         raise UserError(f"{in_place / missing[0]}: no such image, but {more}; put it there or take it out there")
     images = {name: present.get(name, in_place / name) for name in labels}
-    check_sizes(place, labels, images)
+    for sentence in put_in_order(labels) + check_sizes(place, labels, images):
+        print(f"{place}: {sentence}", file=sys.stderr)
     left_out = len(present.keys() - labels.keys())
     if left_out:
         print(f"{in_place}: {left_out} images have no entry in {place.name} and are left out")

@@ -729,6 +729,16 @@ def test_sizes_that_labels_carry_are_compared_with_the_image_upright_and_as_stor
         read_split(turned, "val")
 
 
+@pytest.mark.parametrize("labels", [QUADS[0], "-60,10,-20,10,-20,30,-60,30"])
+def test_outlines_outside_of_their_images_are_counted(tmp_path, capsys, labels):
+    data = folder_of(tmp_path, {LABELS: f"{labels},a\n10,10,30,10,30,20,10,20,b\n"})
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the image is 100 px wide as stored; upright, the first word is beyond its right edge
+    Image.new("RGB", (260, 100)).save(data / "images" / "val" / "receipt 1.jpg", exif=exif)
+    assert len(read_split(data, "val").annotations["receipt 1.jpg"].polygons) == 2
+    assert "labels/val: 1 outlines lie outside of their images, first in receipt 1.jpg; " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("line", "hint"),
     [
