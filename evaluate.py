@@ -1,7 +1,6 @@
 """Score a checkpoint, or a submission file, on an annotated split with CLEval, or tune a checkpoint's thresholds on it.
 
     python evaluate.py runs/NAME/best.pt                       on the validation images
-    python evaluate.py runs/NAME/best.pt --box-thresh 0.35     with another threshold than it was trained with
     python evaluate.py --submission submission.csv             without a network
     python evaluate.py runs/NAME/best.pt --json scores.json    all numbers, image by image
     python evaluate.py runs/A/best.pt runs/B/best.pt --tta     mean of two networks, at several sizes

@@ -33,7 +33,7 @@ def main() -> None:
     args, changes = parser.parse()
     if not (args.onnx or args.half):
         raise UserError("name what to write: --onnx FILE.onnx or --half FILE.pt (see --help)")
-    if args.onnx and not is_onnx(args.onnx):
+    if args.onnx and args.onnx.suffix.lower() != ".onnx":
         raise UserError(f"--onnx {args.onnx}: name a file that ends in .onnx; predict.py recognizes it by this suffix")
 
     # Imported here, so that --help and a mistaken command line answer at once.
@@ -42,20 +42,16 @@ def main() -> None:
     from dbnet.inference import find_weights
 
     outputs = [path for path in (args.onnx, args.half) if path]
-    marks = ["dbnet_config" if is_onnx(path) else "pyramid_channels" for path in outputs]
+    marks = ["dbnet_config" if path.suffix.lower() == ".onnx" else "halved by dbnet" for path in outputs]
     args.checkpoint = find_weights(args.checkpoint)
     check_outputs(*zip(outputs, marks, strict=True), inputs=[args.checkpoint])
     for path in outputs:
         model, config, _ = load_model(args.checkpoint, changes)
-        if is_onnx(path):
+        if path.suffix.lower() == ".onnx":
             export_onnx(path, model, config, half=path == args.half)
         else:
             write_half(args.checkpoint, path, changes)
             print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
-
-
-def is_onnx(path: Path) -> bool:
-    return path.suffix.lower() == ".onnx"
 
 
 def export_onnx(path: Path, model: "DBNet", config: Config, half: bool) -> None:

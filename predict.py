@@ -4,7 +4,6 @@
     python predict.py --images photos/                             with no run in runs/: the weights that come along
     python predict.py runs/A/best.pt runs/B/best.pt --tta          mean of two networks, at several sizes
     python predict.py runs/NAME/best.pt --images photos/ --overlays overlays/
-    python predict.py runs/NAME/best.pt --images a.jpg b.png --box-thresh 0.35
     python predict.py --images scans/*.pdf 'photos/**/*.jpg' --out found.json
     python predict.py --images photos/ --resume                    continue an interrupted prediction
     torchrun --nproc-per-node 4 -- predict.py --images photos/     on four GPUs
@@ -97,7 +96,8 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
     check_outputs((out, result_mark(form)), *pictures.outputs(), inputs=[*checkpoints, *map(file_of, paths)])
 
     settings = {name: value for name, value in config.to_dict().items() if name not in SETTINGS_APART}
-    journal = Journal(args.out, rank(), [settings, *map(stamp, checkpoints)], args.resume)
+    made_by = [settings, *map(str, (args.overlays, args.crops)), *map(stamp, checkpoints)]
+    journal = Journal(args.out, rank(), made_by, args.resume)
     keys = {path: journal.key(path, file_of(path)) for path in paths}
     done = {path: Annotation.detected(*journal.done[keys[path]]) for path in paths if keys[path] in journal.done}
     found = {path: annotation for path, annotation in done.items() if pictures.are_there(path, annotation)}

@@ -165,4 +165,4 @@ def write_half(source: Path, path: Path, changes: dict[str, Any]) -> None:
     if not all(tensor.isfinite().all() for tensor in halved.values()):
         raise UserError(f"{source}: a weight is too large for 16 bits; ship the checkpoint as it is")
     config = content["config"].changed(**changes).to_dict()
-    _write(path, {"format": content["format"], "config": config, "model": halved})
+    _write(path, {"made_by": "halved by dbnet", "format": content["format"], "config": config, "model": halved})

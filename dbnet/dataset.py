@@ -265,7 +265,8 @@ class TextDataset(ImageDataset):
         super().__init__(list(images.values()), config)
         self.train, self.names, self.annotations = train, list(images), list(annotations.values())
         if not train:
-            check_scorable(config.data, split, self.annotations)
+            sizes = map(self.size, range(len(self)))  # read until one word counts
+            check_scorable(config.data, split, zip(self.annotations, sizes, strict=True))
         else:
             self.pad = config.pad
             self.words = [gather_words(annotation) for annotation in self.annotations]

@@ -66,11 +66,11 @@ def library_errors(
 
 class _Screen:
     """A standard stream that drops what is printed after its first error, so that the work goes on. Characters that
-    its encoding lacks are escaped and, with `escape`, control characters too."""
+    its encoding lacks are escaped, and control characters except those in `keep`."""
 
-    def __init__(self, stream: TextIO | None, escape: bool) -> None:
+    def __init__(self, stream: TextIO | None, keep: str) -> None:
         self.stream: Any = stream or open(os.devnull, "w")  # noqa: SIM115 (None: closed from the start)
-        self.escape = escape
+        self.keep = keep
         self.failure: OSError | None = None
         if hasattr(self.stream, "reconfigure"):
             self.stream.reconfigure(errors="backslashreplace")
@@ -79,7 +79,7 @@ class _Screen:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        self._try(self.stream.write, printable(text, keep="\n\t") if self.escape else text)
+        self._try(self.stream.write, printable(text, self.keep))
         return len(text)
 
     def flush(self) -> None:
@@ -96,8 +96,8 @@ class _Screen:
 def run_script(main: Callable[[], Any]) -> None:
     """Run a script's `main` within `one_line_errors`. A screen that cannot be written does not stop the work; at the
     end the exit status is 2, unless the reader of a pipe has closed it."""
-    screen: Any = _Screen(sys.stdout, escape=True)
-    errors: Any = _Screen(sys.stderr, escape=False)
+    screen: Any = _Screen(sys.stdout, keep="\n\t")
+    errors: Any = _Screen(sys.stderr, keep="\n\t\r")  # progress bars begin their line again
     status: Any = 0
     with redirect_stdout(screen), redirect_stderr(errors):
         try:

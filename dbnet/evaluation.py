@@ -315,7 +315,7 @@ def evaluate_submission(path: Path, config: Config, split: str, picture: Picture
     """Score a file of detections. Images that it lacks count as without detections, and one line says how many. Raises
     UserError where the file is not of this split."""
     images, annotations, _ = read_split(config.data, split, config.format, need_images=False)
-    check_scorable(config.data, split, annotations.values())
+    check_scorable(config.data, split, ((annotation, None) for annotation in annotations.values()))
     submission = read_detections(path, list(annotations))
     if unknown := [name for name in submission if name not in images]:
         where = f"not in the split {split} of {config.data} (nor are {len(unknown) - 1} others)"

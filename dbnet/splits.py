@@ -8,14 +8,14 @@ import glob
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from dbnet.annotations import Annotation, check_sizes, put_in_order
 from dbnet.errors import ImageError, UserError
 from dbnet.formats import IMAGE_PARSERS, find_foreign_labels, list_text_files, read_labels_at
-from dbnet.images import EXTRAS, PAGED_SUFFIXES, file_of, list_files, list_pages, readable_suffixes
+from dbnet.images import EXTRAS, PAGED_SUFFIXES, Size, file_of, list_files, list_pages, readable_suffixes
 
 _LABEL_SUFFIXES = (".json", ".txt", ".xml", ".csv", ".zip")  # that may lie beside the images of a data set
 
@@ -51,9 +51,11 @@ def read_split(data: str | Path, split: str, form: str = "auto", need_images: bo
     return Split({name: path for name, (path, _) in found.items()}, annotations, [*map(len, parts.values())])
 
 
-def check_scorable(data: str | Path, split: str, annotations: Collection[Annotation]) -> None:
-    """Raise UserError where a split has no word that counts, as a test split without labels: all scores would be 0."""
-    if all(all(annotation.dont_care) for annotation in annotations):
+def check_scorable(data: str | Path, split: str, annotated: Iterable[tuple[Annotation, Size | None]]) -> None:
+    """Raise UserError where a split has no word that counts, as a test split without labels: all scores would be 0. It
+    has four points and, where the size (width, height) beside the annotation is known, lies in the image."""
+    words = ((polygon, size) for each, size in annotated for polygon, ignore, _ in each.words() if not ignore)
+    if not any(len(each) > 3 and (each.clip(0, size).max(0) > each.clip(0, size).min(0)).all() for each, size in words):
         raise UserError(f"{data}: no image of {split} has a word that can be scored; label some, or use another split")
 
 

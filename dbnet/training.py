@@ -259,6 +259,7 @@ class Training:
         self.epoch = 0  # number of epochs that are finished
         self.running: RunningEpoch | None = None  # the epoch after those, once it has begun
         self.best_hmean, self.best_epoch = -1.0, 0
+        self._streak = 0  # steps without finite loss and gradients in a row, over the ends of epochs
         self.unreadable: set[str] = set()  # a line for each image, since the start of the process
         self._norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
         self._buffers_before = [torch.empty_like(buffer) for buffer in model.buffers()]
@@ -277,7 +278,8 @@ class Training:
 
     def begin_epoch(self, config: Config) -> RunningEpoch:
         """Make the network and the device ready for an epoch, or for the rest of the running one."""
-        self.running = self.running or RunningEpoch(self.plan.image_size or config.image_size).to(self.device)
+        image_size, streak = self.plan.image_size or config.image_size, torch.tensor(float(self._streak))
+        self.running = self.running or RunningEpoch(image_size, non_finite_streak=streak).to(self.device)
         self.model.train()
         if config.freeze_batch_norm:
             for layer in self._norms:
@@ -313,7 +315,7 @@ class Training:
     def stop_unless_finite(self, config: Config) -> None:
         """Raise UserError after too many steps in a row without finite loss and gradients. Waits for the device."""
         assert self.running
-        streak = int(self.running.non_finite_streak)
+        self._streak = streak = int(self.running.non_finite_streak)
         is_fp16 = pick_amp_dtype(config, self.device) == torch.float16
         if streak >= NON_FINITE_LIMIT + (FP16_HALVINGS if is_fp16 else 0):
             steps = f"{streak} steps in a row in epoch {self.epoch + 1}"

@@ -460,6 +460,8 @@ def test_a_prediction_goes_on_but_for_what_has_changed_since(place, data, tmp_pa
     last.write_bytes(whole[:100])
     assert resumed() == 1  # what failed is done again
     assert resumed("change") == 0  # both were written anew
+    predict("--thresh", "0.4", "--overlays", tmp_path / "overlays")
+    assert resumed("--overlays", tmp_path / "overlays") == 0  # those that are there show other polygons
 
 
 def test_a_mistake_ends_the_process_with_status_2_and_one_line(tmp_path):

@@ -84,6 +84,8 @@ def test_no_encoding_loses_a_line(encoding):
 def test_nothing_that_is_printed_controls_the_terminal():
     result = run("print('a\\x1b[2Jb\\x9b31m\\rc\\u202ed\\td', end='\\n')")
     assert result.stdout == "a\\x1b[2Jb\\x9b31m\\rc\\u202ed\td\n"
+    result = run("import sys; print('a\\x1b[2Jb', 'c\\u202ed', file=sys.stderr)")
+    assert result.stderr == "a\\x1b[2Jb c\\u202ed\n"
 
 
 def test_printable_leaves_text_of_any_script_alone():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -199,6 +200,7 @@ def test_no_script_overwrites_a_file_of_its_user(tmp_path, monkeypatch):
         path.write_bytes(b"years of work")
     config = Config.from_preset("lite", weights="none", image_size=64, pyramid_channels=32)
     save_checkpoint(tmp_path / "best.pt", config, DBNet(config))
+    shutil.copy(tmp_path / "best.pt", tmp_path / "last.pt")
     write_image(tmp_path / "photo.jpg", PIXELS[:64, :64])
     photo = (tmp_path / "photo.jpg").read_bytes()
     monkeypatch.chdir(tmp_path)
@@ -207,6 +209,7 @@ def test_no_script_overwrites_a_file_of_its_user(tmp_path, monkeypatch):
         (export, "best.pt", "--onnx", "a.onnx"),
         (export, "best.pt", "--half", "a.pt"),
         (export, "best.pt", "--half", "best.pt"),
+        (export, "best.pt", "--half", "last.pt"),
         (evaluate, "best.pt", "--tune", "--json", "labels.json"),
         (evaluate, "best.pt", "--json", "best.pt"),
         (predict, "best.pt", "--images", "photo.jpg", "--out", "a.csv"),
@@ -221,7 +224,11 @@ def test_no_script_overwrites_a_file_of_its_user(tmp_path, monkeypatch):
             script.main()
     assert {path.read_bytes() for path in theirs.values()} == {b"years of work"}
     assert (tmp_path / "photo.jpg").read_bytes() == photo
-    load_checkpoint(tmp_path / "best.pt")
+    for name in ("best.pt", "last.pt"):
+        assert "made_by" not in load_checkpoint(tmp_path / name)
+    monkeypatch.setattr(sys, "argv", ["script", "best.pt", "--half", "half.pt"])
+    for _ in range(2):
+        export.main()
 
 
 def test_names_of_255_bytes_are_written_whole_or_not_at_all(tmp_path):

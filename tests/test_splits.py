@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 from support import command
 
+from dbnet.annotations import Annotation
 from dbnet.config import Config
 from dbnet.dataset import Batches, TextDataset
 from dbnet.errors import UserError
-from dbnet.splits import find_images_at, list_images, read_images, read_split
+from dbnet.splits import check_scorable, find_images_at, list_images, read_images, read_split
 from dbnet.synth.scene import write_dataset
 
 SQUARE = [[1, 1], [20, 1], [20, 9], [1, 9]]
@@ -241,3 +242,12 @@ def test_places_without_images_are_named(tree, places, message):
     (tree / "empty").mkdir()
     with pytest.raises(UserError, match=message):
         find_images_at([tree / place for place in places])
+
+
+@pytest.mark.parametrize("points", [[[5, 5], [9, 5], [9, 9]], [[150, 5], [190, 5], [190, 9], [150, 9]]])
+def test_words_of_three_points_or_outside_of_the_image_cannot_be_scored(points):
+    word = [[5, 5], [9, 5], [9, 9], [5, 9]]
+    for polygon, ignore in ((points, False), (word, True)):
+        with pytest.raises(UserError, match="no image of val has a word that can be scored"):
+            check_scorable("data", "val", [(Annotation([np.array(polygon)], [ignore]), (100, 50))])
+    check_scorable("data", "val", [(Annotation([np.array(points), np.array(word)], [False, False]), None)])

@@ -125,6 +125,15 @@ def test_training_stops_when_the_loss_stays_not_finite(small):
         run_epoch(training, config)
 
 
+def test_steps_that_are_not_finite_are_counted_over_the_ends_of_epochs(small):
+    training = make_training(small)
+    poison(training.model, set(range(1000)))
+    with pytest.raises(UserError, match=r"not finite for 6 steps in a row in epoch 3"):
+        for training.epoch in range(9):  # of two steps each
+            training.running = None
+            run_epoch(training, small)
+
+
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_without_fp16_skipped_steps_leave_the_loss_scale_alone(small, amp):
     config = small.changed(amp=amp, image_size=64, batch_size=1)
