@@ -97,7 +97,7 @@ def load_weights(model: nn.Module, content: dict[str, Any], path: Path, config: 
 
 
 def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+    if any(tensor.is_meta or not tensor.isfinite().all() for tensor in tensors.values()):
         raise UserError(f"{path}: its weights are not finite, so its training had failed; take another checkpoint")
 
 

@@ -31,7 +31,7 @@ from dbnet.config import STRIDE, Config
 from dbnet.device import keep_freed_memory, rank, world_size
 from dbnet.errors import ImageError, UserError, is_out_of_memory
 from dbnet.files import stamp
-from dbnet.geometry import Letterbox, areas, inference_side, padded, split_polygons
+from dbnet.geometry import Letterbox, areas, inference_side, is_tangled, padded, split_polygons
 from dbnet.images import file_of, read_image, read_size
 from dbnet.splits import check_scorable, read_split
 from dbnet.targets import draw_targets, make_targets, polygon_mask
@@ -298,12 +298,11 @@ class TextDataset(ImageDataset):
         limits = np.repeat(sizes, [len(points) for points, _, _ in self.words], axis=0)
         visible = areas(np.clip(points, 0, limits), counts)
         outside = (areas(points, counts) > 0) & (visible == 0) & ~dont_care
-        degenerate = ((counts < 3) | (visible < 1)) & ~outside & ~dont_care
+        tangled = np.fromiter(map(is_tangled, split_polygons(points, counts)), bool, len(counts))
+        degenerate = ((counts < 3) | (visible < 1) | tangled) & ~outside & ~dont_care
         learned = len(counts) - int((dont_care | degenerate | outside).sum())
-        line = (
-            f"{learned} words are learned; masked: {dont_care.sum()} don't care and {degenerate.sum()} without area; "
-            f"{outside.sum()} lie outside of their images"
-        )
+        masked = f"{dont_care.sum()} don't care, {degenerate.sum()} without area or tangled"
+        line = f"{learned} words are learned; masked: {masked}; {outside.sum()} lie outside of their images"
         if not learned:
             hint = "compare the annotations with the images; --show-samples draws them"
             raise UserError(f"{self.config.data}: there is nothing to learn: {line}; {hint}")

@@ -92,6 +92,7 @@ Row = dict[str, Any]
 
 def read_log(path: Path) -> list[Row]:
     """The rows of a log.jsonl in the order of epochs, the last one of each; broken lines are left out."""
+    check_regular(path)
     rows: dict[int, Row] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         with suppress(ValueError, KeyError, TypeError, OverflowError):

@@ -39,6 +39,7 @@ RUNS = Path("runs")
 _RUN_NAME = re.compile(r'(?!(?i:con|prn|aux|nul|com\d|lpt\d)(\.|$))[^\x00-\x1f/\\:*?"<>|]{1,80}(?<![. ])')
 NON_FINITE_LIMIT = 5  # steps in a row without finite loss and gradients; then training stops
 FP16_HALVINGS = 16  # of the loss scale, from 2**16 to 1: so many steps in a row may be lost to find it
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 _BEFORE = "last.prev.pt"  # the save before last.pt
 _ECHO_SECONDS = 1.0  # torchrun passes on the Ctrl-C that its processes get from the terminal as well
 
@@ -128,7 +129,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     optimizer = kind(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     for each in model.parameters():
-        moments = {"exp_avg": torch.zeros_like(each), "exp_avg_sq": torch.zeros_like(each)}
+        moments = {name: torch.zeros_like(each) for name in ADAM_MOMENTS}
         optimizer.state[each] = {"step": torch.zeros((), device=each.device), **moments}
     return optimizer
 
@@ -434,6 +435,11 @@ class Training:
             if not {"batch_size", "image_size"} & set(changed):
                 self.plan = BatchPlan(**state["plan"] | {"accumulate": self.plan.accumulate})
             self.epoch, self.best_hmean, self.best_epoch = state["epoch"], state["best_hmean"], state["best_epoch"]
+            moments = [(each, kept[name]) for each, kept in self.optimizer.state.items() for name in ADAM_MOMENTS]
+            is_whole = all(each.shape == moment.shape and moment.isfinite().all() for each, moment in moments)
+            counts = self.epoch, self.best_epoch, self.plan.halvings, self.plan.batch_size, self.plan.accumulate
+            if not (is_whole and math.isfinite(self.best_hmean) and all(type(n) is int and n >= 0 for n in counts)):
+                raise ValueError("its values are damaged")
             if len(state["random"]) == world_size():
                 restore_random_state(state["random"][rank()], self.device)
             if state["running"] and changed:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import re
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from support import ROOT, SECONDS, Launched, assert_same_run, copies, environments, rows, run, save_some
 
 import train
@@ -363,6 +365,20 @@ def test_a_copy_of_best_pt_is_not_resumed_and_a_finished_run_says_so(rendered, t
     train.train(config, tmp_path / "a", last=load_last(tmp_path / "a"))
     said = capsys.readouterr().out
     assert "all 1 epochs done; train longer with --epochs" in said and "H-Mean" in said.splitlines()[-1]
+    last = torch.load(tmp_path / "a/last.pt", weights_only=True)
+    moments = last["optimizer"]["state"][0]
+    for damaged in (
+        {"epoch": -5},
+        {"epoch": 1.5},
+        {"best_hmean": None},
+        {"best_hmean": math.nan},
+        {"plan": {**last["plan"], "batch_size": "x"}},
+        {"optimizer": {**last["optimizer"], "state": {0: {**moments, "exp_avg": moments["exp_avg"][:1]}}}},
+        {"optimizer": {**last["optimizer"], "state": {0: {**moments, "exp_avg_sq": moments["exp_avg_sq"] + math.nan}}}},
+    ):
+        torch.save({**last, **damaged}, tmp_path / "a/last.pt")
+        with pytest.raises(UserError, match=r"last.pt: holds no state of a run"):
+            train.train(config.changed(epochs=2), tmp_path / "a", last=load_last(tmp_path / "a"))
     shutil.copy(tmp_path / "a/best.pt", tmp_path / "a/last.pt")
     with pytest.raises(UserError, match=r"last.pt: holds no state of a run.*--init"):
         train.train(config, tmp_path / "a", last=load_last(tmp_path / "a"))

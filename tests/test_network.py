@@ -223,6 +223,13 @@ def test_a_checkpoint_that_asks_for_more_than_any_machine_has_is_rejected(checkp
         load_checkpoint(checkpoint)
 
 
+def test_weights_without_content_are_not_taken(checkpoint, small):
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save({**content, "model": {name: each.to("meta") for name, each in content["model"].items()}}, checkpoint)
+    with pytest.raises(UserError, match=r"best\.pt"):
+        start_from(DBNet(small), load_checkpoint(checkpoint), checkpoint)
+
+
 def test_removed_fields_are_dropped_and_unknown_ones_rejected(checkpoint, small):
     content = torch.load(checkpoint, weights_only=True)
     old = {**content["config"], "clahe_clip": 2.0, "sync_batch_norm": True, "shadow_p": 0.1}
