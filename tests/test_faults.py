@@ -27,7 +27,7 @@ from dbnet.training import load_last
 
 FLAGS = [
     *("--preset", "lite", "--weights", "none", "--image-size", "64", "--batch-size", "1", "--ema", "0.9"),
-    *("--noise-p", "0.5", "--deterministic", "--save-minutes", "0.005", "--run", "a"),
+    *("--rotate", "5", "--deterministic", "--save-minutes", "0.005", "--run", "a"),
 ]
 
 

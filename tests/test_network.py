@@ -334,7 +334,7 @@ def test_a_checkpoint_of_half_the_size_computes_nearly_the_same(small, tmp_path)
     halved, config, content = load_model(tmp_path / "half.pt", {})
     whole, _, _ = load_model(tmp_path / "last.pt", {})
     assert config == small.changed(box_thresh=0.4)
-    assert content.keys() == {"format", "config", "model"}
+    assert content.keys() == {"made_by", "format", "config", "model"}
     assert content["model"]["pyramid.smooth.0.weight"].dtype == torch.float16
     assert content["model"]["prob_branch.1.running_var"].dtype == torch.float32
     assert (tmp_path / "half.pt").stat().st_size < 0.55 * (tmp_path / "last.pt").stat().st_size

@@ -19,7 +19,7 @@ from dbnet.training import RunningEpoch, load_last, log_row
 FLAGS = [
     *("--preset", "lite", "--weights", "none", "--image-size", "96", "--train-sizes", "64,96"),
     *("--batch-size", "1", "--accumulate", "2", "--ema", "0.9", "--warmup-epochs", "1", "--epochs", "2"),
-    *("--rotate90-p", "0.3", "--noise-p", "0.5", "--deterministic", "--save-minutes", "0.00001"),
+    *("--rotate90-p", "0.3", "--rotate", "5", "--deterministic", "--save-minutes", "0.00001"),
 ]
 
 
