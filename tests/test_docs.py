@@ -31,6 +31,7 @@ MODULES = {
     "evaluate.py": "evaluate",
     "predict.py": "predict",
     "export.py": "export",
+    "benchmarks/plans.py": "benchmarks.plans",
     "dbnet.synth": "dbnet.synth.__main__",
 }
 
