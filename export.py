@@ -37,12 +37,12 @@ def main() -> None:
         raise UserError(f"--onnx {args.onnx}: name a file that ends in .onnx; predict.py recognizes it by this suffix")
 
     # Imported here, so that --help and a mistaken command line answer at once.
-    from dbnet.checkpoint import load_model, write_half
+    from dbnet.checkpoint import HALF_MARK, load_model, write_half
     from dbnet.files import check_outputs
     from dbnet.inference import find_weights
 
     outputs = [path for path in (args.onnx, args.half) if path]
-    marks = ["dbnet_config" if path.suffix.lower() == ".onnx" else "halved by dbnet" for path in outputs]
+    marks = ["dbnet_config" if path.suffix.lower() == ".onnx" else HALF_MARK for path in outputs]
     args.checkpoint = find_weights(args.checkpoint)
     check_outputs(*zip(outputs, marks, strict=True), inputs=[args.checkpoint])
     for path in outputs:

@@ -17,6 +17,7 @@ from dbnet.errors import UserError, library_errors, one_line
 from dbnet.files import check_regular, write_whole
 from dbnet.model import DBNet, fold
 
+HALF_MARK = "halved by dbnet"  # in every file of `write_half`, which may be overwritten therefore
 FORMAT = 3
 """Format that `save_checkpoint` writes; checkpoints of a higher one are rejected.
 
@@ -165,4 +166,4 @@ def write_half(source: Path, path: Path, changes: dict[str, Any]) -> None:
     if not all(tensor.isfinite().all() for tensor in halved.values()):
         raise UserError(f"{source}: a weight is too large for 16 bits; ship the checkpoint as it is")
     config = content["config"].changed(**changes).to_dict()
-    _write(path, {"made_by": "halved by dbnet", "format": content["format"], "config": config, "model": halved})
+    _write(path, {"made_by": HALF_MARK, "format": content["format"], "config": config, "model": halved})
