@@ -63,12 +63,12 @@ def export_onnx(path: Path, model: "DBNet", config: Config, half: bool) -> None:
         config = config.changed(tta=False)
     write_onnx(path, model, config, half)
     print(f"{path}: {config.backbone}, {config.image_size} px, {path.stat().st_size / 1e6:.1f} MB")
-    if not find_spec("onnxruntime"):
-        return print("not checked against PyTorch; for that: pip install onnxruntime")
+    if not find_spec("onnxruntime") or not path.is_file():
+        return print("not checked against PyTorch; for that: pip install onnxruntime, and name a file")
     try:
         check(path, model, config)
     except UserError:
-        path.unlink(missing_ok=True)
+        path.resolve().unlink()
         raise
 
 

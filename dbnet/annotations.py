@@ -9,6 +9,7 @@ import os
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self
@@ -31,7 +32,9 @@ class Annotation:
     polygons: list[np.ndarray] = field(default_factory=list)  # (n, 2) points (x, y): float64 where they were read
     dont_care: list[bool] = field(default_factory=list)  # whether the losses and the metric leave the polygon out
     scores: list[float] | None = None  # confidence of each polygon, 0..1, for detections
-    size: tuple[int, int] | None = None  # (width, height) of the image as the file says, or to be written there
+    size: tuple[int, int] | None = (
+        None  # (width, height) of the image where known; as the file says, until `check_sizes`
+    )
     lines: list[int] | None = None  # of each polygon, from 1; only where the polygons are in reading order
 
     @classmethod
@@ -53,7 +56,8 @@ class Annotation:
 
 def check_sizes(source: Path, annotations: dict[str, Annotation], images: dict[str, Path]) -> list[str]:
     """Raise UserError where labels were made for another image: their file has another size than the image of this
-    name, or all coordinates are shares of the image. Returns a sentence that counts outlines outside of their images.
+    name, or all coordinates are shares of the image. Gives the annotations the sizes of the images that can be read.
+    Returns a sentence that counts outlines outside of their images.
 
     A file may have the size as stored, before the turn that EXIF asks for, if its points fit the upright image alone.
     """
@@ -62,14 +66,15 @@ def check_sizes(source: Path, annotations: dict[str, Annotation], images: dict[s
         farthest = np.concatenate([np.zeros((1, 2)), *annotation.polygons]).max(axis=0)
         if annotation.polygons and farthest.max() <= 1:
             raise UserError(f"{source}: {name}: coordinates are shares of the image, from 0 to 1; write them in pixels")
-        try:
-            size = read_size(images[name])
-        except UserError:  # a submission can be scored without the images, or what opens them
+        stated, annotation.size = annotation.size, None
+        with suppress(UserError):  # a submission can be scored without the images, or what opens them
+            annotation.size = read_size(images[name])
+        size = annotation.size
+        if not size:
             continue
         middles = [polygon.mean(axis=0) for polygon in annotation.polygons if len(polygon)]
         outside += [name for middle in middles if (middle < 0).any() or (middle > size).any()]
-        stated = annotation.size or size
-        if stated == size:
+        if stated in (None, size):
             continue
         advice = "put the image that was labelled there, or scale the labels"
         if stated == size[::-1]:

@@ -48,12 +48,11 @@ class Augmentation:
         return points - self._cut(*scaled)
 
     def render(self, image: np.ndarray, canvas: np.ndarray) -> None:
-        """Write the augmented (height, width, 3) uint8 RGB `image` into `canvas`, from its top-left corner; the values
-        of `image` may change."""
+        """Write the augmented (height, width, 3) uint8 RGB `image` into `canvas`, from its top-left corner."""
         scaled = self._scaled(image.shape[1], image.shape[0])
         width, height = self.size(image.shape[1], image.shape[0])
         region = canvas[:height, :width]
-        self._change_values(image)
+        image = self._change_values(image)
         image = cv2.flip(image, 1) if self.flip else image
         image = cv2.rotate(image, _ROTATIONS[self.quarter_turns]) if self.quarter_turns else image
         if image.shape[1::-1] != scaled:
@@ -66,7 +65,9 @@ class Augmentation:
             left, top = self._cut(*scaled)
             region[:] = image[top : top + height, left : left + width]
 
-    def _change_values(self, image: np.ndarray) -> None:
+    def _change_values(self, image: np.ndarray) -> np.ndarray:
+        if self.brightness or self.contrast or self.clahe_clip:
+            image = image.copy()
         if self.brightness or self.contrast:
             cv2.addWeighted(image, 1 + self.contrast, image, 0, self.brightness * 255, dst=image)
         if self.clahe_clip:  # of the luma: the lightness of CIELAB takes eight times as long
@@ -74,6 +75,7 @@ class Augmentation:
             luma = cv2.createCLAHE(self.clahe_clip, _CLAHE_TILES).apply(cv2.extractChannel(ycrcb, 0))
             cv2.insertChannel(luma, ycrcb, 0)
             cv2.cvtColor(ycrcb, cv2.COLOR_YCrCb2RGB, dst=image)
+        return image
 
     def _scaled(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) after turns and scaling, before anything is cut off."""

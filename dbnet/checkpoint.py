@@ -94,12 +94,14 @@ def load_weights(model: nn.Module, content: dict[str, Any], path: Path, config: 
         names = "{0.backbone}, {0.pyramid_channels} pyramid channels, fusion {0.fusion}".format
         what = f"holds another architecture ({names(content['config'])}) than asked for ({names(config)})"
         raise UserError(f"{path}: {what}; set --backbone, --pyramid-channels and --fusion alike") from None
-    _check_finite(path, model.state_dict())
+    _check_finite(path, content["model"], model.state_dict())
 
 
-def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
-    if any(tensor.is_meta or not tensor.isfinite().all() for tensor in tensors.values()):
-        raise UserError(f"{path}: its weights are not finite, so its training had failed; take another checkpoint")
+def _check_finite(path: Path, theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+    for name, tensor in theirs.items():
+        is_whole = ours[name].is_floating_point() > tensor.is_floating_point()  # as after a quantization
+        if tensor.is_meta or tensor.is_complex() or is_whole or not tensor.float().isfinite().all():
+            raise UserError(f"{path}: its weights are not finite, so its training had failed; take another checkpoint")
 
 
 def build_model(config: Config, run: Path, last: dict[str, Any] | None, init: Path | None) -> DBNet:
@@ -127,7 +129,7 @@ def start_from(model: nn.Module, content: dict[str, Any], path: Path) -> None:
     taken = {name: theirs[name] for name in ours if _layer(name) not in misfits}
     if not taken:
         raise UserError(f"{path}: none of its weights fits this network; leave out --init")
-    _check_finite(path, taken)
+    _check_finite(path, taken, ours)
     model.load_state_dict(taken, strict=False)
     left = [_layer(name) + "." for name in ours.keys() - taken.keys()]
     parts = sorted({match[0] for name in left if (match := re.match(r"[^.]+(\.[^.\d]+(?=\.))?", name))})

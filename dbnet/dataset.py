@@ -34,7 +34,7 @@ from dbnet.files import stamp
 from dbnet.geometry import Letterbox, areas, inference_side, is_tangled, padded, split_polygons
 from dbnet.images import file_of, read_image, read_size
 from dbnet.splits import check_scorable, read_split
-from dbnet.targets import draw_targets, make_targets, polygon_mask
+from dbnet.targets import MAX_EFFORT, draw_targets, effort_of, make_targets, polygon_mask
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -90,13 +90,13 @@ class PixelCache:
         self._slots = np.asarray(np.memmap(file, slot, "r+")) if file else np.empty(0, slot)
 
     def load(self, index: int, key: list[int]) -> tuple[np.ndarray, Letterbox] | None:
-        """What is stored for an image under this key, or None."""
+        """What is stored for an image under this key, to be read only, or None."""
         if index >= len(self._slots) or self._slots[index]["key"].tolist() != key:
             return None
         original_width, original_height = self._slots[index]["size"].tolist()
         letterbox = Letterbox(original_width, original_height, key[-1])
         width, height = letterbox.resized
-        return self._slots[index]["pixels"][: height * width * 3].reshape(height, width, 3).copy(), letterbox
+        return self._slots[index]["pixels"][: height * width * 3].reshape(height, width, 3), letterbox
 
     def store(self, index: int, key: list[int], pixels: np.ndarray, letterbox: Letterbox) -> None:
         """Keep a resized image under a key of what it is made from; the last is the side that it is resized to."""
@@ -264,6 +264,7 @@ class TextDataset(ImageDataset):
         images, annotations, self._folder_sizes = read_split(config.data, split, config.format)
         super().__init__(list(images.values()), config)
         self.train, self.names, self.annotations = train, list(images), list(annotations.values())
+        self._sizes = {place: annotation.size for place, annotation in enumerate(self.annotations)}
         if not train:
             sizes = map(self.size, range(len(self)))  # read until one word counts
             check_scorable(config.data, split, zip(self.annotations, sizes, strict=True))
@@ -296,12 +297,17 @@ class TextDataset(ImageDataset):
         points, counts, dont_care = map(np.concatenate, zip(*self.words, strict=True))
         sizes = [self.size(place) or (np.inf, np.inf) for place in range(len(self))]  # unreadable: no word is outside
         limits = np.repeat(sizes, [len(points) for points, _, _ in self.words], axis=0)
+        size_of_each = np.repeat(sizes, [len(counts) for _, counts, _ in self.words], axis=0)
         visible = areas(np.clip(points, 0, limits), counts)
         outside = (areas(points, counts) > 0) & (visible == 0) & ~dont_care
-        tangled = np.fromiter(map(is_tangled, split_polygons(points, counts)), bool, len(counts))
-        degenerate = ((counts < 3) | (visible < 1) | tangled) & ~outside & ~dont_care
+        is_too_much = (
+            is_tangled(each) or (len(each) > MAX_EFFORT and effort_of(each, size) > MAX_EFFORT)
+            for each, size in zip(split_polygons(points, counts), size_of_each, strict=True)
+        )
+        degenerate = (counts < 3) | (visible < 1) | np.fromiter(is_too_much, bool, len(counts))
+        degenerate &= ~outside & ~dont_care
         learned = len(counts) - int((dont_care | degenerate | outside).sum())
-        masked = f"{dont_care.sum()} don't care, {degenerate.sum()} without area or tangled"
+        masked = f"{dont_care.sum()} don't care, {degenerate.sum()} without area, tangled or of too many points"
         line = f"{learned} words are learned; masked: {masked}; {outside.sum()} lie outside of their images"
         if not learned:
             hint = "compare the annotations with the images; --show-samples draws them"

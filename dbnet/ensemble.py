@@ -140,13 +140,13 @@ class Ensemble:
             if view.flip:
                 batch = mirrored(batch, resized[view.side])
             with torch.autocast(self.device.type, amp_dtype, enabled=amp_dtype is not None):
-                prob_map = in_windows(view.model, batch, view.side, torch.cat).nan_to_num()
+                prob_map = in_windows(view.model, batch, view.side, torch.cat).nan_to_num_()
             if view.flip:
                 prob_map = mirrored(prob_map, resized[view.side])
             if view.side != first:
                 prob_map = fitted(prob_map, resized[view.side], resized[first], shape)
             total = total + prob_map
-        return (total * (255 / len(self.views))).round().to(torch.uint8)
+        return total.mul_(255 / len(self.views)).round_().to(torch.uint8)
 
 
 def mirrored(batch: Tensor, sizes: list[tuple[int, int]]) -> Tensor:

@@ -24,7 +24,7 @@ from dbnet.geometry import Polygons, common_areas, near_pairs
 from dbnet.images import read_size
 from dbnet.inference import Network, Pipeline
 from dbnet.metric import MAX_DETECTIONS, CLEval, DatasetScore, Flags, ImageScore, Outlines, match_image
-from dbnet.splits import check_scorable, read_split
+from dbnet.splits import check_scorable, find_loss, read_split
 
 IOU_MIN_POINTS = 3  # polygons with fewer have no area
 MIN_IOU = 0.5  # a match has more than this
@@ -308,7 +308,8 @@ def evaluate(pipeline: Pipeline, network: Network, title: str = "", picture: Pic
 def check_readable(dataset: TextDataset, errors: list[str | None]) -> None:
     """Raise UserError where each image of a data set has an error: their scores would say nothing."""
     if all(errors):
-        raise UserError(f"{dataset.config.data}: none of the {len(errors)} images can be read; {errors[0]}")
+        nothing = f"{dataset.config.data}: none of the {len(errors)} images can be read; {errors[0]}"
+        raise UserError(find_loss(dataset.config.data) or nothing)
 
 
 def evaluate_submission(path: Path, config: Config, split: str, picture: PictureOf | None = None) -> Evaluation:

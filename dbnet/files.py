@@ -57,6 +57,7 @@ def locked(path: Path, message: str) -> Iterator[None]:
     process holds it. Without locks in the system or the file system, the block runs without one.
     """
     make_folder(path.parent)
+    check_writable(path)
     with path.open("a+") as file:
         try:
             import fcntl
@@ -178,7 +179,7 @@ def _has_mark(path: Path, mark: str) -> bool:
 def check_writable(path: Path) -> None:
     """Raise UserError unless a file can be written at `path`."""
     if path.is_dir():
-        raise UserError(f"{path}: is a folder; name a file")
+        raise UserError(f"{path}: is a folder; name a file, or remove it")
     probe = _beside(Path(os.path.realpath(path)))
     with library_errors(f"{path}: cannot be written", "name another place", of=OSError):
         probe.touch()

@@ -19,7 +19,7 @@ from dbnet.dataset import TextDataset
 from dbnet.errors import UserError, one_line, printable
 from dbnet.files import Row, make_folder, read_log, write_whole
 from dbnet.geometry import MOST_TALL, Letterbox, tall_share
-from dbnet.images import name_stem, read_image
+from dbnet.images import list_files, name_stem, read_image, readable_suffixes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,16 +67,16 @@ class ImagePictures:
     """The pictures that predict.py writes for each image: an overlay in one folder, a crop of each word in another."""
 
     def __init__(self, overlays: Path | None, crops: Path | None, images: dict[str, Path]) -> None:
-        """`images` are the files by name. Raises UserError for a folder that cannot be written or holds other files."""
-        if crops and crops.is_dir() and not (crops / "index.csv").exists() and any(crops.iterdir()):
-            raise UserError(f"{crops}: holds other files; name an empty folder for the crops")
+        """`images` are the files by name. Raises UserError for a folder that cannot be written."""
         self.overlays = plan_overlays(overlays, images) if overlays else {}
         self.crops = plan_overlays(crops, images) if crops else {}
         self._index = crops / "index.csv" if crops else None
 
     def outputs(self) -> list[tuple[Path | None, str]]:
-        """What `files.check_outputs` looks at."""
-        return [(self._index, ",".join(INDEX_HEADER)), *((path, PICTURE_MARK) for path in self.overlays.values())]
+        """What `files.check_outputs` looks at: of the folder of crops, all pictures, as nobody knows how many come."""
+        there = list_files(self._index.parent) if self._index else []
+        pictures = [*self.overlays.values(), *(path for path in there if path.suffix.lower() in readable_suffixes())]
+        return [(self._index, ",".join(INDEX_HEADER)), *((path, PICTURE_MARK) for path in pictures)]
 
     def are_there(self, path: Path, annotation: Annotation) -> bool:
         """Whether an earlier job has written those of an image."""

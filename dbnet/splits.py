@@ -37,6 +37,11 @@ def data_folders(data: str | Path) -> list[Path]:
     return [Path(part.strip()) for part in str(data).split(",") if part.strip()] or [Path(data)]
 
 
+def find_loss(data: str | Path) -> str:
+    """A line where a folder of `--data` is gone, else nothing."""
+    return "" if all(folder.is_dir() for folder in data_folders(data)) else f"{data}: the folder is missing; restore it"
+
+
 def read_split(data: str | Path, split: str, form: str = "auto", need_images: bool = True) -> Split:
     """Images and annotations of a split of one or several folders, in the order of each folder's json, or by name.
 

@@ -62,7 +62,7 @@ def draw_targets(
         flat, counts = points.reshape(-1, 2).astype(float), np.full(*points.shape[:2])
         distances = offset_distances(flat, counts, 1 - shrink_ratio**2)
         can_be_shrunk = (distances > 0) & ~np.fromiter(map(is_tangled, points), bool, len(points))
-        efforts = points.shape[1] * (np.ptp(points, axis=1) / (width, height)).clip(0, 1).prod(axis=1)
+        efforts = effort_of(points, (width, height))
         order = efforts.argsort(kind="stable")  # so that the large ones are left out
         efforts = effort + efforts[order].cumsum()
         effort = efforts.max(initial=effort)
@@ -74,6 +74,11 @@ def draw_targets(
                 lost.discard(index)
         _raise_near_outlines(thresh_levels, points, distances)
     return prob_map, thresh_levels, sorted(lost)
+
+
+def effort_of(polygons: np.ndarray, size: Sequence[float]) -> np.ndarray:
+    """(...) of (..., n, 2) polygons: n times the share that the box around each has of an image of (width, height)."""
+    return polygons.shape[-2] * (np.ptp(polygons, axis=-2) / size).clip(0, 1).prod(axis=-1)
 
 
 def thresh_of_levels(levels: Map, thresh_min: float, thresh_max: float) -> Map:

@@ -33,7 +33,7 @@ from dbnet.files import check_writable, locked, read_log, remove_leftovers, writ
 from dbnet.loss import Losses
 from dbnet.memory import BatchPlan, free_memory
 from dbnet.model import BATCH_NORM_MOMENTUM, DBNet
-from dbnet.splits import data_folders
+from dbnet.splits import find_loss
 
 RUNS = Path("runs")
 _RUN_NAME = re.compile(r'(?!(?i:con|prn|aux|nul|com\d|lpt\d)(\.|$))[^\x00-\x1f/\\:*?"<>|]{1,80}(?<![. ])')
@@ -300,8 +300,7 @@ class Training:
         errors = [error for batch in batches for _, error in batch["failed"]]
         self.unreadable.update(errors)
         stop = errors[0] if errors and config.strict else death
-        if errors and not all(folder.is_dir() for folder in data_folders(config.data)):
-            stop = f"{config.data}: the folder is missing; restore it"
+        stop = (errors and find_loss(config.data)) or stop
         ours = [len(batches), sum(len(batch.get("image", ())) for batch in batches), bool(stop)]
         ours += [bool(saver.signal), saver.is_due()] if saver else [False, False]
         count, images, stops, signals, saves_due = map(sum, zip(*all_gather(ours), strict=True))

@@ -229,6 +229,11 @@ def test_labels_that_nobody_has_corrected_score_what_the_weights_find(receipts, 
     rows = list(csv.DictReader((tmp_path / "crops" / "index.csv").open()))
     assert len(rows) == sum(len(each.polygons) for each in read_split(data, "train").annotations.values()) > 50
     assert all((tmp_path / "crops" / row["crop"]).is_file() for row in rows)
+    crops = [*words, "--out", "a.csv", "--crops", "crops"]
+    (tmp_path / "crops" / "index.csv").unlink()  # as after a killed job
+    assert command(*crops, "--resume", cwd=tmp_path).returncode == 0
+    shutil.copy(next((data / "images").rglob("*.jpg")), tmp_path / "crops" / rows[0]["crop"])
+    rejected(command(*crops, cwd=tmp_path), f"{rows[0]['crop']}: exists, and is not an earlier result")
     if form == "labelme":
         rejected(command(*words, "--out", data / out, "--out-format", form, cwd=tmp_path), "is there already")
 

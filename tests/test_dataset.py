@@ -126,10 +126,12 @@ def test_words_are_counted_by_what_training_makes_of_them(small):
     dont_care = [False] * 7 + [True]
     none = [gather_words(Annotation()) for _ in dataset.paths[1:]]
     dataset.words = [gather_words(Annotation(words, dont_care)), *none]
-    line = "2 words are learned; masked: 1 don't care, 3 without area or tangled; 2 lie outside of their images"
-    assert dataset.count_words() == line
+    masked = "1 don't care, 3 without area, tangled or of too many points"
+    assert dataset.count_words() == f"2 words are learned; masked: {masked}; 2 lie outside of their images"
     tangle = np.random.default_rng(0).uniform(0, min(dataset.size(0)), (400, 2))
-    for nothing in ([far], [square[:2]], [tangle], []):
+    angles = np.linspace(0, 2 * np.pi, 400, endpoint=False)
+    page = (1 + np.stack([np.cos(angles), np.sin(angles)], axis=1)) * np.divide(dataset.size(0), 2)
+    for nothing in ([far], [square[:2]], [tangle], [page], []):
         dataset.words = [gather_words(Annotation(nothing, [False] * len(nothing))), *none]
         with pytest.raises(UserError, match="there is nothing to learn: 0 words are learned"):
             dataset.count_words()

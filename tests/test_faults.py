@@ -22,7 +22,7 @@ import train
 from dbnet.checkpoint import load_checkpoint
 from dbnet.config import Config
 from dbnet.errors import UserError
-from dbnet.files import remove_leftovers, write_whole
+from dbnet.files import locked, remove_leftovers, write_whole
 from dbnet.training import load_last
 
 FLAGS = [
@@ -312,6 +312,12 @@ def test_a_run_that_is_being_trained_is_not_trained_twice(rendered, tmp_path):
     first.kill()  # its lock does not count any more
     run("train.py", "--resume", "--epochs", load_last(tmp_path / "runs/a")["epoch"] + 1, cwd=tmp_path)
     assert not (tmp_path / "runs/a/.lock").exists()
+
+
+def test_a_folder_in_the_place_of_a_lock_is_named(tmp_path):
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(UserError, match="lock: is a folder"), locked(tmp_path / "lock", "is in use"):
+        raise AssertionError
 
 
 def tiny(data, **changes):

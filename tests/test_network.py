@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import shutil
+from functools import partial
 from threading import Lock
 
 import numpy as np
@@ -205,11 +206,14 @@ def test_init_from_what_does_not_fit_at_all_is_refused(checkpoint, small):
             start_from(model, {**content, "model": weights}, checkpoint)
 
 
-def test_init_from_weights_that_are_not_finite_is_rejected(checkpoint, small):
+@pytest.mark.parametrize("harm", [lambda x: x * float("nan"), lambda x: x > 0, lambda x: x * 1j, lambda x: x.char()])
+def test_weights_that_are_not_finite_real_numbers_are_rejected(checkpoint, small, harm):
     content = load_checkpoint(checkpoint)
-    next(iter(content["model"].values())).fill_(float("nan"))
-    with pytest.raises(UserError, match=r"best.pt: its weights are not finite"):
-        start_from(DBNet(small), content, checkpoint)
+    name, tensor = next(iter(content["model"].items()))
+    content["model"][name] = harm(tensor)
+    for load in (start_from, partial(load_weights, config=small)):
+        with pytest.raises(UserError, match=r"best.pt: its weights are not finite"):
+            load(DBNet(small), content, path=checkpoint)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,16 @@ def test_a_file_that_computes_something_else_is_not_kept(exported, tmp_path, mon
     with pytest.raises(UserError, match=r"wrong\.onnx: not kept: .* with a difference"):
         export.export_onnx(tmp_path / "wrong.onnx", model, config, half=False)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("target", "is_kept"), [("/dev/null", True), ("wrong.onnx", False)])
+def test_behind_a_link_a_device_is_kept_and_a_wrong_file_is_not(exported, tmp_path, monkeypatch, target, is_kept):
+    model, config, _ = load_model(exported / "best.pt", {})
+    monkeypatch.setattr(OnnxNetwork, "probabilities", lambda self, images: np.full(images.shape[:3], np.nan))
+    (tmp_path / "link.onnx").symlink_to(target)
+    with nullcontext() if is_kept else pytest.raises(UserError, match=r"link\.onnx: not kept"):
+        export.export_onnx(tmp_path / "link.onnx", model, config, half=False)
+    assert (tmp_path / "link.onnx").is_symlink() and (tmp_path / "link.onnx").exists() == is_kept
 
 
 def test_a_file_runs_on_the_provider_of_onnx_runtime_that_is_named(exported):
