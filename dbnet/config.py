@@ -150,6 +150,9 @@ class Config:
     max_candidates: Count = 300  # largest number of regions that are kept in an image, the best ones
     min_size: Weight = 3.0
     """shortest side of a region before it is grown, in pixels of the map, which is as large as the resized image"""
+    growth: Weight = 0.0
+    """growth of regions: a share of the distance by which shrink_ratio shrank their text, worked out as for rectangles;
+    it suits short and long text alike. 0, or a ratio that is named: by one of the ratios below"""
     box_unclip_ratio: Annotated[float, Range(0, 10)] = 1.5
     """growth of rectangles: by area x ratio / perimeter, in pixels of the map"""
     polygon_unclip_ratio: Annotated[float, Range(0, 10)] = 2.0
@@ -181,11 +184,13 @@ class Config:
         return PRESETS[name].changed(**changes)
 
     def changed(self, **changes: Any) -> Self:
-        """A copy with some fields changed; lists become tuples. Raises UserError for an unknown field."""
+        """A copy with some fields changed; lists become tuples. A new unclip ratio ends `growth`, which would take its
+        place. Raises UserError for an unknown field."""
         if unknown := sorted(changes.keys() - _hints().keys()):
             raise UserError(f"unknown configuration field {unknown[0]!r}; --help lists all of them")
         lists = {name: tuple(value) for name, value in changes.items() if isinstance(value, list)}
-        return dataclasses.replace(self, **changes | lists)
+        grown = {"growth": 0.0} if {"box_unclip_ratio", "polygon_unclip_ratio"} & changes.keys() else {}
+        return dataclasses.replace(self, **grown | changes | lists)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -208,7 +213,7 @@ NETWORK_FIELDS = ("backbone", "weights", "pyramid_channels", "fusion", "binariza
 _READING_FIELDS = {
     *("data", "format", "image_size", "enlarge", "workers", "strict", "batch_size", "device", "amp", "compile"),
     *("tta", "sideways", "small_text", "use_polygon", "thresh", "box_thresh", "max_candidates", "min_size"),
-    *("box_unclip_ratio", "polygon_unclip_ratio"),
+    *("growth", "box_unclip_ratio", "polygon_unclip_ratio"),
 }
 
 _METAVARS: dict[Any, str] = {bool: "BOOL", int: "INT", float: "FLOAT", str: "NAME"}
@@ -268,7 +273,7 @@ V3 = V1.changed(backbone="resnet50", batch_size=4, accumulate=4, thresh=0.22, bo
 SLIM = V1.changed(backbone="mobilenet_v3_large", pyramid_channels=96, pad="tight", batch_size=4, accumulate=1)
 SLIM = SLIM.changed(rotate90_p=0.0)
 LITE = SLIM.changed(image_size=800, flip_p=0.0, scale=2.0, rotate=2.0, perspective=0.03, ema=0.998)
-LITE = LITE.changed(thresh=0.22, box_thresh=0.32, polygon_unclip_ratio=2.1, small_text=10.5)
+LITE = LITE.changed(thresh=0.2, box_thresh=0.32, growth=0.8, small_text=10.5)
 DEMO = SLIM.changed(data="demo/data", weights="none", image_size=640, epochs=2, lr=5e-4, flip_p=0.0, box_thresh=0.4)
 BEST = V3.changed(backbone="timm:hrnet_w44", fusion="asf", lr=1.3e-3, epochs=30, ema=0.999, tta=True)
 BEST = BEST.changed(scale=2.0, rotate=2.0, perspective=0.03, brightness_contrast_p=0.4, brightness=0.33, contrast=0.28)

@@ -453,7 +453,7 @@ Picture = str | Path | bytes | bytearray | IO[bytes] | np.ndarray | Image.Image
 
 THRESHOLDS = (
     *("thresh", "box_thresh", "max_candidates", "min_size"),
-    *("use_polygon", "box_unclip_ratio", "polygon_unclip_ratio"),
+    *("use_polygon", "growth", "box_unclip_ratio", "polygon_unclip_ratio"),
 )
 """Fields of the configuration that a single call may change."""
 

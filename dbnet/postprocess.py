@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import cv2
 import numpy as np
 
-from dbnet.geometry import offset, offset_distances, split_polygons
+from dbnet.geometry import offset, offset_distances, regrowth_distances, split_polygons
 
 if TYPE_CHECKING:
     from dbnet.config import Config
@@ -37,9 +37,10 @@ def extract_polygons(
 
     `prob_map` is (height, width) float32 in 0..1, nan counting as 0, or uint8 in 0..255, which is quicker. `config` has
     the settings: `thresh`, `box_thresh`, `max_candidates`, `min_size` (pixels of the map), and `use_polygon` with
-    `polygon_unclip_ratio` for contours or `box_unclip_ratio` for minimum-area rectangles. `scale` are the factors of x
-    and y from the map to the image. With `max_size`, (width, height) of the image, coordinates are clipped to 0..width
-    and 0..height; without it they may lie a little outside, because polygons at the edge are offset beyond it.
+    `polygon_unclip_ratio` for contours or `box_unclip_ratio` for minimum-area rectangles; it may have `growth`, which
+    takes their place, and `shrink_ratio`. `scale` are the factors of x and y from the map to the image. With
+    `max_size`, (width, height) of the image, coordinates are clipped to 0..width and 0..height; without it they may lie
+    a little outside, because polygons at the edge are offset beyond it.
 
     Returns polygons as (n, 2) int32 arrays (n = 4 for rectangles, clockwise from the top left) and the mean probability
     in each before the offset, both by descending score. No more than `max_candidates` come back, and these are the
@@ -101,11 +102,11 @@ def find_regions(prob_map: np.ndarray, config: Config) -> list[Region]:
 
 
 def grow_regions(regions: list[Region], config: Config, enough: float) -> Iterator[tuple[np.ndarray | None, float]]:
-    """Move each region outward, to the outline of its text, by area x unclip ratio / perimeter. Gives the (m, 2) int32
-    polygon or (4, 2) float32 rectangle in pixels of the map, None where it is not one piece, and the shorter side of
-    its minimum-area rectangle: at least, where the offset alone makes it `enough` pixels wide."""
+    """Move each region outward, to the outline of its text, by its `unclip_distances`. Gives the (m, 2) int32 polygon
+    or (4, 2) float32 rectangle in pixels of the map, None where it is not one piece, and the shorter side of its
+    minimum-area rectangle: at least, where the offset alone makes it `enough` pixels wide."""
     shrunk = [region.shrunk for region in regions]
-    distances = unclip_distances(shrunk, config.polygon_unclip_ratio if config.use_polygon else config.box_unclip_ratio)
+    distances = unclip_distances(shrunk, config)
     for distance, polygon in zip(distances, offset_polygons(shrunk, distances), strict=True):
         least = 2 * distance - OFFSET_ERROR
         if polygon is None:
@@ -145,12 +146,16 @@ def region_score(prob_map: np.ndarray, polygon: np.ndarray) -> float:
     return score / 255 if prob_map.dtype == np.uint8 else score
 
 
-def unclip_distances(polygons: list[np.ndarray], unclip_ratio: float) -> list[float]:
-    """D' = A unclip_ratio / L in pixels (DBNet equation 11) of (n, 2) polygons; 0 for one without a perimeter."""
+def unclip_distances(polygons: list[np.ndarray], config: Config) -> list[float]:
+    """How far (n, 2) polygons are moved outward, in pixels: by `growth` times their `regrowth_distances`; without that,
+    by D' = A unclip_ratio / L (DBNet equation 11). 0 for one without a perimeter."""
     if not polygons:
         return []
     points, counts = np.concatenate(polygons).astype(np.float64), np.array([len(polygon) for polygon in polygons])
-    return offset_distances(points, counts, unclip_ratio).tolist()  # cv2.arcLength is float32: it rounds ties away
+    if growth := getattr(config, "growth", 0):
+        return (growth * regrowth_distances(points, counts, config.shrink_ratio)).tolist()
+    ratio = config.polygon_unclip_ratio if config.use_polygon else config.box_unclip_ratio
+    return offset_distances(points, counts, ratio).tolist()  # cv2.arcLength is float32: it rounds ties away
 
 
 def offset_polygons(polygons: list[np.ndarray], distances: list[float]) -> list[np.ndarray | None]:

@@ -45,10 +45,12 @@ Grid = dict[str, tuple[float, ...]]
 
 def grid_of(config: Config) -> Grid:
     """The values of each field that are tried, in all combinations; the last field varies fastest."""
+    ratio = "polygon_unclip_ratio" if config.use_polygon else "box_unclip_ratio"
+    growth = {"growth": (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)}
     return {
         "thresh": (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4),
         "box_thresh": (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7),
-        "polygon_unclip_ratio" if config.use_polygon else "box_unclip_ratio": (1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4),
+        **(growth if config.growth else {ratio: (1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4)}),
         "min_size": (1.0, 3.0, 5.0),
     }
 

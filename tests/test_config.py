@@ -191,3 +191,11 @@ def test_help_is_printed_without_importing_a_library(words):
     assert done.returncode == 0 and done.stdout.startswith("usage: ")
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "dbnet.config" in imported and not imported & {"torch", "numpy", "cv2", "PIL", "scipy", "tqdm", "shapely"}
+
+
+def test_an_unclip_ratio_that_is_named_is_not_overruled_by_growth():
+    lite = PRESETS["lite"]
+    assert lite.growth and Config.from_dict(lite.to_dict()) == lite
+    for ratio in ("polygon_unclip_ratio", "box_unclip_ratio"):
+        assert lite.changed(**{ratio: 1.8}).growth == 0
+        assert lite.changed(**{ratio: 1.8}, growth=0.9).growth == 0.9

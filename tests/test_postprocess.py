@@ -107,11 +107,11 @@ def test_rectangles_survive_being_shrunk_and_extracted(use_polygon, width, heigh
     original = np.rint(cv2.boxPoints(((300, 300), (width, height), angle)))
     _, ratio = shrinking(width, height)
     prob_map = make_targets([original], 600, 600)[0].astype(np.float32)
-    config = settings_of(use_polygon=use_polygon, box_unclip_ratio=ratio, polygon_unclip_ratio=ratio)
-    polygons, scores = extract_polygons(prob_map, config)
-    assert len(polygons) == 1 and scores[0] > 0.9
-    assert polygons[0].dtype == np.int32 and polygons[0].shape[1] == 2
-    assert iou(polygons[0], original) >= 0.88  # the corners are round
+    for how in ({"box_unclip_ratio": ratio, "polygon_unclip_ratio": ratio}, {"growth": 1.0, "shrink_ratio": 0.4}):
+        polygons, scores = extract_polygons(prob_map, settings_of(use_polygon=use_polygon, **how))
+        assert len(polygons) == 1 and scores[0] > 0.9
+        assert polygons[0].dtype == np.int32 and polygons[0].shape[1] == 2
+        assert iou(polygons[0], original) >= 0.88  # the corners are round
 
 
 @given(width=st.integers(30, 300), height=st.integers(20, 80), angle=st.integers(-45, 45))
@@ -120,8 +120,19 @@ def test_unclip_undoes_shrinking(width, height, angle):
     distance, ratio = shrinking(width, height)
     shrunk = cv2.boxPoints(((300, 300), (width - 2 * distance, height - 2 * distance), angle))
     assume(min(width, height) - 2 * distance > 8)  # less is mostly rounding
-    [grown] = offset_polygons([np.rint(shrunk).astype(np.int32)], unclip_distances([np.rint(shrunk)], ratio))
-    assert iou(grown, cv2.boxPoints(((300, 300), (width, height), angle))) >= 0.8
+    for how in ({"polygon_unclip_ratio": ratio}, {"growth": 1.0, "shrink_ratio": 0.4}):
+        distances = unclip_distances([np.rint(shrunk)], settings_of(**how))
+        [grown] = offset_polygons([np.rint(shrunk).astype(np.int32)], distances)
+        assert iou(grown, cv2.boxPoints(((300, 300), (width, height), angle))) >= 0.8
+
+
+@given(st.floats(1, 500), st.floats(1, 500), st.floats(0.05, 0.95))
+def test_growth_by_1_takes_back_what_any_rectangle_was_shrunk_by(width, height, shrink_ratio):
+    distance = width * height * (1 - shrink_ratio**2) / (2 * (width + height))
+    left, top = distance, distance
+    kernel = np.array([[left, top], [width - left, top], [width - left, height - top], [left, height - top]])
+    [found] = unclip_distances([kernel], settings_of(growth=1.0, shrink_ratio=shrink_ratio))
+    assert found == pytest.approx(distance, rel=1e-6)
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 40)), min_size=4, max_size=9), st.floats(1, 20))
