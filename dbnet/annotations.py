@@ -1,7 +1,4 @@
-"""Annotations: the words of images, what is checked of them, and the files in which detections are written.
-
-`dbnet.formats` reads them.
-"""
+"""Annotations, which `dbnet.formats` reads: words of images, what is checked of them, and files of detections."""
 
 import csv
 import json
@@ -32,9 +29,7 @@ class Annotation:
     polygons: list[np.ndarray] = field(default_factory=list)  # (n, 2) points (x, y): float64 where they were read
     dont_care: list[bool] = field(default_factory=list)  # whether the losses and the metric leave the polygon out
     scores: list[float] | None = None  # confidence of each polygon, 0..1, for detections
-    size: tuple[int, int] | None = (
-        None  # (width, height) of the image where known; as the file says, until `check_sizes`
-    )
+    size: tuple[int, int] | None = None  # (width, height) of the image where known; as stated until `check_sizes`
     lines: list[int] | None = None  # of each polygon, from 1; only where the polygons are in reading order
 
     @classmethod
@@ -56,11 +51,9 @@ class Annotation:
 
 def check_sizes(source: Path, annotations: dict[str, Annotation], images: dict[str, Path]) -> list[str]:
     """Raise UserError where labels were made for another image: their file has another size than the image of this
-    name, or all coordinates are shares of the image. Gives the annotations the sizes of the images that can be read.
-    Returns a sentence that counts outlines outside of their images.
-
-    A file may have the size as stored, before the turn that EXIF asks for, if its points fit the upright image alone.
-    """
+    name, or all coordinates are shares of the image. A file may have the size as stored, before the turn that EXIF asks
+    for, if its points fit the upright image alone. Gives the annotations the sizes of the images that can be read.
+    Returns a sentence that counts outlines outside of their images."""
     outside = list[str]()
     for name, annotation in annotations.items():
         farthest = np.concatenate([np.zeros((1, 2)), *annotation.polygons]).max(axis=0)
@@ -88,10 +81,8 @@ def check_sizes(source: Path, annotations: dict[str, Annotation], images: dict[s
 
 
 def put_in_order(annotations: dict[str, Annotation]) -> list[str]:
-    """Bring outlines into the order in which the metric reads them, top edge first, where that is certain.
-
-    Returns sentences that count the outlines that were changed, left or are not scored.
-    """
+    """Bring outlines into the order in which the metric reads them, top edge first, where that is certain. Returns
+    sentences that count the outlines that were changed, left or are not scored."""
     counts = np.zeros(4, int)
     for annotation in annotations.values():
         annotation.polygons, changed, doubtful = order_outlines(annotation.polygons)
@@ -109,8 +100,7 @@ def put_in_order(annotations: dict[str, Annotation]) -> list[str]:
 # ---- writing
 
 HEADER = ["filename", "polygons"]
-RESULT_MARK = "detections by dbnet"
-"""In a file of detections whose format has room for it"""
+RESULT_MARK = "detections by dbnet"  # in a file of detections whose format has room for it
 MAX_OVERLAP = 0.4  # share of the smaller of two outlines above which both can hardly be text
 _FORMAT_OF_SUFFIX = {".csv": "csv", ".json": "competition", ".zip": "icdar"}
 
@@ -121,11 +111,8 @@ def result_mark(form: str) -> str:
 
 
 def choose_format(path: Path, form: str, names: list[str]) -> str:
-    """The format of detections to be written to `path`: `form`, or what the name says for auto.
-
-    Raises UserError where neither says one, it cannot hold images of these names, or a file that may have been
-    corrected would be overwritten.
-    """
+    """The format of detections to be written to `path`: `form`, or what the name says for auto. Raises UserError where
+    neither says one, it cannot hold images of these names, or would overwrite a file that may have been corrected."""
     if form == "auto":
         form = "ppocrlabel" if path.name == "Label.txt" else _FORMAT_OF_SUFFIX.get(path.suffix.lower(), "")
     if not form:
@@ -146,18 +133,14 @@ def choose_format(path: Path, form: str, names: list[str]) -> str:
 
 
 def uncertainty(annotation: Annotation) -> float:
-    """How much the detections of an image need a look: the share of scores under 0.6, 1 where nothing was found.
-
-    Of four measures tried on 60 receipts this one goes with errors the most (rank correlation 0.48).
-    """
+    """How much the detections of an image need a look: the share of scores under 0.6, 1 where nothing was found. Of
+    four measures tried on 60 receipts this one goes with errors the most (rank correlation 0.48)."""
     return float(np.mean(np.array(annotation.scores) < 0.6)) if annotation.scores else 1.0
 
 
 def as_labels(annotation: Annotation) -> Annotation:
     """Detections as labels: outlines of 4 or 8 whole points (`fit_outline`), in reading order with line numbers.
-
-    Where one covers more than MAX_OVERLAP of another, both are don't care, until a person decides which is text.
-    """
+    Where one covers more than MAX_OVERLAP of another, both are don't care, until a person decides which is text."""
     outlines = [np.rint(fit_outline(polygon)).astype(np.int64) for polygon in annotation.polygons]
     order, lines = reading_order(outlines)
     shapes = shapely.make_valid(np.array([shapely.Polygon(polygon) for polygon in annotation.polygons], object))
@@ -176,17 +159,14 @@ def as_labels(annotation: Annotation) -> Annotation:
 def write_detections(
     path: Path, form: str, found: dict[str, Annotation], images: dict[str, Path] | None = None
 ) -> None:
-    """Write the words found in each image, in the formats of predict.py: as they are in a csv, else as labels.
-
-    `images` are their files by name, to which LabelMe and PPOCRLabel refer. Prints how many overlap. Raises UserError.
-    """
+    """Write the words found in each image, in the formats of predict.py: as they are in a csv, else as labels. `images`
+    are their files by name, to which LabelMe and PPOCRLabel refer. Prints how many overlap. Raises UserError."""
     if form != "csv":
         found = {name: as_labels(annotation) for name, annotation in found.items()}
     if form == "icdar":  # for an upload, where nothing is don't care
         for annotation in found.values():
             annotation.dont_care = [False] * len(annotation.polygons)
-    doubtful = sum(sum(annotation.dont_care) for annotation in found.values())
-    if doubtful:
+    if doubtful := sum(sum(annotation.dont_care) for annotation in found.values()):
         print(f"{path}: {doubtful} outlines overlap others by much and are marked as don't care; look at these first")
     write_labels(path, form, found, images)
 
@@ -273,8 +253,7 @@ def _ppocrlabel_line(image: Path, annotation: Annotation) -> str:
 
 
 def _write_icdar_zip(file: IO[bytes], found: dict[str, Annotation]) -> None:
-    """A zip of `res_NAME.txt` for each image, as ICDAR's upload forms want it: lines of `x1,y1,...,xn,yn`, and `,###`
-    for don't care."""
+    """A zip of `res_NAME.txt` for each image, as ICDAR's forms want it: `x1,y1,...,xn,yn`, and `,###` if don't care."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.comment = RESULT_MARK.encode()
         for name, annotation in found.items():

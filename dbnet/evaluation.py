@@ -45,11 +45,8 @@ class IoUScore:
 
 
 def score_iou(gt_polygons: Outlines, det_polygons: Outlines, dont_care: Flags = None) -> IoUScore:
-    """Match the detections of an image with its words: each word takes the first free one that matches.
-
-    Coordinates are truncated to integers, outlines that cross themselves are even-odd. A polygon without area is
-    counted and matches nothing. Raises ValueError as `metric.score_image` does.
-    """
+    """Match the detections of an image with its words: each word takes the first free one that matches. Coordinates,
+    outlines that cross and errors are as in `metric.score_image`. A polygon without area counts and matches nothing."""
     gts, dets = Polygons(gt_polygons, IOU_MIN_POINTS), Polygons(det_polygons, IOU_MIN_POINTS)
     gt_counts = ~np.asarray(dont_care if dont_care is not None else np.zeros(len(gts)), bool)
     det_counts = np.ones(len(dets), bool)
@@ -120,8 +117,7 @@ class Evaluation:
     def update(
         self, name: str, annotation: Annotation, polygons: Outlines, size: tuple[int, int] | None = None, **more: Any
     ) -> None:
-        """Score the polygons detected in an original of `size` (width, height), None if unknown. `more` are further
-        fields of its ScoredImage."""
+        """Score what was detected in an image of `size` (width, height), if known. `more` are fields of ScoredImage."""
         match = match_image(annotation.polygons, polygons, annotation.dont_care)
         iou = score_iou(annotation.polygons, polygons, annotation.dont_care)
         words = np.column_stack([size_bins(annotation.polygons, size), match.gt_chars]) if size else None
@@ -178,12 +174,9 @@ class Evaluation:
         """Text: what could not be read or was cut, totals, recall by size of text and the worst images."""
         score, iou, (low, high), rows = self.compute(), self.iou(), self.interval(), self.by_size()
         lines = [f"counts 0: {image.error}" for image in self.images.values() if image.error]
-        scored = f"more detections than the {MAX_DETECTIONS} that CLEval scores"
-        allowed = "as many detections as --max-candidates allows"
-        for limit, what, then in (
-            (MAX_DETECTIONS + 1, scored, "the rest count as not there"),
-            (self.max_candidates, allowed, "text may be missing; raise it"),
-        ):
+        scored = f"more detections than the {MAX_DETECTIONS} that CLEval scores", "the rest count as not there"
+        allowed = "as many detections as --max-candidates allows", "text may be missing; raise it"
+        for limit, (what, then) in ((MAX_DETECTIONS + 1, scored), (self.max_candidates, allowed)):
             if names := [printable(name) for name, image in self.images.items() if image.found >= limit]:
                 lines.append(f"{len(names)} images have {what}, {names[0]} first: {then}")
         lines += [
@@ -203,10 +196,8 @@ class Evaluation:
         lines.append(f"\n{'worst images':<{width}}  H-Mean  precision  recall  words  detections")
         for name in ascending:
             each = self.images[name].score
-            lines.append(
-                f"{printable(name):<{width}}  {each.hmean:6.4f}  {each.precision:9.4f}  {each.recall:6.4f}  "
-                f"{each.words:5d}  {each.detections:10d}"
-            )
+            means = f"{each.hmean:6.4f}  {each.precision:9.4f}  {each.recall:6.4f}"
+            lines.append(f"{printable(name):<{width}}  {means}  {each.words:5d}  {each.detections:10d}")
         return "\n".join(lines)
 
 
@@ -287,9 +278,8 @@ PictureOf = Callable[..., Any]  # of (path, annotation, polygons, scores, prob_m
 
 
 def evaluate(pipeline: Pipeline, network: Network, title: str = "", picture: PictureOf | None = None) -> Evaluation:
-    """Run a network over an annotated split and score what it finds, with a progress bar. Each process that torchrun
-    has started gets the scores of all of them. Raises as `Pipeline.detect` does, and UserError if no image can be read.
-    """
+    """Run a network over an annotated split and score what it finds, with a progress bar; each process gets the scores
+    of all of them. Raises as `Pipeline.detect` does, and UserError if no image can be read."""
     dataset = pipeline.dataset
     assert isinstance(dataset, TextDataset)
     evaluation = Evaluation(max_candidates=pipeline.config.max_candidates)
@@ -341,11 +331,10 @@ def advise_on_collapse(evaluation: Evaluation, config: Config) -> str | None:
     if score.detections or not score.words:
         return None
     if highest <= config.thresh:
-        return (
-            f"no detections: no pixel's probability is above {highest:.2f}, and --thresh is {config.thresh:g}; normal "
-            f"in the first epochs from scratch, else look at --show-samples and lower --lr"
-        )
-    return (
-        f"no detections: probabilities reach {highest:.2f}, above --thresh {config.thresh:g}, but no region passes "
-        f"--box-thresh {config.box_thresh:g} and --min-size {config.min_size:g}; evaluate with lower ones"
-    )
+        reason = f"no pixel's probability is above {highest:.2f}, and --thresh is {config.thresh:g}"
+        advice = "normal in the first epochs from scratch, else look at --show-samples and lower --lr"
+    else:
+        limits = f"--box-thresh {config.box_thresh:g} and --min-size {config.min_size:g}"
+        reason = f"probabilities reach {highest:.2f}, above --thresh {config.thresh:g}, but no region passes {limits}"
+        advice = "evaluate with lower ones"
+    return f"no detections: {reason}; {advice}"

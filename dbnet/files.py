@@ -51,11 +51,9 @@ def write_whole(path: Path, mode: str = "wb", keep: Path | None = None) -> Itera
 
 @contextmanager
 def locked(path: Path, message: str) -> Iterator[None]:
-    """Hold a lock on the file `path`. At the end of the block the file is removed, and its folder if that is empty.
-
-    The lock of a process that has died does not count. Raises UserError, beginning with `message`, where another
-    process holds it. Without locks in the system or the file system, the block runs without one.
-    """
+    """Hold a lock on the file `path`. At the end of the block the file is removed, and its folder if that is empty. The
+    lock of a process that has died does not count. Raises UserError, beginning with `message`, where another process
+    holds it. Without locks in the system or the file system, the block runs without one."""
     make_folder(path.parent)
     check_writable(path)
     with path.open("a+") as file:
@@ -87,8 +85,7 @@ def remove_leftovers(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-Row = dict[str, Any]
-"""A line of log.jsonl: the numbers of an epoch, by name"""
+Row = dict[str, Any]  # a line of log.jsonl: the numbers of an epoch, by name
 
 
 def read_log(path: Path) -> list[Row]:
@@ -234,12 +231,11 @@ class Journal:
 
     def add(self, key: str, result: Any) -> None:
         """Keep a result of plain values; from here on it outlives the process."""
-        if self._is_kept:
-            with (
-                library_errors(f"{self._path}: cannot be written", "make room, then --resume", of=OSError),
-                self._path.open("a", encoding="utf-8") as file,
-            ):
-                file.write(f"\n{json.dumps([key, result])}")  # the newline ends a line that was cut short
+        if not self._is_kept:
+            return
+        told = library_errors(f"{self._path}: cannot be written", "make room, then --resume", of=OSError)
+        with told, self._path.open("a", encoding="utf-8") as file:
+            file.write(f"\n{json.dumps([key, result])}")  # the newline ends a line that was cut short
 
     def remove(self) -> None:
         """Remove the results of all processes, when the output is whole."""

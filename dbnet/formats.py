@@ -110,11 +110,9 @@ def check_name(where: str, name: str) -> str:
 
 
 class ImageNames:
-    """Finds the image that a name in a label file means, in any Unicode form.
-
-    SUB/NAME.jpg may be called so, or SUB/NAME, SUB_NAME, NAME.jpg or NAME; the first page of a file, like the file.
-    Where several images fit a name, the one of which it says most is meant.
-    """
+    """Finds the image that a name in a label file means, in any Unicode form. SUB/NAME.jpg may be called so, or
+    SUB/NAME, SUB_NAME, NAME.jpg or NAME; the first page of a file, like the file. Where several images fit a name, the
+    one of which it says most is meant."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._named: dict[str, list[str]] = {}
@@ -205,10 +203,8 @@ def _letters(name: str) -> str:
 
 
 def is_hidden_text(text: object) -> bool:
-    """Whether a transcription is `###` or more hash marks, also full-width ones, or in quotes of any kind.
-
-    A lone `*` is a word: receipts print it beside prices, and no data set defines it as don't care.
-    """
+    """Whether a transcription is `###` or more hash marks, also full-width ones, or in quotes of any kind. A
+    lone `*` is a word: receipts print it beside prices, and no data set defines it as don't care."""
     if not isinstance(text, str):
         return False
     text = text.strip()
@@ -219,9 +215,8 @@ def is_hidden_text(text: object) -> bool:
 
 def is_dont_care_class(name: object) -> bool:
     """Whether a class or label is `###`, or means don't care in words, as "Don't care" or "ignored_text"."""
-    if not isinstance(name, str):
-        return False
-    return is_hidden_text(name) or not _DONT_CARE.isdisjoint([_letters(name), *re.findall("[a-z]+", name.lower())])
+    words = [_letters(name), *re.findall("[a-z]+", name.lower())] if isinstance(name, str) else []
+    return is_hidden_text(name) or not _DONT_CARE.isdisjoint(words)
 
 
 def is_dont_care(where: str, word: dict[str, Any]) -> bool:
@@ -253,8 +248,7 @@ def _facts(word: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
                 yield name, inner
 
 
-Word = tuple[np.ndarray, bool, Any]
-"""(n, 2) polygon, whether it is don't care, and what stands in the file for its score"""
+Word = tuple[np.ndarray, bool, Any]  # (n, 2) polygon, whether it is don't care, what the file has for its score
 
 
 def _word(where: str, entry: object) -> Word:
@@ -320,10 +314,8 @@ def parse_lines(where: str, text: str, form: str, has_flags: bool = False) -> An
 
 
 def _have_flags(files: list[TextFile]) -> bool:
-    """Whether every line of a set of files has a flag, 0 or 1, before its text, as in RCTW-17.
-
-    Prices such as `1,500` and `1,50 EUR` look alike, so all texts must be in quotes, or one must begin with a letter.
-    """
+    """Whether every line of a set of files has a flag, 0 or 1, before its text, as in RCTW-17. Prices such as `1,500`
+    and `1,50 EUR` look alike, so all texts must be in quotes, or one must begin with a letter."""
     matches = [_FLAGGED.fullmatch(line) for file in files for _, line in _lines(file.read())]
     texts = [match[1] for match in matches if match]
     is_text = any(text[:1].isalpha() for text in texts) or all(text[:1] + text[-1:] in _QUOTES for text in texts)
@@ -332,9 +324,8 @@ def _have_flags(files: list[TextFile]) -> bool:
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
     """Number and content of each line that is not blank."""
-    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
-        if line.strip():
-            yield number, line.rstrip("\n")
+    numbered = enumerate(io.StringIO(text, newline=None), start=1)
+    return ((number, line.rstrip("\n")) for number, line in numbered if line.strip())
 
 
 def _numbers(line: str) -> np.ndarray:
@@ -343,11 +334,9 @@ def _numbers(line: str) -> np.ndarray:
 
 
 def recognize_lines(files: list[TextFile]) -> str:
-    """The format of text files, one for each image, of LINE_FORMATS.
-
-    Names in `res_` are results, which have no transcriptions: polygons. Else one line in ten with six points or more
-    makes the set polygons, unless the first four are a parallelogram: then the others are numbers in a transcription.
-    """
+    """The format of text files, one for each image, of LINE_FORMATS. Names in `res_` are results, which have no
+    transcriptions: polygons. Else one line in ten with six points or more makes the set polygons, unless the first four
+    are a parallelogram: then the others are numbers in a transcription."""
     if files and all(file.path.name.startswith("res_") for file in files):
         return "polygons"
     counts = Counter(_shape(_numbers(line)) for file in files for _, line in _lines(file.read()))
@@ -388,14 +377,11 @@ def parse_labelme(where: str, text: str) -> Annotation:
     return _annotation(words, size_of(content, "imageWidth", "imageHeight"))
 
 
-IMAGE_PARSERS: dict[str, Callable[[str, str], Annotation]] = {
-    **{form: partial(parse_lines, form=form) for form in LINE_FORMATS},
-    "labelme": parse_labelme,
-}
+IMAGE_PARSERS: dict[str, Callable[[str, str], Annotation]] = {"labelme": parse_labelme}
 """Readers of the files that are there for each image, by format."""
+IMAGE_PARSERS |= {form: partial(parse_lines, form=form) for form in LINE_FORMATS}
 
-Entry = tuple[str, str, Annotation]
-"""A place in a file, the name of an image, and its words"""
+Entry = tuple[str, str, Annotation]  # a place in a file, the name of an image, and its words
 
 
 def _read_each(files: list[TextFile], form: str, names: ImageNames) -> Iterator[Entry]:
@@ -583,10 +569,8 @@ _BESIDE_LABELS = {"fileState", "rec_gt"}  # what PPOCRLabel writes beside a Labe
 
 
 def read_labels_at(source: Path, images: list[str], form: str = "auto") -> tuple[str, dict[str, Annotation]]:
-    """The format of a file, folder or zip of annotations, and the annotations by image. Raises UserError.
-
-    In the order of the file, or of `images` where each has a file of its own.
-    """
+    """The format of a file, folder or zip of annotations, and the annotations by image, in the order of the file, or of
+    `images` where each has a file of its own. Raises UserError."""
     is_file = not source.is_dir() and source.suffix.lower() != ".zip"
     suffixes = _SUFFIXES.get(form, (".txt",))
     files = [text_file(source)] if is_file else list_text_files(source, *suffixes)
@@ -661,8 +645,7 @@ def read_submission(path: Path) -> dict[str, list[np.ndarray]]:
                 raise UserError(f"{place} has more or fewer columns than the first")
             if name in submission:
                 raise UserError(f"{place}: {name} is there twice; keep one row an image")
-            texts = [text for text in row["polygons"].split("|") if text.strip()]
-            submission[name] = [_parse_polygon(place, text) for text in texts]
+            submission[name] = [_parse_polygon(place, text) for text in row["polygons"].split("|") if text.strip()]
     except csv.Error as error:
         raise UserError(f"{path}: not a CSV ({error})") from None
     return submission

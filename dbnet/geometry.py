@@ -59,10 +59,8 @@ class Letterbox:
         return points * self.scale
 
     def resize(self, pixels: np.ndarray) -> np.ndarray:
-        """(height, width, 3) uint8 pixels, possibly decoded at reduced size, as the image in the network.
-
-        To shrink by less than two, linear interpolation leaves no pixel out and takes a tenth of the time of averaging.
-        """
+        """(height, width, 3) uint8 pixels, possibly decoded at reduced size, as the image in the network. To shrink by
+        less than two, linear interpolation leaves no pixel out and takes a tenth of the time of averaging."""
         if pixels.shape[1::-1] == self.resized:
             return pixels
         shrinks = max(pixels.shape[:2]) > 2 * max(self.resized)
@@ -70,12 +68,9 @@ class Letterbox:
 
 
 def inference_side(width: int, height: int, image_size: int, enlarge: float) -> int:
-    """Longer side in pixels to which an image of these pixels is resized for detection.
-
-    That is image_size, but at most `enlarge` times the image's own. Text of an image more than WHOLE_UP_TO times as
-    long as broad would get too small: there the shorter side becomes that of a page, if the image has that many pixels,
-    and the network looks at windows (`windows`).
-    """
+    """Longer side in pixels to which an image of these pixels is resized for detection: image_size, but at most
+    `enlarge` times the image's own. Text of an image more than WHOLE_UP_TO times as long as broad would get too small:
+    there the shorter side becomes that of a page, if the image has as many, and the network looks at `windows`."""
     short, long = sorted((width, height))
     side = min(image_size, enlarge * long)
     if long > WHOLE_UP_TO * short:
@@ -85,11 +80,8 @@ def inference_side(width: int, height: int, image_size: int, enlarge: float) -> 
 
 
 def windows(length: int, size: int) -> list[tuple[slice, slice]]:
-    """Windows of `size` pixels that cover a padded image of `length`, and the part that counts of the map of each.
-
-    Both are multiples of the network's stride. Windows overlap by an eighth or more, and of the map of each the outer
-    half of an overlap is not used.
-    """
+    """Windows of `size` pixels that cover a padded image of `length`, and the part that counts of the map of each. Both
+    are multiples of the network's stride. Windows overlap by an eighth or more; the outer half of one is not used."""
     count = max(1, math.ceil((length - size) / (size * 7 / 8)) + 1)
     starts = [round((length - size) * place / max(count - 1, 1) / STRIDE) * STRIDE for place in range(count)]
     middles = [(left + size + right) // 2 for left, right in pairwise(starts)]
@@ -120,11 +112,8 @@ def areas(points: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def offset_distances(points: np.ndarray, counts: np.ndarray, ratio: float) -> np.ndarray:
-    """(polygons,) distances area x ratio / perimeter in pixels; 0 without a perimeter.
-
-    With the ratio 1 - r^2 it is the distance D of the targets (DBNet equation 10), with the unclip ratio the distance
-    D' of post-processing (equation 11).
-    """
+    """(polygons,) distances area x ratio / perimeter in pixels; 0 without a perimeter. With the ratio 1 - r^2 it is the
+    distance D of the targets (DBNet equation 10), with the unclip ratio the D' of post-processing (equation 11)."""
     lengths = _perimeters(points, counts)
     return areas(points, counts) * ratio / np.where(lengths > 0, lengths, np.inf)
 
@@ -145,8 +134,7 @@ def _perimeters(points: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def offset(polygon: list[list[float]], distance: float) -> list[list[list[int]]]:
-    """The pieces of a polygon moved outward by `distance` pixels with round corners, inward if it is negative, in whole
-    pixels."""
+    """Pieces of a polygon moved outward by `distance` pixels, inward if negative, with round corners; whole pixels."""
     clipper = pyclipper.PyclipperOffset()
     clipper.AddPath(polygon, pyclipper.JT_ROUND, pyclipper.ET_CLOSEDPOLYGON)
     return clipper.Execute(distance)
@@ -205,10 +193,8 @@ class Polygons:
     """
 
     def __init__(self, polygons: Sequence[ArrayLike], min_points: int) -> None:
-        """Read (n, 2) polygons, whose coordinates are truncated to integers. `min_points` is 3 or more.
-
-        Raises ValueError if a polygon is not (n, 2) or has a coordinate that is not finite or beyond MAX_COORDINATE.
-        """
+        """Read (n, 2) polygons, whose coordinates are truncated to integers. `min_points` is 3 or more. Raises
+        ValueError if a polygon is not (n, 2) or has a coordinate that is not finite or beyond MAX_COORDINATE."""
         arrays = [np.asarray(polygon) for polygon in polygons]
         counts = np.array([len(array) for array in arrays], np.intp)
         self.is_given = counts >= min_points
@@ -316,11 +302,9 @@ def blocks(sizes: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def contains(polygons: Polygons, select: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """(k,) whether the polygon at each of the (k,) indices `select` contains that column of the (2, k) `points`.
-
-    It does where a ray along x crosses its outline an odd number of times. So a point on a left or top edge is inside
-    and one on a right or bottom edge is not, as in the competition's scorer.
-    """
+    """(k,) whether the polygon at each of the (k,) indices `select` contains that column of the (2, k) `points`. It
+    does where a ray along x crosses its outline an odd number of times. So a point on a left or top edge is inside and
+    one on a right or bottom edge is not, as in the competition's scorer."""
     is_inside = np.zeros(len(select), bool)
     is_near = (polygons.low.take(select, axis=1) <= points) & (polygons.high.take(select, axis=1) >= points)
     near = np.flatnonzero(is_near.all(axis=0))
@@ -378,11 +362,9 @@ def common_areas(
 
 
 def _areas_in_quads(points: np.ndarray, counts: np.ndarray, quads: np.ndarray) -> np.ndarray:
-    """(k,) areas of k simple polygons, (2, total) points, inside a convex quadrilateral each, (2, 4, k) corners.
-
+    """(k,) areas of k simple polygons, (2, total) points, inside a convex quadrilateral each, (2, 4, k) corners, by
     Sutherland-Hodgman: each side of the quadrilateral cuts off what is beyond it. Where that leaves several pieces,
-    edges forth and back along the side join them, which have no area.
-    """
+    edges forth and back along the side join them, which have no area."""
     for corner, side in zip(quads.transpose(1, 0, 2), edges_of(quads).transpose(1, 0, 2), strict=True):
         which, following = np.repeat(np.arange(len(counts)), counts), next_point(counts)
         height = cross(side.take(which, axis=1), points - corner.take(which, axis=1))
@@ -492,10 +474,8 @@ def order_outlines(polygons: list[np.ndarray]) -> tuple[list[np.ndarray], int, i
 
 
 def _clockwise(quads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(k, 4, 2) corners in the order that makes each quadrilateral convex and clockwise, and (k,) where there is one.
-
-    Others, as an arrowhead, stay as they are.
-    """
+    """(k, 4, 2) corners in the order that makes each quadrilateral convex and clockwise, and (k,) where there is one;
+    others, as an arrowhead, stay as they are."""
     ordered, is_convex = quads.copy(), np.zeros(len(quads), bool)
     for order in ((0, 1, 2, 3), (0, 1, 3, 2), (0, 2, 1, 3)):  # as it is, and without the crossing of a zigzag
         corners = quads[:, order]
@@ -535,12 +515,9 @@ def _begins_at_an_end(polygon: np.ndarray) -> bool:
 
 
 def reading_order(polygons: list[np.ndarray]) -> tuple[list[int], list[int]]:
-    """Indices of the words of a page line by line from the top, each from the left, and the line number of each word,
-    from 1.
-
-    A word belongs to the line whose last word so far it overlaps most in height, at least by half of the lower one, so
-    lines may be skewed and bent. Where most words are higher than long, the page lies on its side and lines run down.
-    """
+    """Indices of the words of a page line by line from the top, each from the left, and each one's line, from 1. A word
+    belongs to the line whose last word so far it overlaps most in height, at least by half of the lower one, so lines
+    may be skewed and bent. Where most words are higher than long, the page lies on its side and lines run down."""
     if not polygons:
         return [], []
     quads = np.stack([enclosing_rectangle(polygon) for polygon in polygons])
@@ -563,8 +540,7 @@ def reading_order(polygons: list[np.ndarray]) -> tuple[list[int], list[int]]:
             lasts.append(index)
         lasts[best], line_of[index] = index, best
     middles = np.bincount(line_of, y) / np.bincount(line_of)
-    number_of = np.argsort(np.argsort(middles, kind="stable"), kind="stable") + 1
-    numbers = number_of[line_of]
+    numbers = np.argsort(np.argsort(middles, kind="stable"), kind="stable")[line_of] + 1
     return np.lexsort((x, numbers)).tolist(), numbers.tolist()
 
 

@@ -24,10 +24,8 @@ class Losses(NamedTuple):
 
 def db_loss(maps: Maps, prob_map: Tensor, thresh_levels: Tensor, mask: Tensor, config: Config) -> Losses:
     """w_p BCE(P) + w_b dice(B) + w_t L1(T) over the pixels that are not don't-care, in float32. All maps are (N, H, W).
-
     `maps` are logits of any float type. `prob_map` is 1 on text kernels, `mask` 0 on don't-care text. `thresh_levels`
-    are 0 to 255 for config.thresh_min to config.thresh_max; L1 counts where `targets.thresh_mask` says.
-    """
+    are 0 to 255 for config.thresh_min to config.thresh_max; L1 counts where `targets.thresh_mask` says."""
     with torch.autocast(maps.prob_logits.device.type, enabled=False):
         prob_logits, thresh_logits = maps.prob_logits.float(), maps.thresh_logits.float()
         target, mask, thresh_levels = prob_map.float(), mask.float(), thresh_levels.float()

@@ -138,8 +138,7 @@ def match_image(gt_polygons: Outlines, det_polygons: Outlines, dont_care: Flags 
 def score_selections(
     gt_polygons: Outlines, det_polygons: Outlines, dont_care: Flags, selections: Iterable[np.ndarray]
 ) -> list[ImageScore]:
-    """`score_image` of each of several selections of the detections, (len(det_polygons),) bool; the polygons are
-    compared only once."""
+    """`score_image` of several selections of the detections, (len(det_polygons),) bool; they are compared only once."""
     image = _compare(gt_polygons, det_polygons, dont_care)
     return [_match(image, selection).score for selection in selections]
 
@@ -273,11 +272,8 @@ def _outcomes(
 
 def _characters(ratio: np.ndarray | np.float32, are_words: bool) -> np.ndarray:
     """int lengths in characters for float32 aspect ratios of the same shape: words are horizontal or vertical,
-    detections that match nothing are horizontal. Halves are rounded to even.
-
-    The arithmetic is the competition's, step by step in float32: a box of 30 x 10 pixels can have 4 characters in
-    float32 and has 3 in float64, and scans have many boxes of such ratios.
-    """
+    detections that match nothing are horizontal. Halves are rounded to even. The arithmetic is the competition's, step
+    by step in float32: a box of 30 x 10 pixels (scans have many) can have 4 characters there; in float64 it has 3."""
     elongation = 1 / (ratio + FLOAT32_EPS)
     if are_words:
         elongation = np.maximum(ratio, elongation)
@@ -285,12 +281,10 @@ def _characters(ratio: np.ndarray | np.float32, are_words: bool) -> np.ndarray:
 
 
 def _lengths(polygons: Polygons, select: np.ndarray, are_words: bool) -> np.ndarray:
-    """(k,) int lengths in characters of the polygons at the (k,) indices `select`.
-
-    The first edge of the convex hull with the least rectangle counts. A convex quadrilateral is its own hull; where its
-    edges tie and give different lengths, the order of Qhull matters, as for all other polygons. For upright boxes, most
-    words of a scan, it begins with a horizontal edge unless the polygon's first two points are its left side.
-    """
+    """(k,) int lengths in characters of the polygons at the (k,) indices `select`. The first edge of the convex hull
+    with the least rectangle counts. A convex quadrilateral is its own hull; where its edges tie and give different
+    lengths, the order of Qhull matters, as for all other polygons. For upright boxes, most words of a scan, it begins
+    with a horizontal edge unless the polygon's first two points are its left side."""
     quads = polygons.quads.take(select, axis=2)
     areas, ratios = _enclosing_rectangles(quads)
     is_least, candidates = areas == areas.min(axis=0), _characters(ratios, are_words)
@@ -317,10 +311,8 @@ def _aspect_ratio(points: np.ndarray) -> np.float32:
 
 
 def _enclosing_rectangles(hulls: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The enclosing rectangles along each edge of (2, n, k) convex polygons.
-
-    Returns (n, k) float32 areas, and (n, k) float32 ratios of the extent across the edge to the extent along it.
-    """
+    """The enclosing rectangles along each edge of (2, n, k) convex polygons: (n, k) float32 areas, and (n, k) float32
+    ratios of the extent across the edge to the extent along it."""
     hulls = hulls.astype(np.float32)
     edges = edges_of(hulls)
     directions = (edges / np.sqrt((edges * edges).sum(axis=0)))[:, :, None]
@@ -331,11 +323,9 @@ def _enclosing_rectangles(hulls: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _character_centres(gts: Polygons, lengths: np.ndarray) -> np.ndarray:
-    """Pseudo-character centres of all ground truths, (2, lengths.sum()), word after word.
-
-    With s = n // 2 - 1 sections of L steps an edge, the c-th of the L + 1 cuts between characters lies c s steps from
-    the edge's start; a character's centre is the mean of the cuts before and after it, of the top and the bottom.
-    """
+    """Pseudo-character centres of all ground truths, (2, lengths.sum()), word after word. With s = n // 2 - 1 sections
+    of L steps an edge, the c-th of the L + 1 cuts between characters lies c s steps from the edge's start; a
+    character's centre is the mean of the cuts before and after it, of the top and the bottom."""
     word = np.repeat(np.arange(len(gts)), lengths + 1)
     cut = ranges(lengths + 1)
     length, count, start = lengths[word], gts.counts[word], gts.starts[word]

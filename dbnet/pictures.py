@@ -50,11 +50,9 @@ def write_image(path: Path, image: np.ndarray) -> None:
 
 
 def plan_overlays(folder: Path, images: dict[str, Path]) -> dict[Path, Path]:
-    """Where the picture of each image goes, by the image's path; `images` holds the paths by name.
-
-    That is a.jpg of a.png and x/a.jpg of x/a.png or, if two pictures were called alike, NAME.jpg for all of them.
-    Creates the folders. Raises UserError where files cannot be written in them.
-    """
+    """Where the picture of each image goes, by the image's path; `images` holds the paths by name. That is a.jpg of
+    a.png and x/a.jpg of x/a.png or, if two pictures were called alike, NAME.jpg for all of them. Creates the folders.
+    Raises UserError where files cannot be written in them."""
     stems = [name_stem(name) for name in images]
     names = stems if len(set(stems)) == len(images) else list(images)
     pictures = {path: folder / f"{name}.jpg" for name, path in zip(names, images.values(), strict=True)}
@@ -112,11 +110,9 @@ class ImagePictures:
 
 
 def crop_words(pixels: np.ndarray, outlines: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """Each word of an image, upright: (height, width, 3) uint8, as high and long as the word is there.
-
-    `outlines` are (4, 2) or (8, 2) from `fit_outline`; one of 8 points is made straight in three parts. On a page that
-    lies on its side words are taken to run down, and are turned by a quarter anticlockwise.
-    """
+    """Each word of an image, upright: (height, width, 3) uint8, as high and long as the word is there. `outlines` are
+    (4, 2) or (8, 2) from `fit_outline`; one of 8 points is made straight in three parts. On a page that lies on its
+    side words are taken to run down, and are turned by a quarter anticlockwise."""
     turned = tall_share(outlines) > MOST_TALL
     for outline in outlines:
         points = outline.astype(np.float32)
@@ -135,10 +131,8 @@ def crop_words(pixels: np.ndarray, outlines: list[np.ndarray]) -> Iterator[np.nd
 
 
 def sample_sheet(dataset: TextDataset, count: int = 4, side: int = 480) -> np.ndarray:
-    """Augmented training samples, a row each: image with polygons, probability map, threshold map over the image.
-
-    Returns (count x side, 3 x side, 3) uint8 RGB. Raises ImageError for one that cannot be read.
-    """
+    """Augmented training samples, a row each: image with polygons, probability map, threshold map over the image, as
+    (count x side, 3 x side, 3) uint8 RGB. Raises ImageError for one that cannot be read."""
     rows = []
     for draw in dataset.draws(0)[:count]:
         _, letterbox = dataset.load(draw)

@@ -81,11 +81,9 @@ def picture_of(
 def write_report(
     path: Path, evaluation: Evaluation, title: str, settings: dict[str, Any], comparison: Comparison | None, lang: str
 ) -> None:
-    """Write the page of an evaluation whose pictures are made by `picture_of`. Raises UserError where it cannot.
-
-    `title` says what was scored, `settings` how, by name. With a `comparison` the page shows the changes since the
-    earlier scores. `lang` is en, ko or auto, the language of the browser.
-    """
+    """Write the page of an evaluation whose pictures are made by `picture_of`. `title` says what was scored, `settings`
+    how, by name. With a `comparison` the page shows the changes since the earlier scores. `lang` is en, ko or auto, the
+    language of the browser. Raises UserError where the file cannot be written."""
     versus, earlier = None, {}
     if comparison:
         earlier = dict(zip(comparison.names, comparison.before.tolist(), strict=True))

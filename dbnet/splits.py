@@ -161,11 +161,9 @@ def _read_folder(folder: Path, split: str, form: str, need_images: bool) -> dict
     places = _label_places(folder, split, form)
     if not places:
         kind = "annotations" if form == "auto" else f"annotations of --format {form}"
-        raise UserError(
-            find_foreign_labels([folder / "labels" / split, in_place])
-            or f"{folder / 'jsons' / split}.json: no such file; the {kind} of a split belong there, or into "
-            f"{folder / 'labels' / split}/ as a file for each image"
-        )
+        absent = f"{folder / 'jsons' / split}.json: no such file; the {kind} of a split belong there, or into"
+        absent += f" {folder / 'labels' / split}/ as a file for each image"
+        raise UserError(find_foreign_labels([folder / "labels" / split, in_place]) or absent)
     place, *others = places
     recognized, labels = read_labels_at(place, list(present), form)
     if form == "auto" and recognized != "competition":
@@ -181,8 +179,7 @@ def _read_folder(folder: Path, split: str, form: str, need_images: bool) -> dict
     images = {name: present.get(name, in_place / name) for name in labels}
     for sentence in put_in_order(labels) + check_sizes(place, labels, images):
         print(f"{place}: {sentence}", file=sys.stderr)
-    left_out = len(present.keys() - labels.keys())
-    if left_out:
+    if left_out := len(present.keys() - labels.keys()):
         print(f"{in_place}: {left_out} images have no entry in {place.name} and are left out")
     return {name: (images[name], annotation) for name, annotation in labels.items()}
 

@@ -294,9 +294,7 @@ class Training:
     def count_step(self, batches: list[Batch], config: Config, death: str, saver: "LastSave | None") -> tuple[int, int]:
         """How many batches and readable images an optimizer step has in all processes, each of which calls this. Notes
         what could not be read. Saves where that is due or the run has to end: none of the samples has been used. Raises
-        UserError for the `death` of a data worker, a data folder that is gone, and with config.strict an image
-        that cannot be read.
-        """
+        UserError for the `death` of a data worker, a lost data folder, and with config.strict an unreadable image."""
         errors = [error for batch in batches for _, error in batch["failed"]]
         self.unreadable.update(errors)
         stop = errors[0] if errors and config.strict else death

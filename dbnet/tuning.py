@@ -77,10 +77,8 @@ class Tuning:
     @cached_property
     def held_out(self) -> np.ndarray:
         """(images,) H-Means, each with the values that are best on the half of the images that it does not belong to.
-
         The halves are the first and the last images by name: receipts of a series look alike and mostly have
-        neighbouring names; on both sides they would make the check too easy.
-        """
+        neighbouring names; on both sides they would make the check too easy."""
         first, last = np.array_split(self.scores[..., 2], [self.scores.shape[1] // 2], axis=1)
         return np.concatenate([first[last.mean(axis=1).argmax()], last[first.mean(axis=1).argmax()]])
 
@@ -141,9 +139,7 @@ class Tuning:
 
 def tune(maps: Sequence[ScoredMap], config: Config, grid: Grid | None = None, workers: int = 0) -> Tuning:
     """Score the combinations of `grid` and of the configuration's own values on all images, in `workers` processes.
-
-    Raises UserError for fewer than two images, which cannot be cross-validated.
-    """
+    Raises UserError for fewer than two images, which cannot be cross-validated."""
     if len(maps) < 2:
         raise UserError(f"--tune: needs two images or more, not {len(maps)}; half of them check the other half")
     own = {name: getattr(config, name) for name in grid_of(config)}
@@ -172,10 +168,8 @@ def score_map(image: ScoredMap, config: Config, grid: Grid) -> np.ndarray:
 
 
 def _score_selections(image: ScoredMap, regions: list[Region], config: Config, grid: Grid) -> np.ndarray:
-    """(box_thresh, min_size, 3) scores of the `regions` that each pair of values selects.
-
-    The regions come best first and are offset by the unclip ratio of `config`.
-    """
+    """(box_thresh, min_size, 3) scores of the `regions`, best first, that each pair of values selects. They are offset
+    by the unclip ratio of `config`."""
     assert image.prob_map is not None  # `regions` come from it
     grown = list(grow_regions(regions, config, max(grid["min_size"]) + 2))
     nothing = np.empty((0, 2), np.int32)  # for a region that is not one piece; it has no breadth
@@ -197,11 +191,9 @@ def _score_selections(image: ScoredMap, regions: list[Region], config: Config, g
 
 
 def tune_checkpoint(pipeline: Pipeline, network: Network, split: str, scores: Path | None, target: Path | None) -> None:
-    """Run a network over an annotated split once, score all combinations, and write and print the best.
-
-    `scores` is where all combinations go as JSON, `target` the checkpoint that gets the best values if there is no
-    `Tuning.doubt`. Raises UserError as `tune` does, and where a file cannot be written.
-    """
+    """Run a network over an annotated split once, score all combinations, and write and print the best. `scores` is
+    where all combinations go as JSON, `target` the checkpoint that gets the best values if there is no `Tuning.doubt`.
+    Raises UserError as `tune` does, and where a file cannot be written."""
     dataset, config = pipeline.dataset, pipeline.config
     assert isinstance(dataset, TextDataset)
     maps = []

@@ -331,12 +331,10 @@ def write_dataset(
     lines: bool = False,
     varied: bool = False,
 ) -> int:
-    """Write a data set of receipts in the layout of the README, and return the number of its words.
-
-    `folder` must be absent or empty. The jsons are written last: without them, an interrupted run is not taken for a
-    data set. An image depends on its seed, split and index alone, not on `workers` (processes; default: one a core) and
-    counts. Workers are spawned: call this under `if __name__ == "__main__"` in a script. Raises UserError.
-    """
+    """Write a data set of receipts in the layout of the README, and return the number of its words. `folder` must be
+    absent or empty. The jsons are written last: without them, an interrupted run is not taken for a data set. An image
+    depends on its seed, split and index alone, not on `workers` (processes; default: one a core) and counts. Workers
+    are spawned: call this under `if __name__ == "__main__"` in a script. Raises UserError."""
     folder, fonts, counts = Path(folder), tuple(map(str, fonts)), {"train": train, "val": val, "test": test}
     for name, value in {**counts, "seed": seed, "size": size}.items():
         least = MIN_SIZE if name == "size" else 0
