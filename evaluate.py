@@ -28,8 +28,7 @@ from typing import Any
 from dbnet.config import ArgumentParser, Config
 from dbnet.errors import UserError, run_script
 
-REPORTED = ("data", "backbone", "image_size", "use_polygon", "thresh", "box_thresh", "min_size")
-GROWTH = ("growth", "polygon_unclip_ratio", "box_unclip_ratio")
+REPORTED = ("data", "backbone", "image_size", "use_polygon", "thresh", "box_thresh", "growth", "min_size")
 # Where and how fast the network runs, not what it sees or how its maps are read: these go with --save.
 FREE_TO_SAVE = {"data", "format", "workers", "strict", "batch_size", "device", "amp", "compile"}
 
@@ -104,7 +103,7 @@ def run(args: argparse.Namespace, changes: dict[str, Any]) -> None:
             return tune_checkpoint(pipeline, network, args.split, args.json, save_to)
         earlier = read_scores(args.compare, dataset.names) if args.compare else None
         evaluation = evaluate(pipeline, network, picture=picture)
-        settings = {field: getattr(config, field) for field in REPORTED + GROWTH}
+        settings = {field: getattr(config, field) for field in REPORTED}
         if advice := advise_on_collapse(evaluation, config):
             print0(advice)
     if not is_first():

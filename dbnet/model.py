@@ -253,8 +253,7 @@ def _pointwise_head(second: Any, third: Any) -> list[nn.Module]:
 
 
 class ShuffledPixels(nn.Module):
-    """As nn.PixelShuffle(4) to one channel, but for channels_last in a quarter of the time: (N, 16, H, W) to
-    (N, 1, 4 H, 4 W)."""
+    """As nn.PixelShuffle(4), for channels_last in a quarter of the time: (N, 16, H, W) to (N, 1, 4 H, 4 W)."""
 
     def forward(self, squares: Tensor) -> Tensor:
         rows = squares.permute(0, 2, 3, 1).unflatten(3, (4, 4)).transpose(2, 3)  # (N, H, 4, W, 4)
@@ -262,7 +261,7 @@ class ShuffledPixels(nn.Module):
 
 
 class FusedConvolution(nn.Module):
-    """A convolution and the activation after it as one call of oneDNN, faster than PyTorch's own 1 x 1 on one thread.
+    """A convolution and what follows, an activation or a sum, in one call of oneDNN, faster than PyTorch's own 1 x 1.
     The weight is kept in the layout that is best for the shape of the input, or each call would store it anew."""
 
     def __init__(self, layer: nn.Conv2d, activation: str) -> None:
@@ -273,7 +272,6 @@ class FusedConvolution(nn.Module):
         self.of_shape: dict[torch.Size, Tensor] = {}
 
     def forward(self, images: Tensor, added: Tensor | None = None) -> Tensor:
-        """With `added`, that is added to the result."""
         images = images.to(self.weight.dtype)
         packed = self.of_shape.get(images.shape)
         if packed is None:
