@@ -140,7 +140,7 @@ def test_tuned_values_are_saved_if_they_are_better_and_evaluation_then_uses_them
     assert "\nsaved: " in evaluate(*tune, "--save")
     after = load_checkpoint(checkpoint)
     values = {"thresh": best["thresh"], "box_thresh": best["box_thresh"]}
-    values |= {"polygon_unclip_ratio": best["polygon_unclip_ratio"], "min_size": best["min_size"]}
+    values |= {"growth": best["growth"], "min_size": best["min_size"]}
     assert after["config"] == before["config"].changed(**values)
     assert after["tunings"][0]["before"]["thresh"] == 0.95 and after["tunings"][0]["after"] == values
     assert after["epoch"] == before["epoch"] and after["model"].keys() == before["model"].keys()
