@@ -92,12 +92,6 @@ class Ensemble:
         """As `inference.Network` says."""
         torch.set_num_threads(self.cores_each)
 
-    def at(self, image_size: int) -> Self:
-        """As `inference.Network` says."""
-        factor = image_size / self.config.image_size
-        views = [view._replace(side=padded(round(factor * view.side))) for view in self.views]
-        return type(self)(views, self.config.changed(image_size=image_size), self.device)
-
     @torch.inference_mode()
     def infer(
         self, images: Sequence[np.ndarray | Tensor], sizes: list[tuple[int, int]], plan: BatchPlan

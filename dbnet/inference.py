@@ -8,7 +8,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -22,11 +21,11 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from dbnet.config import NETWORK_FIELDS, Config
+from dbnet.config import NETWORK_FIELDS, STRIDE, Config
 from dbnet.dataset import Batches, Draw, ImageDataset, count_cores, count_workers, load_batches, make_loader
 from dbnet.errors import ImageError, UserError, is_out_of_memory, library_errors
 from dbnet.files import check_regular, write_whole
-from dbnet.geometry import Letterbox, in_windows, inference_side, median_length, padded, tall_share, windows
+from dbnet.geometry import ZOOM, Letterbox, in_windows, inference_side, median_length, padded, tall_share, windows
 from dbnet.images import list_pages, read_image, read_size, to_rgb
 from dbnet.memory import BatchPlan, run_until_it_fits
 from dbnet.postprocess import corners, extract_polygons
@@ -41,7 +40,7 @@ CONFIG_KEY = "dbnet_config"
 _EXPORT_ANEW = "export it with export.py"
 SOME_TALL = 0.1  # share of tall words above which a page may lie on its side. Upright pages have 0.03
 SHORT = 1.75  # median length of words, in their heights, below which it may, too: bits of its lines are found
-SMALL_TEXT_SHOWN, MOST_ENLARGED = 1.15, 1.5  # times config.small_text that small text gets high; limit of the factor
+MARGIN = 48  # pixels of the larger image that this look sees around the text
 FEW_WORDS = 3  # fewer in the turned page are no sign: on a photograph without text they may be tiles or a fence
 _WAITING_IMAGES = 64  # on a GPU, more maps than this do not wait for their polygons; then the network does
 
@@ -56,9 +55,6 @@ class Network(Protocol):
 
     def begin_thread(self) -> None:
         """Prepare a thread that calls `infer` beside others."""
-
-    def at(self, image_size: int) -> Self:
-        """The same network that looks at images of another image_size."""
 
     def infer(self, images: Sequence[Any], sizes: list[tuple[int, int]], plan: BatchPlan) -> Callable[[], np.ndarray]:
         """Start on the (N, height, width, 3) uint8 images of a batch, one batch for each of `sides`.
@@ -111,12 +107,6 @@ class OnnxNetwork:
 
     def begin_thread(self) -> None:
         """As `Network` says."""
-
-    def at(self, image_size: int) -> Self:
-        """As `Network` says."""
-        other = copy(self)
-        other.config, other.sides = self.config.changed(image_size=image_size), (image_size,)
-        return other
 
     def infer(
         self, images: Sequence[np.ndarray], sizes: list[tuple[int, int]], plan: BatchPlan
@@ -373,10 +363,10 @@ class Pipeline:
     def _detection(
         self, network: Network, plan: BatchPlan, image: _Mapped, found: tuple[list[np.ndarray], list[float]]
     ) -> Detection:
-        """What is found in an image: the polygons and scores of its map or, where words are longer in that, those of a
-        look at the image turned by a quarter."""
+        """What is found in an image: the polygons and scores of its map or, where words are longer and surer in that,
+        of a look at the image turned by a quarter; where the text is small, of a closer look."""
         batch, place, size, prob_map = image
-        length = median_length(found[0])
+        length, turns = median_length(found[0]), 0
         if self.config.sideways and (length < SHORT or tall_share(found[0]) > SOME_TALL):
             views = []
             for side, images in zip(network.sides, images_of(batch, network), strict=True):
@@ -388,32 +378,44 @@ class Pipeline:
             turned = network.infer(views, [size[::-1]], plan)()[0, :width, :height]
             turned = np.ascontiguousarray(np.rot90(turned, -1))
             found_turned = polygons_of(turned, size, self.config)
-            if median_length(found_turned[0], turned=True) > length and len(found_turned[0]) >= FEW_WORDS:
-                prob_map, found = turned, found_turned
+            is_longer = median_length(found_turned[0], turned=True) > length
+            if is_longer and len(found_turned[0]) >= FEW_WORDS and np.mean(found_turned[1]) > np.mean(found[1] or [0]):
+                prob_map, found, turns = turned, found_turned, 1
         enlarged = self._enlarged_size(prob_map, size, found[0])
-        if enlarged > self.config.image_size:
-            return self._look_closer(network.at(enlarged), int(batch["index"][place]))
+        if enlarged > self.config.image_size and not network.sides[1:]:
+            return self._look_closer(network, int(batch["index"][place]), enlarged, size, found[0], turns)
         return Detection(int(batch["index"][place]), *found, prob_map, None, size)
 
-    def _look_closer(self, network: Network, index: int) -> Detection:
-        """What is found in the image at a place of the data set by a network of another image size."""
-        dataset, image_size = copy(self.dataset), network.config.image_size
-        dataset.further_sizes = network.sides[1:]
-        config = self.config.changed(image_size=image_size, small_text=0)
-        [found] = Pipeline(dataset, config, "cpu")._look(network, [Draw(index, side=image_size)], BatchPlan(1))
-        return found
+    def _look_closer(
+        self, network: Network, index: int, side: int, size: tuple[int, int], polygons: list[np.ndarray], turns: int
+    ) -> Detection:
+        """What is found in the image at a place of the data set, resized as if `side` were the image size, by a look at
+        no more than the part that has these polygons, turned by quarters."""
+        config = self.config.changed(image_size=side)
+        [batch] = load_batches(map(self.dataset.batch, [[Draw(index, side=side)]]))
+        if "image" not in batch:
+            return self._unreadable(batch)[0]
+        [image], letterbox = np.asarray(batch["image"]), resized_as(size, config)
+        points = letterbox.to_network(np.concatenate(polygons))
+        starts = np.maximum(points.min(axis=0) - MARGIN, 0).astype(int) // STRIDE * STRIDE
+        ends = np.ceil((points.max(axis=0) + MARGIN) / STRIDE).astype(int) * STRIDE
+        columns, rows = (slice(*ends_of) for ends_of in zip(starts, ends, strict=True))
+        part = np.ascontiguousarray(np.rot90(image[rows, columns], turns))
+        prob_map = np.zeros(image.shape[:2], np.uint8)
+        prob_map[rows, columns] = np.rot90(network.infer([part[None]], [size], BatchPlan(1))()[0], -turns)
+        width, height = letterbox.resized
+        prob_map = prob_map[:height, :width]
+        return Detection(index, *polygons_of(prob_map, size, config), prob_map, None, size)
 
     def _enlarged_size(self, prob_map: np.ndarray, size: tuple[int, int], polygons: list[np.ndarray]) -> int:
         """The image size at which the text of an image is large enough; config.image_size where it is."""
-        image_size, (width, height) = self.config.image_size, size
-        if not (self.config.small_text and polygons) or max(prob_map.shape) > image_size:
+        image_size, small_text = self.config.image_size, self.config.small_text
+        if not (small_text and polygons) or max(prob_map.shape) > image_size:
             return image_size  # a long image in windows is at its best size
         breadths = [min(cv2.minAreaRect(polygon.astype(np.float32))[1]) for polygon in polygons]
-        text = float(np.median(breadths)) * max(prob_map.shape) / max(width, height)
-        if text >= self.config.small_text:
-            return image_size
-        factor = min(MOST_ENLARGED, SMALL_TEXT_SHOWN * self.config.small_text / max(text, 1))
-        return padded(min(round(factor * image_size), round(self.config.enlarge * max(size))))
+        text = float(np.median(breadths)) * max(prob_map.shape) / max(size)
+        factor = min(ZOOM, small_text / max(text, 1))
+        return max(image_size, padded(min(round(factor * image_size), round(self.config.enlarge * max(size)))))
 
     def _unreadable(self, batch: dict[str, Any]) -> list[Detection]:
         """A Detection for each image of a batch that could not be read."""

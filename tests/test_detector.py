@@ -261,19 +261,42 @@ def test_a_page_on_its_side_of_which_the_first_look_finds_specks_is_found(seed, 
     assert first < upright / 2 and both > 0.7 * upright
 
 
-@pytest.mark.parametrize("tta", [False, True])
-def test_an_image_of_small_text_is_looked_at_again_larger(tta):
+def test_an_image_of_small_text_is_looked_at_again_larger():
     page, words = render_receipt(np.random.default_rng(1), 640, lines=True)
     lines = [line[0] for line in words]
 
-    def found(image_size, small_text):
-        return Detector.load("lite", device="cpu", tta=tta, image_size=image_size, small_text=small_text).detect(page)
+    def found(image_size, small_text, **changes):
+        changes |= {"image_size": image_size, "small_text": small_text}
+        return Detector.load("lite", device="cpu", **changes).detect(page)
 
-    once, again = (found(256, small_text) for small_text in (0, 13))
+    once, again = (found(256, small_text) for small_text in (0, 15))
     scores = [score_image(lines, [text.polygon for text in texts]).hmean for texts in (once, again)]
     assert scores[1] > scores[0] + 0.02
-    assert tta or any(same(again, found(size, 0)) for size in range(288, 385, 32))
-    assert same(found(640, 0), found(640, 13))  # its text is large enough
+    assert same(found(640, 0), found(640, 15))  # its text is large enough
+    assert same(found(256, 0, tta=True), found(256, 15, tta=True))  # several sizes anyway
+
+
+@pytest.mark.parametrize("quarters", [0, 1])
+def test_a_closer_look_sees_no_more_than_the_part_that_has_text(monkeypatch, quarters):
+    receipt, words = render_receipt(np.random.default_rng(1), 640, lines=True)
+    height, width = receipt.shape[:2]
+    page = np.full((2 * height, 3 * width, 3), 255, np.uint8)
+    page[200 : 200 + height, 300 : 300 + width] = receipt
+    lines = [line + np.array([300, 200]) for line, *_ in words]
+    if quarters:
+        page = np.ascontiguousarray(np.rot90(page))
+        lines = [line @ np.array([[0, -1], [1, 0]]) + (0, 3 * width) for line in lines]
+    looks, infer = [], Ensemble.infer
+    record = lambda self, images, *rest: looks.append(np.size(images[0])) or infer(self, images, *rest)  # noqa: E731
+    monkeypatch.setattr(Ensemble, "infer", record)
+    scores = []
+    for small_text in (0, 16):
+        looks.clear()
+        detector = Detector.load("lite", device="cpu", image_size=640, small_text=small_text)
+        scores.append(score_image(lines, [text.polygon for text in detector.detect(page)]).hmean)
+    assert scores[1] > scores[0] and scores[1] > 0.9
+    assert detector.prob_map(page).shape[1] > 640
+    assert looks[-1] < looks[0] / 2
 
 
 def test_a_word_on_its_side_that_the_first_look_finds_is_kept():
@@ -284,10 +307,10 @@ def test_a_word_on_its_side_that_the_first_look_finds_is_kept():
     assert same(*(detector.detect(turned) for detector in detectors))
 
 
-@pytest.mark.parametrize("length", [32, 800, 832, 1600, 7168])
+@pytest.mark.parametrize("length", [32, 800, 1200, 1216, 1600, 7168])
 def test_windows_cover_an_image_once_and_reach_beyond_what_is_kept(length):
     cut, image = windows(length, 800), np.arange(length)
     assert np.array_equal(np.concatenate([image[window][kept] for window, kept in cut]), image)
-    assert all(window.start % 32 == 0 and len(image[window]) == min(length, 800) for window, _ in cut)
+    assert all(window.start % 32 == 0 and len(image[window]) == (800 if length > 1200 else length) for window, _ in cut)
     for (left, left_kept), (_, right_kept) in pairwise(cut):
         assert left.stop - left.start - left_kept.stop >= 48 and right_kept.start >= 48
