@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Self, get_args
 
 from dbnet.errors import UserError
 
+MAX_IMAGE_SIZE = 8192  # pixels
 STRIDE = 32  # image sides are multiples of the coarsest stride of the backbone
 
 
@@ -63,7 +64,7 @@ class Config:
     """format of the annotations: auto (detected); competition or coco (jsons/SPLIT.json); ppocrlabel (Label.txt); or a
     file for each image in labels/SPLIT/: icdar (x1,y1,...,x4,y4,transcription, also MLT and RCTW-17), polygons (any
     number of points), ctw1500, labelme"""
-    image_size: Annotated[int, Range(STRIDE, 8192)] = 640
+    image_size: Annotated[int, Range(STRIDE, MAX_IMAGE_SIZE)] = 640
     """length in pixels to which the longer side of every image is resized, rounded up to a multiple of 32"""
     enlarge: Annotated[float, Range(1)] = 2.0  # largest factor by which a small image is enlarged for detection
     train_sizes: tuple[int, ...] = ()
@@ -142,8 +143,8 @@ class Config:
     sideways: bool = True
     """look again, turned by a quarter, at an image in which lines run up or down, or only short words are found"""
     small_text: Weight = 0.0
-    """height in pixels of the resized image: where most text of an image is lower, the part that has it is looked at
-    again, up to 1.5 times as large, without --tta; 0 is off"""
+    """height in pixels of the resized image: if most text is lower, the part of the image that has text is looked at
+    again, enlarged to that height, by a factor of 1.5 at most; not with --tta; 0 is off"""
     use_polygon: bool = False  # polygons that follow the contour; false gives minimum-area rectangles
     thresh: Fraction = 0.3  # lowest probability of a text pixel
     box_thresh: Fraction = 0.4  # lowest mean probability inside a region that is kept
@@ -273,7 +274,7 @@ V3 = V1.changed(backbone="resnet50", batch_size=4, accumulate=4, thresh=0.22, bo
 SLIM = V1.changed(backbone="mobilenet_v3_large", pyramid_channels=96, pad="tight", batch_size=4, accumulate=1)
 SLIM = SLIM.changed(rotate90_p=0.0)
 LITE = SLIM.changed(image_size=800, flip_p=0.0, scale=2.0, rotate=2.0, perspective=0.03, ema=0.998)
-LITE = LITE.changed(thresh=0.18, box_thresh=0.32, growth=0.8, small_text=12.0)
+LITE = LITE.changed(thresh=0.18, box_thresh=0.32, growth=0.8, small_text=12.5)
 DEMO = SLIM.changed(data="demo/data", weights="none", image_size=640, epochs=2, lr=5e-4, flip_p=0.0, box_thresh=0.4)
 BEST = V3.changed(backbone="timm:hrnet_w44", fusion="asf", lr=1.3e-3, epochs=30, ema=0.999, tta=True)
 BEST = BEST.changed(scale=2.0, rotate=2.0, perspective=0.03, brightness_contrast_p=0.4, brightness=0.33, contrast=0.28)

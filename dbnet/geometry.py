@@ -21,7 +21,7 @@ PAGE_WIDTH = 0.7
 """Width of a higher image in the network, as a share of image_size, as pages above each other have it alone. Of a wider
 one the height is image_size, as that of pages side by side. Measured: benchmarks/RESULTS.md, long strips."""
 
-ZOOM = 1.5  # largest factor by which an image of small text gets longer than image_size, for a second look
+ZOOM = 1.5  # largest factor by which an image of small text gets longer than image_size for a closer look
 MAX_CROSSINGS = 500  # of an outline with itself; with more it is a tangle. They grow with the square of the points
 MAX_EFFORT = 50_000
 """Points and self-crossings, summed over pairs of polygons, up to which common areas of an image are exact: a second of
@@ -81,9 +81,8 @@ def inference_side(width: int, height: int, image_size: int, enlarge: float) -> 
 
 
 def windows(length: int, size: int) -> list[tuple[slice, slice]]:
-    """Windows of `size` pixels that cover a padded image of `length`, and the part that counts of the map of each. Both
-    are multiples of the network's stride. Windows overlap by an eighth or more; the outer half of one is not used. An
-    image that is no more than ZOOM times as long is one window."""
+    """Windows of `size` pixels that cover a padded image of `length`, one if that is up to ZOOM times `size`, and what
+    counts of the map of each. Both are multiples of the stride. Of their overlap, an eighth or more, half counts."""
     size = length if length <= ZOOM * size else size
     count = max(1, math.ceil((length - size) / (size * 7 / 8)) + 1)
     starts = [round((length - size) * place / max(count - 1, 1) / STRIDE) * STRIDE for place in range(count)]

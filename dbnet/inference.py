@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from dbnet.config import NETWORK_FIELDS, STRIDE, Config
+from dbnet.config import MAX_IMAGE_SIZE, NETWORK_FIELDS, STRIDE, Config
 from dbnet.dataset import Batches, Draw, ImageDataset, count_cores, count_workers, load_batches, make_loader
 from dbnet.errors import ImageError, UserError, is_out_of_memory, library_errors
 from dbnet.files import check_regular, write_whole
@@ -40,7 +40,7 @@ CONFIG_KEY = "dbnet_config"
 _EXPORT_ANEW = "export it with export.py"
 SOME_TALL = 0.1  # share of tall words above which a page may lie on its side. Upright pages have 0.03
 SHORT = 1.75  # median length of words, in their heights, below which it may, too: bits of its lines are found
-MARGIN = 48  # pixels of the larger image that this look sees around the text
+MARGIN = 48  # pixels around the text, at least, that a closer look at small text sees
 FEW_WORDS = 3  # fewer in the turned page are no sign: on a photograph without text they may be tiles or a fence
 _WAITING_IMAGES = 64  # on a GPU, more maps than this do not wait for their polygons; then the network does
 
@@ -377,45 +377,46 @@ class Pipeline:
             height, width = prob_map.shape
             turned = network.infer(views, [size[::-1]], plan)()[0, :width, :height]
             turned = np.ascontiguousarray(np.rot90(turned, -1))
-            found_turned = polygons_of(turned, size, self.config)
-            is_longer = median_length(found_turned[0], turned=True) > length
-            if is_longer and len(found_turned[0]) >= FEW_WORDS and np.mean(found_turned[1]) > np.mean(found[1] or [0]):
-                prob_map, found, turns = turned, found_turned, 1
-        enlarged = self._enlarged_size(prob_map, size, found[0])
-        if enlarged > self.config.image_size and not network.sides[1:]:
-            return self._look_closer(network, int(batch["index"][place]), enlarged, size, found[0], turns)
-        return Detection(int(batch["index"][place]), *found, prob_map, None, size)
+            polygons, scores = polygons_of(turned, size, self.config)
+            is_longer = median_length(polygons, turned=True) > length
+            if is_longer and len(polygons) >= FEW_WORDS and np.mean(scores) > np.mean(found[1] or [0]):
+                prob_map, found, turns = turned, (polygons, scores), 1
+        index, side = int(batch["index"][place]), self._enlarged_side(prob_map, size, found[0])
+        if side > self.config.image_size and len(network.sides) == 1:
+            return self._look_closer(network, index, side, np.concatenate(found[0]), turns, size)
+        return Detection(index, *found, prob_map, None, size)
 
     def _look_closer(
-        self, network: Network, index: int, side: int, size: tuple[int, int], polygons: list[np.ndarray], turns: int
+        self, network: Network, index: int, side: int, points: np.ndarray, turns: int, size: tuple[int, int]
     ) -> Detection:
-        """What is found in the image at a place of the data set, resized as if `side` were the image size, by a look at
-        no more than the part that has these polygons, turned by quarters."""
+        """What is found in an image, resized as if `side` were the image size and turned by quarters, by a look at the
+        part around these points, in pixels of the original. Elsewhere the map is 0."""
         config = self.config.changed(image_size=side)
         [batch] = load_batches(map(self.dataset.batch, [[Draw(index, side=side)]]))
+        if "image" in batch and batch["size"].tolist() != [list(size)]:
+            batch = {"failed": [(index, f"{self.dataset.paths[index]}: has changed while it was read")]}
         if "image" not in batch:
             return self._unreadable(batch)[0]
         [image], letterbox = np.asarray(batch["image"]), resized_as(size, config)
-        points = letterbox.to_network(np.concatenate(polygons))
-        starts = np.maximum(points.min(axis=0) - MARGIN, 0).astype(int) // STRIDE * STRIDE
-        ends = np.ceil((points.max(axis=0) + MARGIN) / STRIDE).astype(int) * STRIDE
-        columns, rows = (slice(*ends_of) for ends_of in zip(starts, ends, strict=True))
-        part = np.ascontiguousarray(np.rot90(image[rows, columns], turns))
+        points = letterbox.to_network(points)
+        x0, y0 = np.maximum(points.min(axis=0) - MARGIN, 0).astype(int) // STRIDE * STRIDE
+        x1, y1 = np.ceil((points.max(axis=0) + MARGIN) / STRIDE).astype(int) * STRIDE
+        part = np.ascontiguousarray(np.rot90(image[y0:y1, x0:x1], turns))
         prob_map = np.zeros(image.shape[:2], np.uint8)
-        prob_map[rows, columns] = np.rot90(network.infer([part[None]], [size], BatchPlan(1))()[0], -turns)
+        prob_map[y0:y1, x0:x1] = np.rot90(network.infer([part[None]], [size], BatchPlan(1))()[0], -turns)
         width, height = letterbox.resized
         prob_map = prob_map[:height, :width]
         return Detection(index, *polygons_of(prob_map, size, config), prob_map, None, size)
 
-    def _enlarged_size(self, prob_map: np.ndarray, size: tuple[int, int], polygons: list[np.ndarray]) -> int:
+    def _enlarged_side(self, prob_map: np.ndarray, size: tuple[int, int], polygons: list[np.ndarray]) -> int:
         """The image size at which the text of an image is large enough; config.image_size where it is."""
         image_size, small_text = self.config.image_size, self.config.small_text
         if not (small_text and polygons) or max(prob_map.shape) > image_size:
             return image_size  # a long image in windows is at its best size
         breadths = [min(cv2.minAreaRect(polygon.astype(np.float32))[1]) for polygon in polygons]
         text = float(np.median(breadths)) * max(prob_map.shape) / max(size)
-        factor = min(ZOOM, small_text / max(text, 1))
-        return max(image_size, padded(min(round(factor * image_size), round(self.config.enlarge * max(size)))))
+        largest = min(ZOOM * image_size, MAX_IMAGE_SIZE, self.config.enlarge * max(size))
+        return max(image_size, int(min(small_text / max(text, 1) * image_size, largest)) // STRIDE * STRIDE)
 
     def _unreadable(self, batch: dict[str, Any]) -> list[Detection]:
         """A Detection for each image of a batch that could not be read."""
@@ -539,7 +540,7 @@ class Detector:
                 on_error(error)
 
     def prob_map(self, image: Picture, bgr: bool = False) -> np.ndarray:
-        """(height, width) uint8, the probability of text x 255, of the image resized to image_size."""
+        """(height, width) uint8, the probability of text x 255, of the resized image, after a closer look larger."""
         [detection] = self._run([image], bgr, {})
         assert detection.prob_map is not None  # as an image that cannot be read raises
         return detection.prob_map.copy()

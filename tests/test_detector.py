@@ -299,6 +299,30 @@ def test_a_closer_look_sees_no_more_than_the_part_that_has_text(monkeypatch, qua
     assert looks[-1] < looks[0] / 2
 
 
+@pytest.mark.parametrize("image_size", [224, 5472])
+def test_small_text_is_enlarged_no_more_than_an_image_size_may_be(image_size):
+    """Not by a window more, either: 1.5 times 224 px is no multiple of 32."""
+    config = Config(image_size=image_size, small_text=1000.0)
+    word = np.array([[0, 0], [100, 0], [100, 20], [0, 20]])
+    size = (3 * image_size, 4 * image_size)
+    side = Pipeline(ImageDataset([], config), config, "cpu")._enlarged_side(np.zeros((image_size, 8)), size, [word])
+    assert image_size < side <= min(1.5 * image_size, 8192) and len(windows(side, image_size)) == 1
+
+
+@pytest.mark.parametrize("size", [(200, 900), (1200, 300)])
+def test_an_image_that_changes_before_the_closer_look_is_an_error(tmp_path, monkeypatch, size):
+    page, _ = render_receipt(np.random.default_rng(1), 640, lines=True)
+    path = tmp_path / "page.png"
+    Image.fromarray(page).save(path)
+    detector = Detector.load("lite", device="cpu", image_size=256, small_text=15)
+    closer = Pipeline._look_closer
+    monkeypatch.setattr(
+        Pipeline, "_look_closer", lambda *args: Image.new("RGB", size, "white").save(path) or closer(*args)
+    )
+    [detection] = Pipeline(ImageDataset([path], detector.config), detector.config, "cpu").detect(detector.network)
+    assert detection.error == f"{path}: has changed while it was read" and not detection.polygons
+
+
 def test_a_word_on_its_side_that_the_first_look_finds_is_kept():
     image = np.full((236, 400, 3), 255, np.uint8)
     cv2.putText(image, "TOTAL 12", (25, 40), cv2.FONT_HERSHEY_SIMPLEX, 1, (0, 0, 0), 2)
