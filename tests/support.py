@@ -215,7 +215,7 @@ def save_some(folder, config, epochs):
         saver.save(training)
 
 
-CASE_SECONDS = 30  # of processor time for a hostile case; on a slow machine none takes 5
+CASE_SECONDS = 30  # of processor time for a hostile case: the longest took 5 on a slow, busy machine
 
 
 def hostile(test):
