@@ -44,8 +44,7 @@ TRAINING = (
 class Word(NamedTuple):
     """A labelled word or line."""
 
-    points: np.ndarray
-    """(n, 2) in pixels"""
+    points: np.ndarray  # (n, 2) in pixels
     dont_care: bool
     text: str = ""
 
@@ -53,8 +52,7 @@ class Word(NamedTuple):
 class Sample(NamedTuple):
     """An image and its labels."""
 
-    image: np.ndarray
-    """(height, width, 3) uint8, BGR"""
+    image: np.ndarray  # (height, width, 3) uint8, BGR
     words: list[Word]
 
 

@@ -438,11 +438,10 @@ def images_of(batch: dict[str, Any], network: Network) -> list[Any]:
 
 def polygons_of(prob_map: np.ndarray, size: tuple[int, int], config: Config) -> tuple[list[np.ndarray], list[float]]:
     """Polygons in pixels of the original of this (width, height), and their scores. `prob_map` as in Detection."""
-    width, height = size
     letterbox = resized_as(size, config)
-    looks = len(windows(letterbox.side, config.image_size))  # of a long image as many candidates in each window
+    looks = len(windows(padded(letterbox.side), config.image_size))  # of a long image as many candidates in each window
     config = config.changed(max_candidates=looks * config.max_candidates) if looks > 1 else config
-    return extract_polygons(prob_map, config, tuple(1 / letterbox.scale), (width, height))
+    return extract_polygons(prob_map, config, tuple(1 / letterbox.scale), size)
 
 
 def resized_as(size: Sequence[int], config: Config) -> Letterbox:

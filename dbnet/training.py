@@ -260,7 +260,7 @@ class Training:
         self.epoch = 0  # number of epochs that are finished
         self.running: RunningEpoch | None = None  # the epoch after those, once it has begun
         self.best_hmean, self.best_epoch = -1.0, 0
-        self._streak = 0  # steps without finite loss and gradients in a row, over the ends of epochs
+        self.streak = 0  # steps without finite loss and gradients in a row, over the ends of epochs
         self.unreadable: set[str] = set()  # a line for each image, since the start of the process
         self._norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
         self._buffers_before = [torch.empty_like(buffer) for buffer in model.buffers()]
@@ -279,7 +279,7 @@ class Training:
 
     def begin_epoch(self, config: Config) -> RunningEpoch:
         """Make the network and the device ready for an epoch, or for the rest of the running one."""
-        image_size, streak = self.plan.image_size or config.image_size, torch.tensor(float(self._streak))
+        image_size, streak = self.plan.image_size or config.image_size, torch.tensor(float(self.streak))
         self.running = self.running or RunningEpoch(image_size, non_finite_streak=streak).to(self.device)
         self.model.train()
         if config.freeze_batch_norm:
@@ -313,7 +313,7 @@ class Training:
     def stop_unless_finite(self, config: Config) -> None:
         """Raise UserError after too many steps in a row without finite loss and gradients. Waits for the device."""
         assert self.running
-        self._streak = streak = int(self.running.non_finite_streak)
+        self.streak = streak = int(self.running.non_finite_streak)
         is_fp16 = pick_amp_dtype(config, self.device) == torch.float16
         if streak >= NON_FINITE_LIMIT + (FP16_HALVINGS if is_fp16 else 0):
             steps = f"{streak} steps in a row in epoch {self.epoch + 1}"
@@ -411,7 +411,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "plan": asdict(self.plan),
-            **{name: getattr(self, name) for name in ("epoch", "best_hmean", "best_epoch")},
+            **{name: getattr(self, name) for name in ("epoch", "best_hmean", "best_epoch", "streak")},
             "running": dict(vars(self.running)) if self.running else None,
             "random": all_gather(random_state(self.device)),
         }
@@ -432,9 +432,10 @@ class Training:
             if not {"batch_size", "image_size"} & set(changed):
                 self.plan = BatchPlan(**state["plan"] | {"accumulate": self.plan.accumulate})
             self.epoch, self.best_hmean, self.best_epoch = state["epoch"], state["best_hmean"], state["best_epoch"]
+            self.streak = state.get("streak", 0)  # which older saves lack
             moments = [(each, kept[name]) for each, kept in self.optimizer.state.items() for name in ADAM_MOMENTS]
             is_whole = all(each.shape == moment.shape and moment.isfinite().all() for each, moment in moments)
-            counts = self.epoch, self.best_epoch, self.plan.halvings, self.plan.batch_size, self.plan.accumulate
+            counts = self.epoch, self.best_epoch, self.streak, self.plan.halvings, self.plan.batch_size
             if not (is_whole and math.isfinite(self.best_hmean) and all(type(n) is int and n >= 0 for n in counts)):
                 raise ValueError("its values are damaged")
             if len(state["random"]) == world_size():

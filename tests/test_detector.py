@@ -22,7 +22,7 @@ from dbnet.ensemble import Ensemble
 from dbnet.errors import UserError
 from dbnet.geometry import windows
 from dbnet.images import read_image
-from dbnet.inference import Pipeline
+from dbnet.inference import Pipeline, polygons_of
 from dbnet.metric import score_image
 from dbnet.model import DBNet
 from dbnet.splits import read_split
@@ -218,6 +218,14 @@ def test_a_strip_of_pages_is_seen_in_windows(receipts, count, axis):
         found += score_image(lines, here).chars_tp
         shift[1 - axis] = end
     assert found >= 0.97 * alone > 0
+
+
+def test_a_strip_whose_padding_reaches_a_second_window_has_candidates_for_both():
+    config = Config(image_size=800, max_candidates=3)
+    prob_map = np.zeros((1190, 380), np.uint8)  # 1216 px with its padding, more than 1.5 times 800
+    for place in range(5):
+        prob_map[100 + 200 * place :][:40, 50:300] = 230
+    assert len(polygons_of(prob_map, (380, 1190), config)[0]) == 5
 
 
 def test_a_small_image_is_not_blown_up():

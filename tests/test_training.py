@@ -134,6 +134,20 @@ def test_steps_that_are_not_finite_are_counted_over_the_ends_of_epochs(small):
             run_epoch(training, small)
 
 
+def test_steps_that_are_not_finite_are_counted_over_a_resume(small):
+    training = make_training(small)
+    poison(training.model, {0, 1})
+    run_epoch(training, small)
+    training.running = None  # the epoch is over
+    again = make_training(small)
+    again.load_state(training.state() | {"config": small}, small)
+    poison(again.model, set(range(1000)))
+    with pytest.raises(UserError, match=r"not finite for 6 steps in a row in epoch 3"):
+        for again.epoch in (1, 2):
+            again.running = None
+            run_epoch(again, small)
+
+
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_without_fp16_skipped_steps_leave_the_loss_scale_alone(small, amp):
     config = small.changed(amp=amp, image_size=64, batch_size=1)
