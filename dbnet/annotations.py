@@ -62,8 +62,7 @@ def check_sizes(source: Path, annotations: dict[str, Annotation], images: dict[s
         stated, annotation.size = annotation.size, None
         with suppress(UserError):  # a submission can be scored without the images, or what opens them
             annotation.size = read_size(images[name])
-        size = annotation.size
-        if not size:
+        if not (size := annotation.size):
             continue
         middles = [polygon.mean(axis=0) for polygon in annotation.polygons if len(polygon)]
         outside += [name for middle in middles if (middle < 0).any() or (middle > size).any()]
@@ -192,8 +191,7 @@ def write_labels(path: Path, form: str, found: dict[str, Annotation], images: di
             for name, annotation in found.items():
                 rows.writerow([name, "|".join(" ".join(map(str, points.ravel())) for points in annotation.polygons)])
         else:
-            content = _coco_content(found) if form == "coco" else _competition_content(found)
-            json.dump(content, file, ensure_ascii=False)
+            json.dump(_coco_content(found) if form == "coco" else _competition_content(found), file, ensure_ascii=False)
 
 
 def _sized(annotation: Annotation, width: str, height: str) -> dict[str, int]:

@@ -8,7 +8,6 @@ import numpy as np
 from dbnet.config import Config
 
 _CLAHE_CLIP = 2.0
-_CLAHE_TILES = (8, 8)
 _ROTATIONS = {1: cv2.ROTATE_90_CLOCKWISE, 2: cv2.ROTATE_180, 3: cv2.ROTATE_90_COUNTERCLOCKWISE}
 
 
@@ -66,15 +65,13 @@ class Augmentation:
             region[:] = image[top : top + height, left : left + width]
 
     def _change_values(self, image: np.ndarray) -> np.ndarray:
-        if self.brightness or self.contrast or self.clahe_clip:
-            image = image.copy()
         if self.brightness or self.contrast:
-            cv2.addWeighted(image, 1 + self.contrast, image, 0, self.brightness * 255, dst=image)
+            image = cv2.addWeighted(image, 1 + self.contrast, image, 0, self.brightness * 255)
         if self.clahe_clip:  # of the luma: the lightness of CIELAB takes eight times as long
             ycrcb = cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb)
-            luma = cv2.createCLAHE(self.clahe_clip, _CLAHE_TILES).apply(cv2.extractChannel(ycrcb, 0))
+            luma = cv2.createCLAHE(self.clahe_clip, tileGridSize=(8, 8)).apply(cv2.extractChannel(ycrcb, 0))
             cv2.insertChannel(luma, ycrcb, 0)
-            cv2.cvtColor(ycrcb, cv2.COLOR_YCrCb2RGB, dst=image)
+            image = cv2.cvtColor(ycrcb, cv2.COLOR_YCrCb2RGB)
         return image
 
     def _scaled(self, width: int, height: int) -> tuple[int, int]:

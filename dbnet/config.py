@@ -318,15 +318,10 @@ class ArgumentParser(argparse.ArgumentParser):
                 description += f" ({_as_typed(getattr(V1, name))})"
             elif name not in _READING_FIELDS:
                 description = argparse.SUPPRESS
-            kind = _kind(hint)
-            chapter.add_argument(
-                _flag(name),
-                type=partial(_parse, kind),
-                choices=get_args(hint) if get_origin(hint) is Literal else None,
-                metavar=None if get_origin(hint) is Literal else _METAVARS.get(kind, "N,N,..."),
-                default=argparse.SUPPRESS,
-                help=description,
-            )
+            choices = get_args(hint) if get_origin(hint) is Literal else None
+            metavar = None if choices else _METAVARS.get(_kind(hint), "N,N,...")
+            how: dict[str, Any] = {"choices": choices, "metavar": metavar, "default": argparse.SUPPRESS}
+            chapter.add_argument(_flag(name), type=partial(_parse, _kind(hint)), help=description, **how)
 
     def parse(self, arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
         """The script's own arguments, and the configuration fields that the command changes. A boolean field may stand
@@ -371,7 +366,6 @@ def print_difference(config: Config, name: str, reference: Config) -> None:
     values, others = config.to_dict(), reference.to_dict()
     rows = [(field, str(others[field]), str(values[field])) for field in values if values[field] != others[field]]
     if not rows:
-        print(f"no difference from {name}")
-        return
+        return print(f"no difference from {name}")
     for field, theirs, ours in [("field", name, "here"), *rows]:
         print(f"{field:22}  {theirs:22}  {ours}")

@@ -104,9 +104,8 @@ class Ensemble:
                 view.model.eval()
         batches = {side: torch.as_tensor(batch) for side, batch in zip(self.sides, images, strict=True)}
         parts = [slice(start, start + plan.micro_batch) for start in range(0, len(sizes), plan.micro_batch)]
-        prob_maps = torch.cat(
-            [self._mean_map({side: batch[part] for side, batch in batches.items()}, sizes[part]) for part in parts]
-        )
+        mean_maps = [self._mean_map({side: batches[side][part] for side in self.sides}, sizes[part]) for part in parts]
+        prob_maps = torch.cat(mean_maps)
         if self.device.type == "cpu":
             return prob_maps.numpy
         on_host = torch.empty(prob_maps.shape, dtype=torch.uint8, pin_memory=True)
@@ -158,7 +157,6 @@ def fitted(
     """(N, *shape) maps: of each of the (N, height, width) `prob_maps` the (width, height) that it fills, resized."""
     fitted = prob_maps.new_zeros(len(prob_maps), *shape)
     for new, old, (width, height), (new_width, new_height) in zip(fitted, prob_maps, sizes, new_sizes, strict=True):
-        new[:new_height, :new_width] = F.interpolate(
-            old[None, None, :height, :width], size=(new_height, new_width), mode="bilinear", antialias=True
-        )
+        filled, size = old[None, None, :height, :width], (new_height, new_width)
+        new[:new_height, :new_width] = F.interpolate(filled, size=size, mode="bilinear", antialias=True)
     return fitted

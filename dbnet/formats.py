@@ -587,8 +587,7 @@ def read_labels_at(source: Path, images: list[str], form: str = "auto") -> tuple
         form = _recognize(files, is_file)
     names = ImageNames(images)
     if form in WHOLE_PARSERS:
-        entries = (entry for file in files for entry in WHOLE_PARSERS[form](file.where, file.read(), names))
-        return form, _collect(entries)
+        return form, _collect(entry for file in files for entry in WHOLE_PARSERS[form](file.where, file.read(), names))
     found = _collect(_read_each(files, form, names))
     return form, {name: found[name] for name in images if name in found}
 

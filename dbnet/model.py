@@ -132,8 +132,7 @@ def fold_batch_norms(model: DBNet) -> None:
             continue
         if isinstance(layer, _CONVOLUTIONS):
             makers[id(result)] = layer
-        elif id(taken[0]) in makers and uses[id(taken[0])] == 1:
-            maker = makers[id(taken[0])]
+        elif (maker := makers.get(id(taken[0]))) and uses[id(taken[0])] == 1:
             fused = fuse_conv_bn_eval(maker, layer, transpose=isinstance(maker, nn.ConvTranspose2d))
             model.set_submodule(names[maker], fused)
             model.set_submodule(names[layer], nn.Identity())
@@ -241,15 +240,10 @@ def _convolution(weight: Tensor, bias: Tensor | None = None) -> nn.Conv2d:
 def _pointwise_head(second: Any, third: Any) -> list[nn.Module]:
     """Two transposed convolutions of 2 x 2 at a step of 2, with a ReLU between them, as layers at stride 4."""
     # (row, column, channel) of each of four results; then, of each of those, row and column of four again.
-    first = second.weight.permute(2, 3, 1, 0).flatten(0, 2)
+    first = _convolution(second.weight.permute(2, 3, 1, 0).flatten(0, 2)[:, :, None, None], second.bias.repeat(4))
     place = torch.eye(2)
-    last = torch.einsum("ry,cx,iab->racbyxi", place, place, third.weight[:, 0]).reshape(16, -1)
-    return [
-        _convolution(first[:, :, None, None], second.bias.repeat(4)),
-        nn.ReLU(inplace=True),
-        _convolution(last[:, :, None, None], third.bias.repeat(16)),
-        ShuffledPixels(),
-    ]
+    weight = torch.einsum("ry,cx,iab->racbyxi", place, place, third.weight[:, 0]).reshape(16, -1, 1, 1)
+    return [first, nn.ReLU(inplace=True), _convolution(weight, third.bias.repeat(16)), ShuffledPixels()]
 
 
 class ShuffledPixels(nn.Module):
@@ -339,6 +333,6 @@ def _branch(width: int) -> nn.Sequential:
         nn.ConvTranspose2d(inner, 1, 2, stride=2),
     )
     for layer in branch:
-        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+        if isinstance(layer, _CONVOLUTIONS):
             nn.init.kaiming_normal_(layer.weight)
     return branch

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, PngImagePlugin
 
 from dbnet.annotations import Annotation, as_labels
 from dbnet.dataset import TextDataset
@@ -43,7 +42,7 @@ def write_image(path: Path, image: np.ndarray) -> None:
     kind = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}.get(path.suffix.lower())
     if not kind:
         raise UserError(f"{path}: pictures are written as .png or .jpg; name such a file")
-    note = PngInfo()
+    note = PngImagePlugin.PngInfo()
     note.add_text("Software", PICTURE_MARK)
     with write_whole(path) as file:
         Image.fromarray(image).save(file, kind, pnginfo=note, quality=95, comment=PICTURE_MARK)

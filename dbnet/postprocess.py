@@ -48,8 +48,7 @@ def extract_polygons(
     """
     regions = find_regions(prob_map, config)
     most, enough = config.max_candidates, config.min_size + 2
-    polygons: list[np.ndarray] = []
-    scores: list[float] = []
+    polygons, scores = list[np.ndarray](), list[float]()
     while regions and len(polygons) < most:
         best, regions = regions[:most], regions[most:]
         for region, (polygon, breadth) in zip(best, grow_regions(best, config, enough), strict=True):
@@ -161,10 +160,8 @@ def unclip_distances(polygons: list[np.ndarray], config: Config) -> list[float]:
 def offset_polygons(polygons: list[np.ndarray], distances: list[float]) -> list[np.ndarray | None]:
     """(n, 2) polygons moved outward by distances in pixels, with round corners, within `OFFSET_ERROR` / 2. Each result
     is (m, 2) int32, or None if it is not exactly one piece."""
-    grown = []
-    for polygon, distance in zip(polygons, distances, strict=True):
-        pieces = offset(polygon.tolist(), distance)
-        grown.append(pieces[0] if len(pieces) == 1 else [])
+    offsets = (offset(polygon.tolist(), distance) for polygon, distance in zip(polygons, distances, strict=True))
+    grown = [pieces[0] if len(pieces) == 1 else [] for pieces in offsets]
     counts = np.array([len(polygon) for polygon in grown], int)
     flat = np.fromiter(chain.from_iterable(chain.from_iterable(grown)), np.int32, 2 * counts.sum())
     return [polygon if len(polygon) else None for polygon in split_polygons(flat.reshape(-1, 2), counts)]

@@ -337,8 +337,7 @@ def write_dataset(
     are spawned: call this under `if __name__ == "__main__"` in a script. Raises UserError."""
     folder, fonts, counts = Path(folder), tuple(map(str, fonts)), {"train": train, "val": val, "test": test}
     for name, value in {**counts, "seed": seed, "size": size}.items():
-        least = MIN_SIZE if name == "size" else 0
-        if value < least:
+        if value < (least := MIN_SIZE if name == "size" else 0):
             raise UserError(f"--{name} {value}: give {least} or more")
     if not any(counts.values()):
         raise UserError("--train, --val and --test are all 0: ask for at least one image")
