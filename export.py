@@ -6,8 +6,7 @@
     python export.py runs/NAME/best.pt --half small.onnx    the same in the ONNX format
 
 A .onnx file holds the network, for batches and images of any size, and its configuration, which flags change. Where
-onnxruntime is installed the file is checked: it must find the same polygons as the checkpoint.
-"""
+onnxruntime is installed the file is checked: it must find the same polygons as the checkpoint."""
 
 from functools import partial
 from importlib.util import find_spec
@@ -74,10 +73,7 @@ def export_onnx(path: Path, model: "DBNet", config: Config, half: bool) -> None:
 
 def check(path: Path, model: "DBNet", config: Config) -> None:
     """Compare the exported file with the network: probabilities of random images, and polygons of a rendered receipt.
-
-    Raises UserError where they differ: of some backbones, the Swin Transformers among them, the exporter keeps the
-    sizes of its example.
-    """
+    Raises UserError where they differ: the exporter keeps the sizes of its example for some backbones (Swin)."""
     import numpy as np
     import torch
 

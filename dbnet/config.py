@@ -37,8 +37,7 @@ class Config:
 
     Each field is a flag of the scripts (`batch_size` is `--batch-size 4`). The comment behind it or the docstring under
     it is the flag's help, and the comments between fields are the titles of the help's chapters. Raises UserError,
-    naming the flag and the allowed values, when a value is of the wrong type or out of range.
-    """
+    naming the flag and the allowed values, when a value is of the wrong type or out of range."""
 
     # shape of the network
     backbone: str = "resnet18"

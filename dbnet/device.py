@@ -4,8 +4,7 @@ an exported network works without it.
 Several processes work together as torchrun starts them. Training does not use DistributedDataParallel: between its
 collective calls a process may run out of memory, and all must fall back together. So each accumulates its gradients
 alone, one boolean of each says whether it got there (`all_gather`), and one call sums gradients, losses and batch norm
-statistics (`all_reduce`). What the host decides (counts, saves, stops) goes through gloo and never waits for a GPU.
-"""
+statistics (`all_reduce`). What the host decides (counts, saves, stops) goes through gloo and never waits for a GPU."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Networks that look at an image together: the mean probability map of several checkpoints, sizes and mirror images.
 
-Each network sees images of its own size. Its maps are brought to the geometry of the first one's, and averaged.
-"""
+Each network sees images of its own size. Its maps are brought to the geometry of the first one's, and averaged."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,10 +38,7 @@ class View(NamedTuple):
 
 class Ensemble:
     """One view of an image, or several whose probability maps are averaged, each with the same weight.
-
-    `config` is the first network's: it says how large the maps are, how precisely they are computed, and how they
-    become polygons.
-    """
+    `config` is the first network's: it says the size and the precision of the maps, and how they become polygons."""
 
     def __init__(self, views: Sequence[View], config: Config, device: torch.device) -> None:
         self.views, self.config, self.device = list(views), config, device
@@ -59,10 +55,8 @@ class Ensemble:
     @classmethod
     def load(cls, paths: Sequence[Path], changes: dict[str, Any]) -> Self:
         """The networks of these checkpoints, on the device of the first one's configuration, with `changes` to all.
-
         With `tta`, each looks at TTA_SCALES, and at mirror images too if it was trained with them. Raises UserError
-        where a file is no checkpoint or the device does not exist.
-        """
+        where a file is no checkpoint or the device does not exist."""
         loaded = [load_model(path, changes)[:2] for path in paths]
         config = loaded[0][1]
         device = pick_device(config.device)
@@ -143,8 +137,7 @@ class Ensemble:
 
 
 def mirrored(batch: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
-    """(N, height, width, ...) images or maps, each with the (width, height) that it fills mirrored left and right; the
-    padding stays where it is."""
+    """(N, height, width, ...) images or maps, each mirrored left and right within the (width, height) that it fills."""
     mirrored = batch.clone()
     for image, (width, _) in zip(mirrored, sizes, strict=True):
         image[:, :width] = image[:, :width].flip(1)

@@ -5,8 +5,7 @@ Label.txt, text files for each image (ICDAR, MLT, RCTW-17, CTW1500, lines of any
 others the error names the format and the way out (`_FOREIGN_JSON`, `_FOREIGN_LINES`, `_FOREIGN_SUFFIXES`).
 
 All that is read is checked: anything wrong raises UserError, one line with the file, the place in it and the fix.
-Nothing in a file is ever run, and no path in it is followed.
-"""
+Nothing in a file is ever run, and no path in it is followed."""
 
 import csv
 import io
@@ -111,8 +110,7 @@ def check_name(where: str, name: str) -> str:
 
 class ImageNames:
     """Finds the image that a name in a label file means, in any Unicode form. SUB/NAME.jpg may be called so, or
-    SUB/NAME, SUB_NAME, NAME.jpg or NAME; the first page of a file, like the file. Where several images fit a name, the
-    one of which it says most is meant."""
+    SUB/NAME, SUB_NAME, NAME.jpg or NAME; the first page of a file, like the file. The fullest name decides."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._named: dict[str, list[str]] = {}
@@ -292,8 +290,7 @@ LINE_FORMATS: dict[str, tuple[int, str, Callable[[np.ndarray], np.ndarray]]] = {
     polygons  three or more points; a transcription after them must not begin with two numbers
     ctw1500   a box `left,top,right,bottom`, and 14 points as offsets from its upper left corner
 
-Don't care is the transcription `###` (`is_hidden_text`), or that behind the name of a script as in MLT.
-"""
+Don't care is the transcription `###` (`is_hidden_text`), or that behind the name of a script as in MLT."""
 
 
 def parse_lines(where: str, text: str, form: str, has_flags: bool = False) -> Annotation:

@@ -122,10 +122,8 @@ def offset_distances(points: np.ndarray, counts: np.ndarray, ratio: float) -> np
 
 def regrowth_distances(points: np.ndarray, counts: np.ndarray, shrink_ratio: float) -> np.ndarray:
     """(polygons,) distances D in pixels by which text was shrunk to these polygons, if it and they are rectangles.
-
     Of sides w and h, D = w h (1 - r^2) / 2 (w + h) (DBNet equation 10) leaves w - 2 D and h - 2 D; that is solved for D
-    by the area and the perimeter of what is left. As an unclip ratio it would be 1.45 for a square, 5.25 for a line.
-    """
+    by the area and the perimeter of what is left. As an unclip ratio it would be 1.45 for a square, 5.25 for a line."""
     half, squared = _perimeters(points, counts) / 2, shrink_ratio**2
     root = np.sqrt(np.square(squared * half) + 4 * (1 - squared**2) * areas(points, counts))
     return (root - squared * half) / (4 * (1 + squared))
@@ -191,8 +189,7 @@ class Polygons:
     is_given: (len,) bool, which have enough points; the others are points at (0, 0), and have nothing in common
     is_quad: (len,) bool, strictly convex quadrilaterals: nearly all words are, and they need no general geometry
     quads: (2, 4, len) their corners, turning from the x axis to the y axis; a unit square where `is_quad` is False
-    outline_areas: (len,) in square pixels by the shoelace formula, in which opposite turns cancel
-    """
+    outline_areas: (len,) in square pixels by the shoelace formula, in which opposite turns cancel"""
 
     def __init__(self, polygons: Sequence[ArrayLike], min_points: int) -> None:
         """Read (n, 2) polygons, whose coordinates are truncated to integers. `min_points` is 3 or more. Raises
@@ -331,11 +328,9 @@ def common_areas(
     some: Polygons, others: Polygons, first: np.ndarray, second: np.ndarray, on_top: np.ndarray | None = None
 ) -> np.ndarray:
     """(k,) areas in square pixels common to the polygons at the (k,) indices `first` of some and `second` of others.
-
     With `on_top`, (len(some),) bool, those of some that are on top are cut out of the others of some. Convex
     quadrilaterals, as nearly all words are, are clipped side by side: shapely takes five times the time. Pairs beyond
-    MAX_EFFORT, the most crossed ones, are sampled.
-    """
+    MAX_EFFORT, the most crossed ones, are sampled."""
     on_top = np.ones(len(some), bool) if on_top is None else on_top
     common = np.empty(len(first))
     in_closed_form = some.is_quad[first] & others.is_simple[second] & on_top[first]
@@ -449,8 +444,7 @@ def order_outlines(polygons: list[np.ndarray]) -> tuple[list[np.ndarray], int, i
     metric does not notice. Those that begin at one of the other corners are either shifted by one corner or on a page
     that lies on its side: the words longer than high say which. An outline of more points stays as it is.
 
-    Returns the outlines, how many were changed, and how many begin elsewhere and are left since neither is certain.
-    """
+    Returns the outlines, how many were changed, and how many begin elsewhere and are left since neither is certain."""
     is_closed = [len(polygon) > 4 and bool((polygon[0] == polygon[-1]).all()) for polygon in polygons]
     polygons = [polygon[: len(polygon) - closed] for polygon, closed in zip(polygons, is_closed, strict=True)]
     which = [index for index, polygon in enumerate(polygons) if len(polygon) == 4]

@@ -2,8 +2,7 @@
 
 Training (train.optimizer_step) shrinks the micro-batch at a constant effective batch (8 x 2 -> 4 x 4 -> 2 x 8 ->
 1 x 16), then the image (1024 -> 896 -> 800, at the batch that it started with). Inference (`run_until_it_fits`) shrinks
-the batch only, because another image size would give another result.
-"""
+the batch only, because another image size would give another result."""
 
 from __future__ import annotations
 

@@ -4,8 +4,7 @@
 
 The network has learned shrunk polygons, so each region above the threshold is moved outward again. One pass over the
 map finds the contours; after that each region costs work on the box around it. The offset takes the most time, and is
-computed only for regions with a sufficient score.
-"""
+computed only for regions with a sufficient score."""
 
 from __future__ import annotations
 
@@ -168,8 +167,7 @@ def offset_polygons(polygons: list[np.ndarray], distances: list[float]) -> list[
 
 
 def corners(box: tuple) -> np.ndarray:
-    """(4, 2) float32 corners of OpenCV's (centre, size, angle), clockwise from the top left one. OpenCV's own order
-    differs between its versions."""
+    """(4, 2) float32 corners of OpenCV's (centre, size, angle), clockwise from the top left in all versions."""
     by_x = sorted(cv2.boxPoints(box).tolist())
     top_left, bottom_left = sorted(by_x[:2], key=lambda point: point[1])
     top_right, bottom_right = sorted(by_x[2:], key=lambda point: point[1])

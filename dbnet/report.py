@@ -1,8 +1,7 @@
 """A report of an evaluation: one HTML file that shows each image and each mistake, and opens without a connection.
 
 The page is report.html beside this module. This module adds its data: names, numbers and polygons as one JSON, and the
-pictures as base64, each in an element of its own, so that a browser decodes only those that it shows.
-"""
+pictures as base64, each in an element of its own, so that a browser decodes only those that it shows."""
 
 import base64
 import json

@@ -3,8 +3,7 @@
 A polygon of area A and perimeter L has the distance D = A (1 - r^2) / L. The probability map is 1 inside the polygon
 shrunk by D; the threshold map falls from `thresh_max` on the polygon's outline to `thresh_min` at D from it, on both
 sides. Both maps are drawn for every training sample: each polygon costs work on the box around it only, boxes of like
-size are computed together, and a quarter of the box and two sides are enough for an upright rectangle.
-"""
+size are computed together, and a quarter of the box and two sides are enough for an upright rectangle."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -53,9 +52,7 @@ def draw_targets(
 
     Returns `prob_map`, (height, width) uint8, 1 inside the shrunk polygons and 0 elsewhere; `thresh_levels`,
     (height, width) uint8 from 0 (at D and more from every outline) to 255 (on an outline); and the indices of the
-    polygons without area, that vanish when shrunk, are a tangle or beyond MAX_EFFORT: they would be learned as
-    background, so mask them.
-    """
+    polygons without area, that vanish when shrunk, are tangled or beyond MAX_EFFORT: mask these, or they are background."""
     prob_map, thresh_levels = np.zeros((2, height, width), np.uint8)
     lost, effort = set(range(len(polygons))), 0.0
     for indices, points in _stacked_by_point_count(polygons):
@@ -93,8 +90,7 @@ def thresh_mask(prob_map: Map, thresh_levels: Map) -> Map:
 
 
 def polygon_mask(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
-    """(height, width) uint8, 1 inside any of the polygons, or on the outline of one without area: for don't-care areas,
-    which no loss looks at."""
+    """(height, width) uint8, 1 inside any polygon, or on the outline of one without area: no loss looks there."""
     mask = np.zeros((height, width), np.uint8)
     for _, points in _stacked_by_point_count(polygons):
         for polygon in points:
@@ -183,8 +179,7 @@ def _plane_coefficients(start: np.ndarray, end: np.ndarray) -> np.ndarray:
     the edge as its diameter; u x v / |v - u|, the distance to the edge's line; |u|^2, the squared distance to its first
     end. One matrix product computes them for all edges and pixels.
 
-    Returns (count, 3 n, 4) float32: the weights of the n circles, then of the lines, then of the first ends.
-    """
+    Returns (count, 3 n, 4) float32: the weights of the n circles, then of the lines, then of the first ends."""
     start, end = start.astype(np.float64), end.astype(np.float64)
     edge = end - start
     length = np.maximum(np.sqrt(np.square(edge).sum(axis=2)), 1)  # a repeated point stands for its edge

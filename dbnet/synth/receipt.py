@@ -271,8 +271,7 @@ def word_ink(face: Typeface, size: int, bold: bool, text: str) -> tuple[np.ndarr
 
 @dataclass
 class Sheet:
-    """Print on flat paper: ink (height, width) uint8, and the words of each cell with text. A word is its text and its
-    box x0, y0, x1, y1 in pixels."""
+    """Print on flat paper: (height, width) uint8 ink; each cell's words: text and box x0, y0, x1, y1 in pixels."""
 
     ink: np.ndarray
     cells: list[list[tuple[str, np.ndarray]]] = field(default_factory=list)

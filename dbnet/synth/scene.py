@@ -5,8 +5,7 @@
 In the order of this file: `develop` turns the ink of a sheet (`receipt`) into coloured paper, `lay` chooses one
 homography for pixels and boxes, `photograph` or `scan` puts the paper into its scene, and `degrade` adds the faults of
 a camera. All lengths follow `size`. The same seed gives the same pixels, for any number of workers, on machines with
-the same fonts (`system_fonts`) and versions.
-"""
+the same fonts (`system_fonts`) and versions."""
 
 import json
 import math
@@ -266,8 +265,7 @@ def render_receipt(
     With `lines`, the words of a line in one column are one polygon. With `varied`, also light print on dark paper,
     tight lines, rows of marks, specks, large empty margins, patterns and faces in the background, and turned pages.
     `fonts` are those of 3 of 4 receipts; the rest has Pillow's own font or one of `others`. Fonts with Hangul give
-    Korean receipts. Raises UserError for a file that is not a font.
-    """
+    Korean receipts. Raises UserError for a file that is not a font."""
     flat = chance(rng, SCAN_SHARE)
     face, words = choose_print(rng, fonts, others)
     long_side = round(size * rng.uniform(0.9, 1.0))
