@@ -51,7 +51,13 @@ class Augmentation:
         scaled = self._scaled(image.shape[1], image.shape[0])
         width, height = self.size(image.shape[1], image.shape[0])
         region = canvas[:height, :width]
-        image = self._change_values(image)
+        if self.brightness or self.contrast:
+            image = cv2.addWeighted(image, 1 + self.contrast, image, 0, self.brightness * 255)
+        if self.clahe_clip:  # of the luma: the lightness of CIELAB takes eight times as long
+            ycrcb = cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb)
+            luma = cv2.createCLAHE(self.clahe_clip, tileGridSize=(8, 8)).apply(cv2.extractChannel(ycrcb, 0))
+            cv2.insertChannel(luma, ycrcb, 0)
+            image = cv2.cvtColor(ycrcb, cv2.COLOR_YCrCb2RGB)
         image = cv2.flip(image, 1) if self.flip else image
         image = cv2.rotate(image, _ROTATIONS[self.quarter_turns]) if self.quarter_turns else image
         if image.shape[1::-1] != scaled:
@@ -63,16 +69,6 @@ class Augmentation:
         else:
             left, top = self._cut(*scaled)
             region[:] = image[top : top + height, left : left + width]
-
-    def _change_values(self, image: np.ndarray) -> np.ndarray:
-        if self.brightness or self.contrast:
-            image = cv2.addWeighted(image, 1 + self.contrast, image, 0, self.brightness * 255)
-        if self.clahe_clip:  # of the luma: the lightness of CIELAB takes eight times as long
-            ycrcb = cv2.cvtColor(image, cv2.COLOR_RGB2YCrCb)
-            luma = cv2.createCLAHE(self.clahe_clip, tileGridSize=(8, 8)).apply(cv2.extractChannel(ycrcb, 0))
-            cv2.insertChannel(luma, ycrcb, 0)
-            image = cv2.cvtColor(ycrcb, cv2.COLOR_YCrCb2RGB)
-        return image
 
     def _scaled(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) after turns and scaling, before anything is cut off."""

@@ -69,9 +69,8 @@ class Ensemble:
                 compile_model(model, freeze=device.type == "cpu")
             elif device.type == "cpu":
                 prepare_for_cpu(model, pick_amp_dtype(config, device))
-            scales = TTA_SCALES if config.tta else (1.0,)
             flips = (False, True) if config.tta and own.flip_p else (False,)
-            sides = [padded(round(scale * own.image_size)) for scale in scales]
+            sides = [padded(round(scale * own.image_size)) for scale in (TTA_SCALES if config.tta else (1.0,))]
             views += [View(model, side, flip) for side in sides for flip in flips]
         return cls(views, config, device)
 

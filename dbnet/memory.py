@@ -12,17 +12,15 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from dbnet.dataset import Batch
-from dbnet.device import print0
+from dbnet.device import Value, print0
 from dbnet.errors import UserError, is_out_of_memory
 from dbnet.geometry import padded
 
 if TYPE_CHECKING:  # most of this is used without PyTorch
     import torch
-
-Result = TypeVar("Result")
 
 SMALLER_SIZES = (896, 800)
 _TENSORS = ("image", "prob_map", "thresh_levels", "mask")  # of a batch, that go to the device
@@ -67,7 +65,7 @@ class BatchPlan:
         return f"{self.in_force} at {self.image_size} px" if self.image_size else f"batch {self.micro_batch}"
 
 
-def run_until_it_fits(work: Callable[[], Result], plan: BatchPlan) -> Result:
+def run_until_it_fits(work: Callable[[], Value], plan: BatchPlan) -> Value:
     """Call `work`, which reads the plan, from its beginning until memory suffices, each time under a smaller plan."""
     while True:
         try:

@@ -28,7 +28,6 @@ class Maps(NamedTuple):
 
 class DBNet(nn.Module):
     """Text detector: (N, H, W, 3) uint8 RGB images in, H and W multiples of 32, maps of their own size out.
-
     In training mode these are `Maps`; in eval mode the probability map alone, (N, H, W) float32 in 0..1. Images are
     normalized here, on the device, so that a quarter of the bytes travels to it, and are channels_last as they come."""
 
@@ -108,16 +107,14 @@ class ScaleAttention(nn.Module):
     def forward(self, joined: Tensor) -> Tensor:
         reduced = self.reduce(joined)
         weights = self.weigh(reduced + self.spatial(reduced.mean(dim=1, keepdim=True)))
-        levels = joined.unflatten(1, (weights.shape[1], -1))
-        return (levels * weights.unsqueeze(2)).flatten(1, 2)
+        return (joined.unflatten(1, (weights.shape[1], -1)) * weights.unsqueeze(2)).flatten(1, 2)
 
 
 @torch.no_grad()
 def fold_batch_norms(model: DBNet) -> None:
     """Fold each batch norm that runs in eval mode into the convolution that it follows, in place: the network then
-    computes the same, to rounding, in less time. Which follows which is seen in a run on a small image, because the
-    order of registration need not be that of execution (HRNet). A pair is folded where the batch norm alone takes what
-    the convolution gives, and each runs once."""
+    computes the same, to rounding, in less time. A run on a small image shows which follows which: the order of
+    registration may differ (HRNet). A pair is folded if the batch norm alone takes the result, and each runs once."""
     calls = _calls(model)
     uses = Counter(id(tensor) for taken, _ in calls for tensor in taken)
     names = {layer: name for name, layer in model.named_modules()}

@@ -52,7 +52,7 @@ def draw_targets(
 
     Returns `prob_map`, (height, width) uint8, 1 inside the shrunk polygons and 0 elsewhere; `thresh_levels`,
     (height, width) uint8 from 0 (at D and more from every outline) to 255 (on an outline); and the indices of the
-    polygons without area, that vanish when shrunk, are tangled or beyond MAX_EFFORT: mask these, or they are background."""
+    polygons without area, vanishing when shrunk, tangled or beyond MAX_EFFORT: mask these, or they are background."""
     prob_map, thresh_levels = np.zeros((2, height, width), np.uint8)
     lost, effort = set(range(len(polygons))), 0.0
     for indices, points in _stacked_by_point_count(polygons):
