@@ -109,13 +109,15 @@ def run(args: argparse.Namespace, changes: dict[str, Any]) -> None:
     if not is_first():
         return
     comparison = Comparison(args.compare, earlier, evaluation) if earlier else None
-    if args.json:
-        write_json(args.json, evaluation.to_dict())
-    if args.report:
-        write_report(args.report, evaluation, f"{names} on {args.split}", settings, comparison, args.lang)
-    print(evaluation.table())
-    if comparison:
-        print(comparison.table())
+    try:
+        if args.json:
+            write_json(args.json, evaluation.to_dict())
+        if args.report:
+            write_report(args.report, evaluation, f"{names} on {args.split}", settings, comparison, args.lang)
+    finally:  # a full disk does not lose the table
+        print(evaluation.table())
+        if comparison:
+            print(comparison.table())
     if args.json:
         print(f"all scores: {args.json}")
     if args.report:

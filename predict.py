@@ -77,7 +77,7 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
     from dbnet.images import file_of
     from dbnet.inference import Pipeline, find_weights, load_network
     from dbnet.pictures import ImagePictures
-    from dbnet.splits import find_images_at, read_images
+    from dbnet.splits import find_images_at, find_labels, read_images
 
     init_process_group()
     checkpoints = [find_weights(path) for path in args.checkpoints or [from_first(default_checkpoint)]]
@@ -87,13 +87,14 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
     network = load_network(checkpoints, changes)
     config = network.config
     images = find_images_at(args.images) if args.images else read_images(config.data, "test", config.format)
+    labels = [] if args.images else find_labels(config.data, "test", config.format)
     paths = list(images.values())
     form = choose_format(args.out, args.out_format, list(images))
     pictures = ImagePictures(args.overlays, args.crops, images)
     if form == "labelme":
         make_folder(args.out)
     out = None if form == "labelme" else args.out  # choose_format has seen that no file of the folder is overwritten
-    check_outputs((out, result_mark(form)), *pictures.outputs(), inputs=[*checkpoints, *map(file_of, paths)])
+    check_outputs((out, result_mark(form)), *pictures.outputs(), inputs=[*checkpoints, *labels, *map(file_of, paths)])
 
     settings = {name: value for name, value in config.to_dict().items() if name not in SETTINGS_APART}
     made_by = [settings, *map(str, (args.overlays, args.crops)), *map(stamp, checkpoints)]
@@ -116,7 +117,7 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
         if args.sort_by == "uncertainty":
             rows = dict(sorted(rows.items(), key=lambda row: -uncertainty(row[1])))
         write_detections(args.out, form, rows, images)
-        pictures.write_index(images, rows)
+        pictures.write_index(images, {name: row for name, row in rows.items() if images[name] not in unreadable})
         journal.remove()
         lines = [unreadable[path] for path in paths if path in unreadable]
         print_summary(args, form, rows, lines, config.max_candidates)

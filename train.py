@@ -53,6 +53,7 @@ with one_line_errors():  # where PyTorch is not installed, or a library that Ope
     from dbnet.ensemble import Ensemble
     from dbnet.evaluation import Evaluation, advise_on_collapse, evaluate
     from dbnet.files import Row, check_outputs
+    from dbnet.images import file_of
     from dbnet.inference import Pipeline
     from dbnet.loss import Losses, db_loss
     from dbnet.memory import micro_batches
@@ -75,8 +76,9 @@ def main() -> None:
     elif args.print_config:
         print(json.dumps(config.to_dict(), indent=2))
     elif args.show_samples:
-        check_outputs((args.show_samples, PICTURE_MARK))
-        write_image(args.show_samples, sample_sheet(TextDataset(config, "train", train=True)))
+        samples = TextDataset(config, "train", train=True)
+        check_outputs((args.show_samples, PICTURE_MARK), inputs=map(file_of, samples.paths))
+        write_image(args.show_samples, sample_sheet(samples))
         print(f"{args.show_samples}: image with polygons, probability map, threshold map")
     else:
         run = run or from_first(lambda: new_run(args.run, args.preset))
@@ -198,6 +200,9 @@ def optimizer_step(training: Training, batches: list[Batch], config: Config, ima
             training.restore_start()
     training.sum_over_processes(mean_losses, ours / images)  # with gradients and batch norm statistics: one call
     with NothingTwice():
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        is_finite = nn.utils.get_total_norm(gradients).isfinite()  # each gradient may be, and their norm not
+        gradients[0].mul_(torch.where(is_finite, 1.0, math.nan))  # which tells the scaler
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or math.inf)
         scaler.step(optimizer)  # on the device, it leaves the weights alone where a gradient is not finite,

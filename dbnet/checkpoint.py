@@ -57,13 +57,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a checkpoint of dbnet; it lacks the configuration or the weights")
     written_by = content["format"]
     if type(written_by) is not int or not 1 <= written_by <= FORMAT:
-        raise UserError(f"{path}: has format {str(written_by)[:9]}; update dbnet if it is by a newer dbnet")
+        shown = str(written_by)[:9] if isinstance(written_by, int | float | str) else type(written_by).__name__
+        raise UserError(f"{path}: has format {shown}; update dbnet if it is by a newer dbnet")
     try:
         values = dict(content["config"])
         if written_by < 3 and values.get("format") == "totaltext":
             values["format"] = "auto"
         content["config"] = Config.from_dict(values)
-    except (UserError, TypeError, ValueError) as error:  # the last two where it is no dict of fields
+    except (UserError, TypeError, ValueError, RecursionError) as error:  # but the first, where it is no dict of fields
         reason = f"its configuration is unknown here ({one_line(error)})"
         raise UserError(f"{path}: {reason}; update dbnet if it is of a newer one") from None
     if written_by == 1 and content["config"].fusion == "asf":
@@ -100,7 +101,9 @@ def load_weights(model: nn.Module, content: dict[str, Any], path: Path, config: 
 def _check_finite(path: Path, theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
     for name, tensor in theirs.items():
         is_whole = ours[name].is_floating_point() > tensor.is_floating_point()  # as after a quantization
-        if tensor.is_meta or tensor.is_complex() or is_whole or not tensor.float().isfinite().all():
+        is_odd = tensor.is_meta or tensor.is_complex() or tensor.layout != torch.strided or is_whole
+        is_negative = not is_odd and name.endswith("running_var") and (tensor < 0).any()
+        if is_odd or is_negative or not tensor.float().isfinite().all():
             raise UserError(f"{path}: its weights are not finite, so its training had failed; take another checkpoint")
 
 

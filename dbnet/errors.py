@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,7 +13,7 @@ from typing import Any, TextIO
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _OUT_OF_MEMORY = re.compile(
     "out ?of ?memory|can(no|')t allocate memory|(insufficient|not enough) memory|alloc_failed|allocation_failed"
-    "|failed to allocate|bad_alloc"
+    "|failed to allocate|failed to map segment|bad_alloc"
     "|(cudnn|cublas)_status_not_initialized"  # their handles could not be made
     "|unable to find an engine|unable to find a valid cudnn algorithm"  # what cuDNN tried had no room to work in
     "|could not create a primitive(?! descriptor)"  # oneDNN
@@ -136,6 +137,10 @@ def one_line_errors() -> Iterator[None]:
         elif isinstance(error, ImportError) and ".so" in reason:  # OpenCV's wheel on a machine without a screen
             fix = "pip install opencv-python-headless in place of opencv-python, or apt install libgl1 libglib2.0-0"
             reason = f"a library is missing ({reason}); for OpenCV: {fix}"
+        elif isinstance(error, OSError) and error.filename is not None:  # a name too long, a folder closed to this user
+            reason = f"{printable(os.fsdecode(str(error.filename)))}: cannot be used ({error.strerror})"
+        elif isinstance(error, BrokenExecutor):
+            reason = "a worker process was killed; if memory is short, lower --workers, or use --workers 0"
         else:
             raise
         print(f"error: {reason}", file=sys.stderr)

@@ -319,6 +319,9 @@ def evaluate_submission(path: Path, config: Config, split: str, picture: Picture
             size = read_size(images[name])
         shown = picture(images[name], annotation, polygons) if picture else None
         evaluation.update(name, annotation, polygons, size, picture=shown)
+    rows = [row.polygons for row in submission.values()]
+    if short := sum(len(polygon) < 4 for polygons in rows for polygon in polygons):
+        print(f"{short} outlines have fewer than four points and do not count")
     if missing := [name for name in annotations if name not in submission]:
         print(f"{len(missing)} images of the split have no row and count 0, {printable(missing[0])} first")
     return evaluation

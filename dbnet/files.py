@@ -24,16 +24,16 @@ def write_whole(path: Path, mode: str = "wb", keep: Path | None = None) -> Itera
     beside it, or the new one. What a symbolic link points to is replaced, not the link; a character device or a pipe
     under /dev is written directly. Text is UTF-8 with the newlines as written. Raises UserError where it fails.
     """
-    encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
+    how: Any = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     with library_errors(f"{path}: cannot be written", "name another place or make room", of=OSError):
         if _is_written_through(path):
-            with path.open(mode, encoding=encoding, newline=newline) as file:
+            with path.open(mode, **how) as file:
                 yield file
             return
         path = Path(os.path.realpath(path))
         temporary = _beside(path)
         try:
-            with temporary.open(mode, encoding=encoding, newline=newline) as file:
+            with temporary.open(mode, **how) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -55,8 +55,11 @@ def locked(path: Path, message: str) -> Iterator[None]:
     lock of a process that has died does not count. Raises UserError, beginning with `message`, where another process
     holds it. Without locks in the system or the file system, the block runs without one."""
     make_folder(path.parent)
+    check_regular(path)
     check_writable(path)
-    with path.open("a+") as file:
+    with library_errors(f"{path}: cannot be opened", "remove it", of=OSError):
+        file = path.open("a+")
+    with file:
         try:
             import fcntl
 
@@ -93,9 +96,9 @@ def read_log(path: Path) -> list[Row]:
     check_regular(path)
     rows: dict[int, Row] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        with suppress(ValueError, KeyError, TypeError, OverflowError):
+        with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
             row = json.loads(line)
-            rows[int(row["epoch"])] = row
+            rows[int(row["epoch"])] = row | {"epoch": int(row["epoch"])}
     return [rows[epoch] for epoch in sorted(rows)]
 
 
@@ -201,9 +204,9 @@ def make_folder(folder: Path) -> None:
 
 
 def stamp(path: Path) -> tuple[int, int] | None:
-    """Size in bytes and time of the last change in ns, which change with a file's content; None without a file."""
+    """Size in bytes, and the sum of the times in ns at which content and name have changed; None without a file."""
     there = _stat(path)
-    return (there.st_size, there.st_mtime_ns) if there else None
+    return (there.st_size, there.st_mtime_ns + there.st_ctime_ns) if there else None
 
 
 class Journal:
@@ -215,13 +218,16 @@ class Journal:
         out = Path(os.path.abspath(out))  # a folder of label files may be called .
         self._made_by, self._is_kept = made_by, out.is_dir() or not _is_written_through(out)
         self._path = out.with_name(f"{cut_name(out)}.rank{rank}.partial")
-        self._all = f"{glob.escape(cut_name(out))}.rank*.partial"
+        self._all = f"{glob.escape(cut_name(out))}.rank[0-9]*.partial"
         self.done: dict[str, Any] = {}
+        if self._is_kept:
+            check_writable(self._path)
         if not resume:
             self._path.unlink(missing_ok=True)
         for path in sorted(out.parent.glob(self._all)) if resume else ():
+            check_regular(path)
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with suppress(ValueError, TypeError):
+                with suppress(ValueError, TypeError, RecursionError):
                     key, result = json.loads(line)
                     self.done[key] = result
 

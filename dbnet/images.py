@@ -173,16 +173,26 @@ def _opened(path: Path, data: bytes | None = None) -> Iterator[tuple[Image.Image
         if data is None:
             check_regular(source, ImageError)
         with source.open("rb") if data is None else BytesIO(data) as file:
-            image = _open_image(path, file)
+            image: Any = _open_image(path, file)
             if number is not None:
                 if image.format != "TIFF":
                     raise ImageError(f"{path}: a {image.format} without pages; name it without #page=")
                 with library_errors(f"{path}: broken page", kind=ImageError):
-                    count = getattr(image, "n_frames", 1)
+                    count, walked = _walk_pages(source, stamp(source))
                     if not 1 <= number <= count:
                         raise ImageError(f"{path}: no such page; the file has {count}")
+                    vars(image).update({name: list(places) for name, places in walked.items()})
                     image.seek(number - 1)
             yield image, *_turn(image, file), file
+
+
+@lru_cache(maxsize=1)
+def _walk_pages(path: Path, stamped: tuple[int, int] | None) -> tuple[int, dict[str, list[int]]]:
+    """The number of pages of a TIFF file, and what Pillow then knows of their places: for each page that is opened, it
+    would walk there from the first."""
+    with path.open("rb") as file:
+        image: Any = _open_image(path, file)
+        return image.n_frames, {name: vars(image)[name] for name in _TIFF_PLACES if name in vars(image)}
 
 
 @contextmanager
@@ -317,6 +327,7 @@ _LOCKS: dict[int, Lock] = {}  # by process, since one may fork while a thread ho
 _PAGE_SECONDS = 60  # until a page counts as one that does not end
 _RENDERER_BYTES = 3 << 30  # that the rendering process may take in addition to what it has after starting
 _MAX_PAGES_TRIED = 100_000
+_TIFF_PLACES = ("_frame_pos", "_tag_data_limits")  # attributes of Pillow's images; the second is new in version 13
 
 
 @lru_cache(maxsize=1)
@@ -421,10 +432,10 @@ def _answer(file: str, number: int | None, longest: int | None, max_pixels: int)
         return False
 
     document = _open_pdf(file, stamp(Path(file)))
-    numbers = range(1, len(document) + 1)
+    numbers = range(1, min(len(document), os.path.getsize(file)) + 1)  # pages can be named in it again and again
     if number is None:  # a file may claim a million pages that are not there: then the last cannot be opened
         pages = numbers if numbers and opens(len(numbers)) else filter(opens, numbers[:_MAX_PAGES_TRIED])
-        return {"claimed": len(numbers), "pages": list(pages)}
+        return {"claimed": len(document), "pages": list(pages)}
     if number not in numbers:
         return {"error": f"no such page; the file has {len(numbers)}"}
     width, height = document.get_page_size(number - 1)

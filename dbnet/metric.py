@@ -17,7 +17,6 @@ from enum import StrEnum
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.spatial import ConvexHull, QhullError
 
 from dbnet.geometry import Polygons, blocks, common_areas, contains, cross, edges_of, near_pairs, ranges
 
@@ -302,6 +301,8 @@ def _lengths(polygons: Polygons, select: np.ndarray, are_words: bool) -> np.ndar
 
 def _aspect_ratio(points: np.ndarray) -> np.float32:
     """float32 aspect ratio of (2, n) points from their hull, in Qhull's order of edges; 0 if they lie on a line."""
+    from scipy.spatial import ConvexHull, QhullError  # most words need none
+
     try:
         hull = points[:, ConvexHull(points.T.astype(np.float32)).vertices]
     except QhullError:

@@ -73,6 +73,11 @@ def read_images(data: str | Path, split: str, form: str = "auto") -> dict[str, P
     return _by_unique_name([(folder, *image) for folder in folders for image in _images_of(folder, split).items()])
 
 
+def find_labels(data: str | Path, split: str, form: str = "auto") -> list[Path]:
+    """Files and folders with annotations of a split, those that are not read included."""
+    return [place for folder in _folders(data, split, form) for place in _label_places(folder, split, form)]
+
+
 def find_images_at(places: list[Path]) -> dict[str, Path]:
     """Images at the given places, by name, in the order of the places.
 
@@ -205,5 +210,5 @@ def _by_unique_name(found: Collection[tuple[Path, str, Value]]) -> dict[str, Val
         place = os.path.abspath(folder / name)
         if len(sharing[name]) > 1:
             name = Path(os.path.relpath(place, os.path.commonpath(sharing[name]))).as_posix()
-        values[place if name in values else name] = value
+        values[place.lstrip(os.sep) if name in values else name] = value
     return values

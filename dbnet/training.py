@@ -66,6 +66,10 @@ def find_run(name: str | None) -> tuple[Path, dict[str, Any] | None]:
     saves = [*(run.glob("last*.pt") if run else RUNS.glob("*/last*.pt"))]
     if not (run or saves):
         raise UserError("runs/: holds no last.pt to resume; leave out --resume to start a run")
+    if run and not saves and (run / "best.pt").exists():
+        raise UserError(
+            f"{run}: has a best.pt, but no last.pt to resume; name another --run, with --init {run}/best.pt"
+        )
     run = run or max(saves, key=lambda path: path.stat().st_mtime).parent
     if not saves:
         print(f"{run}: nothing is saved yet, so this starts anew", file=sys.stderr)
@@ -328,6 +332,9 @@ class Training:
         if not running.images:
             raise UserError(f"{config.data}: none of the training images can be read; {min(self.unreadable)}")
         means = (running.losses / running.steps.clamp(min=1)).tolist()
+        if self.epoch == 0 and running.steps and not means[1]:  # the cross entropy without a single pixel of text
+            where = "masked, too small at --image-size, in unreadable images, or in a folder of a low --data-weights"
+            raise UserError(f"{config.data}: nothing to learn in epoch 1: all text is {where}; look at --show-samples")
         return {
             "epoch": self.epoch + 1,
             "lr": running.lr,
@@ -443,7 +450,7 @@ class Training:
             if state["running"] and changed:
                 print0(f"epoch {self.epoch + 1} begins again: --{changed[0].replace('_', '-')} has changed its batches")
             elif state["running"]:
-                known = {name: state["running"][name] for name in vars(RunningEpoch(0))}  # older saves have more
+                known = {name: state["running"][name] for name in vars(RunningEpoch(0)) if name in state["running"]}
                 self.running = RunningEpoch(**known).to(self.device)
 
 

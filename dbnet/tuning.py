@@ -90,7 +90,7 @@ class Tuning:
     @property
     def doubt(self) -> str:
         """The reason not to trust the best values on other images; empty if there is none."""
-        images = self.scores.shape[1]
+        images = int(self.scores.any(axis=(0, 2)).sum())  # that can be read, and in which any values find text
         if images < MIN_IMAGES:
             return f"{images} images are too few to choose on; label {MIN_IMAGES} or more"
         gains = self.held_out - self.scores[0, :, 2]
@@ -199,7 +199,7 @@ def tune_checkpoint(pipeline: Pipeline, network: Network, split: str, scores: Pa
     maps = []
     for found in progress(pipeline.detect(network), total=len(dataset)):
         name, annotation = dataset.names[found.index], dataset.annotations[found.index]
-        maps.append(ScoredMap(name, found.prob_map, dataset.size(found.index), annotation, found.error))
+        maps.append(ScoredMap(name, found.prob_map, found.size, annotation, found.error))
     maps = [each for share in all_gather(maps) for each in share]
     check_readable(dataset, [each.error for each in maps])
     if not is_first():

@@ -20,7 +20,7 @@ from support import command, rejected
 import predict as predict_script
 from dbnet.annotations import Annotation, write_labels
 from dbnet.checkpoint import change_checkpoint, load_checkpoint
-from dbnet.errors import UserError, run_script
+from dbnet.errors import ImageError, UserError, run_script
 from dbnet.formats import read_submission
 from dbnet.inference import Pipeline
 from dbnet.pictures import ImagePictures
@@ -579,3 +579,68 @@ def test_a_submission_is_written_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "before" and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(UserError, match=r"absent/a\.csv"):
         write_labels(tmp_path / "absent" / "a.csv", "csv", {})
+
+
+def test_labels_that_are_read_are_no_place_for_a_result(place, data, tmp_path, typed):
+    labels = data / "jsons" / "test.json"
+    before = labels.read_bytes()
+    words = ("predict.py", place / "runs/first/best.pt", "--data", data, "--workers", "0", "--out", labels)
+    rejected(typed(*words, cwd=tmp_path), "test.json: is an input of this command")
+    assert labels.read_bytes() == before
+
+
+def test_a_table_is_printed_where_the_scores_cannot_be_written(place, tmp_path):
+    words = ("runs/first/best.pt", "--workers", "0", "--json", "/dev/full")
+    said = command("evaluate.py", *words, cwd=place)
+    assert said.returncode == 2 and "H-Mean" in said.stdout
+    assert said.stderr.splitlines()[-1].startswith("error: /dev/full: cannot be written")
+
+
+def test_outlines_of_fewer_than_four_points_are_counted(data, tmp_path):
+    names = sorted(path.name for path in (data / "images" / "val").iterdir())
+    rows = "".join(f"{name},10 10 200 10 200 40|10 10 90 10 90 40 10 40\n" for name in names)
+    (tmp_path / "s.csv").write_text(f"filename,polygons\n{rows}")
+    said = command("evaluate.py", "--submission", "s.csv", "--data", data, cwd=tmp_path)
+    assert said.returncode == 0 and f"{len(names)} outlines have fewer than four points" in said.stdout, said.stderr
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("predict.py", f"{LONG}.pt"),
+        ("predict.py", f"{LONG}.onnx"),
+        ("predict.py", "lite", "--images", "a.png", "--out", f"{LONG}.csv"),
+        ("predict.py", "lite", "--images", "a.png", "--out", f"{LONG}/", "--out-format", "labelme"),
+        ("predict.py", "lite", "--data", LONG),
+        ("evaluate.py", "--submission", f"{LONG}.csv"),
+        ("evaluate.py", "lite", "--data", LONG),
+        ("evaluate.py", "lite", "--json", f"{LONG}.json"),
+        ("train.py", "--init", f"{LONG}.pt", "--data", "data"),
+        ("train.py", "--weights", f"{LONG}.pt", "--data", "data"),
+        ("export.py", f"{LONG}.pt", "--onnx", "a.onnx"),
+        ("export.py", "lite", "--onnx", f"{LONG}.onnx"),
+    ],
+)
+def test_a_name_that_is_too_long_for_a_file_is_one_line(data, tmp_path, typed, words):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    answer = typed(*words, cwd=tmp_path)
+    assert answer.returncode == 2, answer.stderr
+    assert answer.stderr.count("error: ") == 1 and "Traceback" not in answer.stderr
+
+
+def test_crops_that_could_not_be_written_are_not_in_their_index(predict_hard, rendered, tmp_path, monkeypatch):
+    shutil.copy(tmp_path / "in/b.png", tmp_path / "in/a.png")
+    write = ImagePictures.write
+
+    def write_or_lose(pictures, path, annotation):
+        if path.name == "a.png":
+            raise ImageError(f"{path}: no such file")
+        write(pictures, path, annotation)
+
+    monkeypatch.setattr(ImagePictures, "write", write_or_lose)
+    predict_hard("--crops", tmp_path / "crops")
+    index = (tmp_path / "crops" / "index.csv").read_text()
+    assert "b_0001.png" in index and "a_0001.png" not in index

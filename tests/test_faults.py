@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT, SECONDS, Launched, assert_same_run, copies, environments, rows, run, save_some
+from support import ROOT, SECONDS, Launched, assert_same_run, copies, environments, make_training, rows, run, save_some
 
 import train
 from dbnet.checkpoint import load_checkpoint
 from dbnet.config import Config
 from dbnet.errors import UserError
 from dbnet.files import locked, remove_leftovers, write_whole
-from dbnet.training import load_last
+from dbnet.training import load_last, log_row
 
 FLAGS = [
     *("--preset", "lite", "--weights", "none", "--image-size", "64", "--batch-size", "1", "--ema", "0.9"),
@@ -414,3 +414,57 @@ def test_the_smallest_training_size_learns_from_single_images(rendered, tmp_path
     config = tiny(rendered, train_sizes=(32, 64), pad="square").changed(batch_size=1)
     train.train(config, tmp_path / "a")
     assert rows(tmp_path / "a")[0]["total_loss"] > 0
+
+
+def test_a_best_pt_without_a_last_pt_is_not_replaced_by_a_resume(rendered, tmp_path):
+    best = tmp_path / "runs" / "a" / "best.pt"
+    best.parent.mkdir(parents=True)
+    best.write_bytes(b"kept")
+    said = run("train.py", *FLAGS, "--data", rendered, "--resume", cwd=tmp_path, status=2)
+    assert "runs/a: has a best.pt, but no last.pt to resume" in said and "Traceback" not in said
+    assert best.read_bytes() == b"kept"
+
+
+def test_a_lock_that_is_a_pipe_is_one_line(rendered, tmp_path):
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    os.mkfifo(tmp_path / "runs" / "a" / ".lock")
+    said = run("train.py", *FLAGS, "--data", rendered, "--resume", cwd=tmp_path, status=2)
+    assert ".lock: is a pipe" in said and "Traceback" not in said
+
+
+def test_an_epoch_without_a_pixel_of_text_ends_the_training_in_one_line(rendered, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(rendered, data)
+    path = data / "jsons" / "train.json"
+    content = json.loads(path.read_text())
+    for image in content["images"].values():
+        everything = [[0, 0], [9999, 0], [9999, 9999], [0, 9999]]
+        image["words"]["all"] = {"points": everything, "illegibility": True, "transcription": "###"}
+    path.write_text(json.dumps(content))
+    said = run("train.py", *FLAGS, "--epochs", "2", "--data", data, cwd=tmp_path, status=2)
+    assert "words are learned" in said and "nothing to learn in epoch 1" in said and "Traceback" not in said
+
+
+def test_training_images_are_no_place_for_samples(rendered, tmp_path):
+    shutil.copytree(rendered, tmp_path / "data")
+    image = next((tmp_path / "data" / "images" / "train").iterdir())
+    before = image.read_bytes()
+    said = run("train.py", *FLAGS, "--data", "data", "--show-samples", image, cwd=tmp_path, status=2)
+    assert "is an input of this command" in said and image.read_bytes() == before
+
+
+def test_a_save_of_an_older_version_in_mid_epoch_is_resumed(small):
+    training = make_training(small)
+    training.begin_epoch(small)
+    state = training.state()
+    del state["running"]["lr"], state["streak"]
+    again = make_training(small)
+    again.load_state(state | {"config": small}, small)
+    assert again.running and again.running.lr == 0
+
+
+def test_damaged_rows_of_a_log_are_left_out(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"epoch": "1", "lr": 1}\n' + "[" * 200_000 + '\n[1]\n{"epoch": 2}\n')
+    log_row(path, {"epoch": 3})
+    assert [row["epoch"] for row in map(json.loads, path.read_text().splitlines())] == [1, 2, 3]

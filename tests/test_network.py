@@ -351,3 +351,12 @@ def test_a_checkpoint_of_half_the_size_computes_nearly_the_same(small, tmp_path)
     with pytest.raises(UserError, match="too large for 16 bits"):
         write_half(tmp_path / "huge.pt", tmp_path / "no.pt", {})
     assert not (tmp_path / "no.pt").exists()
+
+
+@pytest.mark.parametrize("harm", [lambda x: -1 - x, lambda x: x.to_sparse()])
+def test_variances_that_are_negative_or_sparse_are_rejected(checkpoint, small, harm):
+    content = load_checkpoint(checkpoint)
+    name = next(name for name in content["model"] if name.endswith("running_var"))
+    content["model"][name] = harm(content["model"][name])
+    with pytest.raises(UserError, match=r"best.pt: its weights are not finite"):
+        start_from(DBNet(small), content, checkpoint)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 from support import CASE_SECONDS
 
 from dbnet import images
@@ -315,3 +316,25 @@ except MemoryError as error:
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout == "no memory\n", result.stderr
+
+
+def test_a_page_of_a_tiff_is_found_without_a_walk_over_those_before(tmp_path, monkeypatch):
+    path = tmp_path / "long.tif"
+    first, *others = [Image.new("L", (8, 8), number) for number in range(40)]
+    first.save(path, save_all=True, append_images=others)
+    steps = []
+    seek = TiffImageFile._seek
+    monkeypatch.setattr(TiffImageFile, "_seek", lambda image, frame: (steps.append(frame), seek(image, frame))[1])
+    assert [int(read_image(page)[0][0, 0, 0]) for page in list_pages(path)] == list(range(40))
+    assert len(steps) < 5 * 40
+
+
+def test_a_pdf_has_no_more_pages_than_bytes(tmp_path):
+    """Its tree of pages names the same page a million times."""
+    kids = "\n".join(
+        f"{n} 0 obj<</Type/Pages/Count {10 ** (8 - n)}/Kids[{f'{n + 1} 0 R ' * 10}]>>endobj" for n in range(2, 8)
+    )
+    page = "8 0 obj<</Type/Page/Parent 7 0 R/MediaBox[0 0 9 9]>>endobj"
+    path = tmp_path / "again.pdf"
+    path.write_text(f"%PDF-1.4\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj\n{kids}\n{page}\ntrailer<</Root 1 0 R>>\n")
+    assert 0 < len(list_pages(path)) <= path.stat().st_size

@@ -134,6 +134,20 @@ def test_steps_that_are_not_finite_are_counted_over_the_ends_of_epochs(small):
             run_epoch(training, small)
 
 
+@pytest.mark.parametrize("clip", [0.0, 5.0])
+def test_gradients_whose_norm_alone_is_not_finite_change_nothing(small, clip):
+    config = small.changed(clip_grad_norm=clip)
+    training = make_training(config)
+    next(training.model.parameters()).register_hook(lambda gradient: torch.full_like(gradient, 1e22))
+    before = copy.deepcopy(training.model.state_dict())
+    _, norm = train.optimizer_step(training, step_batches(config), config)
+    assert not norm.isfinite()
+    for name, tensor in training.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    for moments in training.optimizer.state.values():
+        assert not moments["exp_avg"].any()
+
+
 def test_steps_that_are_not_finite_are_counted_over_a_resume(small):
     training = make_training(small)
     poison(training.model, {0, 1})

@@ -167,6 +167,8 @@ def test_overfitted_values_are_not_saved():
 def test_few_images_are_too_few_to_choose_on():
     assert tuning_of([[0.5] * 9, [0.9] * 9]).doubt.startswith("9 images are too few")
     assert tuning_of([[0.5] * 10, [0.9] * 10]).doubt == ""
+    unreadable = [0.0] * 20
+    assert tuning_of([[0.5] * 9 + unreadable, [0.9] * 9 + unreadable]).doubt.startswith("9 images are too few")
 
 
 def test_a_gain_within_its_standard_error_is_not_saved():
