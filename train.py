@@ -76,6 +76,7 @@ def main() -> None:
     elif args.print_config:
         print(json.dumps(config.to_dict(), indent=2))
     elif args.show_samples:
+        check_outputs((args.show_samples, PICTURE_MARK))
         samples = TextDataset(config, "train", train=True)
         check_outputs((args.show_samples, PICTURE_MARK), inputs=map(file_of, samples.paths))
         write_image(args.show_samples, sample_sheet(samples))

@@ -204,9 +204,9 @@ def make_folder(folder: Path) -> None:
 
 
 def stamp(path: Path) -> tuple[int, int] | None:
-    """Size in bytes, and the sum of the times in ns at which content and name have changed; None without a file."""
+    """Size in bytes and time of the last change in ns, which change with a file's content; None without a file."""
     there = _stat(path)
-    return (there.st_size, there.st_mtime_ns + there.st_ctime_ns) if there else None
+    return (there.st_size, there.st_mtime_ns) if there else None
 
 
 class Journal:
@@ -233,7 +233,9 @@ class Journal:
 
     def key(self, item: Path, source: Path) -> str:
         """A key that changes with the item, the file `source` that it is in, and all that results depend on."""
-        return sha256(json.dumps([str(item), stamp(source), self._made_by]).encode()).hexdigest()
+        there = _stat(source)
+        renamed = there and there.st_ctime_ns  # images that have changed places can be of one size and one time
+        return sha256(json.dumps([str(item), stamp(source), renamed, self._made_by]).encode()).hexdigest()
 
     def add(self, key: str, result: Any) -> None:
         """Keep a result of plain values; from here on it outlives the process."""

@@ -177,10 +177,10 @@ def _opened(path: Path, data: bytes | None = None) -> Iterator[tuple[Image.Image
             if number is not None:
                 if image.format != "TIFF":
                     raise ImageError(f"{path}: a {image.format} without pages; name it without #page=")
+                count, walked = _walk_pages(source, stamp(source))
+                if not 1 <= number <= count:
+                    raise ImageError(f"{path}: no such page; the file has {count}")
                 with library_errors(f"{path}: broken page", kind=ImageError):
-                    count, walked = _walk_pages(source, stamp(source))
-                    if not 1 <= number <= count:
-                        raise ImageError(f"{path}: no such page; the file has {count}")
                     vars(image).update({name: list(places) for name, places in walked.items()})
                     image.seek(number - 1)
             yield image, *_turn(image, file), file
@@ -192,7 +192,8 @@ def _walk_pages(path: Path, stamped: tuple[int, int] | None) -> tuple[int, dict[
     would walk there from the first."""
     with path.open("rb") as file:
         image: Any = _open_image(path, file)
-        return image.n_frames, {name: vars(image)[name] for name in _TIFF_PLACES if name in vars(image)}
+        with library_errors(f"{path}: broken page", kind=ImageError):
+            return image.n_frames, {name: vars(image)[name] for name in _TIFF_PLACES if name in vars(image)}
 
 
 @contextmanager

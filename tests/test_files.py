@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -236,3 +237,16 @@ def test_names_of_255_bytes_are_written_whole_or_not_at_all(tmp_path):
     with write_whole(tmp_path / name, "w") as file:
         file.write("x")
     assert len(name.encode()) == 255 and [found.name for found in tmp_path.iterdir()] == [name]
+
+
+def test_the_key_of_a_file_changes_when_another_of_its_size_and_time_takes_its_place(tmp_path):
+    images = tmp_path / "a.bmp", tmp_path / "b.bmp"
+    for image in images:
+        image.write_bytes(image.name.encode())
+        os.utime(image, (10**9, 10**9))
+    journal = Journal(tmp_path / "out.csv", 0, None, resume=True)
+    before = journal.key(images[0], images[0])
+    assert journal.key(images[0], images[0]) == before
+    time.sleep(0.02)  # the clock of file systems ticks every few milliseconds
+    images[1].rename(images[0])
+    assert journal.key(images[0], images[0]) != before
