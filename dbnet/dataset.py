@@ -457,7 +457,7 @@ def load_batches(loader: Iterable[Batch]) -> Iterator[Batch]:
         text = str(error)
         if "Shared memory manager connection has timed out" in text:
             reason = "a data worker waited too long for shared memory, on a machine with too much to do; go on later"
-        elif re.search("Bus error|shared memory|torch_shm|/torch_", text):
+        elif re.search("Bus error|shared memory|torch_shm|/torch_|No space left|Read-only file system", text):
             reason = "the data workers have no shared memory left; in Docker give the container more (--shm-size 8g)"
         elif is_out_of_memory(error):
             reason = "not enough memory to read images; close other programs, lower --workers"

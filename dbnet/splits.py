@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from dbnet.annotations import Annotation, check_sizes, put_in_order
-from dbnet.errors import ImageError, UserError
+from dbnet.errors import ImageError, UserError, printable
 from dbnet.formats import IMAGE_PARSERS, find_foreign_labels, list_text_files, read_labels_at
 from dbnet.images import EXTRAS, PAGED_SUFFIXES, Size, file_of, list_files, list_pages, readable_suffixes
 
@@ -111,7 +111,7 @@ def list_images(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, Path]:
     if others:
         advice = {suffix: f" (pip install {package} to read them)" for suffix, package in EXTRAS.items()}
         kinds = [f"{n} {suffix or 'without a suffix'}{advice.get(suffix, '')}" for suffix, n in sorted(others.items())]
-        print(f"{folder}: passed over {', '.join(kinds)}")
+        print(f"{folder}: passed over {printable(', '.join(kinds))}")
     pages = [page for path in paths if path.suffix.lower() in suffixes for page in _pages_or_itself(path)]
     if not pages:
         raise UserError(f"{folder}: holds no images ({', '.join(suffixes)})")

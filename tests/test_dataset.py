@@ -295,6 +295,8 @@ def test_batches_that_wait_hold_no_descriptors(rendered):
     ("error", "message"),
     [
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible"), "--shm-size"),
+        (OSError(28, "No space left on device"), "--shm-size"),
+        (OSError(30, "Read-only file system"), "--shm-size"),
         (
             RuntimeError(
                 "Caught RuntimeError in DataLoader worker process 0.\n"
