@@ -18,6 +18,7 @@ WAY_OUT = "use --weights none to train from scratch, or --weights FILE with a st
 
 class Backbone(nn.Module):
     """Four features of each image, (N, channels, H / stride, W / stride) at strides 4, 8, 16 and 32.
+
     Input: (N, 3, H, W) RGB in 0..1, normalized by `mean` and `std`, which belong to the weights of the network.
     `channels` has a number for each stride. Raises UserError if the network, its features or weights are missing."""
 

@@ -319,8 +319,14 @@ class ArgumentParser(argparse.ArgumentParser):
                 description = argparse.SUPPRESS
             choices = get_args(hint) if get_origin(hint) is Literal else None
             metavar = None if choices else _METAVARS.get(_kind(hint), "N,N,...")
-            how: dict[str, Any] = {"choices": choices, "metavar": metavar, "default": argparse.SUPPRESS}
-            chapter.add_argument(_flag(name), type=partial(_parse, _kind(hint)), help=description, **how)
+            chapter.add_argument(
+                _flag(name),
+                type=partial(_parse, _kind(hint)),
+                choices=choices,
+                metavar=metavar,
+                default=argparse.SUPPRESS,
+                help=description,
+            )
 
     def parse(self, arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
         """The script's own arguments, and the configuration fields that the command changes. A boolean field may stand

@@ -24,7 +24,8 @@ one the height is image_size, as that of pages side by side. Measured: benchmark
 ZOOM = 1.5  # largest factor by which an image of small text gets longer than image_size for a closer look
 MAX_CROSSINGS = 500  # of an outline with itself; with more it is a tangle. They grow with the square of the points
 MAX_EFFORT = 50_000
-"""Points and self-crossings, summed over pairs, up to which an image's common areas are exact: 1 s; a page: 0.01 s."""
+"""Points and self-crossings, summed over pairs of polygons, up to which common areas of an image are exact: a second of
+work. A page of words needs a hundredth."""
 
 CROSSING_GRID = 2.0**-24
 """Pixels to which intersections with outlines that cross themselves are rounded: without, shapely's result can be wrong
@@ -121,6 +122,7 @@ def offset_distances(points: np.ndarray, counts: np.ndarray, ratio: float) -> np
 
 def regrowth_distances(points: np.ndarray, counts: np.ndarray, shrink_ratio: float) -> np.ndarray:
     """(polygons,) distances D in pixels by which text was shrunk to these polygons, if it and they are rectangles.
+
     Of sides w and h, D = w h (1 - r^2) / 2 (w + h) (DBNet equation 10) leaves w - 2 D and h - 2 D; that is solved for D
     by the area and the perimeter of what is left. As an unclip ratio it would be 1.45 for a square, 5.25 for a line."""
     half, squared = _perimeters(points, counts) / 2, shrink_ratio**2
@@ -326,6 +328,7 @@ def common_areas(
     some: Polygons, others: Polygons, first: np.ndarray, second: np.ndarray, on_top: np.ndarray | None = None
 ) -> np.ndarray:
     """(k,) areas in square pixels common to the polygons at the (k,) indices `first` of some and `second` of others.
+
     With `on_top`, (len(some),) bool, those of some that are on top are cut out of the others of some. Convex
     quadrilaterals, as nearly all words are, are clipped side by side: shapely takes five times the time. Pairs beyond
     MAX_EFFORT, the most crossed ones, are sampled."""

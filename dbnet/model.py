@@ -28,6 +28,7 @@ class Maps(NamedTuple):
 
 class DBNet(nn.Module):
     """Text detector: (N, H, W, 3) uint8 RGB images in, H and W multiples of 32, maps of their own size out.
+
     In training mode these are `Maps`; in eval mode the probability map alone, (N, H, W) float32 in 0..1. Images are
     normalized here, on the device, so that a quarter of the bytes travels to it, and are channels_last as they come."""
 
