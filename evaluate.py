@@ -17,8 +17,7 @@ A checkpoint carries its configuration; flags override it. What is printed:
     splits, merges             words with several detections, detections over several words
     IoU over 0.5               the same by the ICDAR 2015 protocol: whole words, over all images together
     size of text               height of a word / longer side of its image; CLEval's characters of such words, and the
-                               share of them that was found
-"""
+                               share of them that was found"""
 
 import argparse
 from functools import partial

@@ -11,6 +11,7 @@ onnxruntime is installed the file is checked: it must find the same polygons as 
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from dbnet.config import ArgumentParser, Config
@@ -54,21 +55,24 @@ def main() -> None:
 
 
 def export_onnx(path: Path, model: "DBNet", config: Config, half: bool) -> None:
-    """Write a network in the ONNX format and, where that is possible, check the file."""
+    """Write a network in the ONNX format; where ONNX Runtime is installed, only a file that passes the check."""
+    from dbnet.files import write_whole
     from dbnet.inference import write_onnx
 
     if config.tta:
         print("a .onnx file has one view of an image: test-time augmentation is left out")
         config = config.changed(tta=False)
-    write_onnx(path, model, config, half)
-    print(f"{path}: {config.backbone}, {config.image_size} px, {path.stat().st_size / 1e6:.1f} MB")
-    if not find_spec("onnxruntime") or not path.is_file():
-        return print("not checked against PyTorch; for that: pip install onnxruntime, and name a file")
-    try:
-        check(path, model, config)
-    except UserError:
-        path.resolve().unlink()
-        raise
+    with TemporaryDirectory() as folder:
+        draft = Path(folder, path.name)
+        write_onnx(draft, model, config, half)
+        if find_spec("onnxruntime"):
+            check(draft, model, config)
+        else:
+            print("not checked against PyTorch; for that: pip install onnxruntime")
+        content = draft.read_bytes()
+    with write_whole(path) as file:
+        file.write(content)
+    print(f"{path}: {config.backbone}, {config.image_size} px, {len(content) / 1e6:.1f} MB")
 
 
 def check(path: Path, model: "DBNet", config: Config) -> None:
@@ -97,7 +101,7 @@ def check(path: Path, model: "DBNet", config: Config) -> None:
     if not difference <= TOLERANCE or ours != theirs:
         found = f"ONNX Runtime finds {len(theirs)} polygons where PyTorch finds {len(ours)}, with a difference"
         reason = f"these versions of torch and onnxruntime cannot export a {config.backbone}"
-        raise UserError(f"{path}: not kept: {found} of at most {difference:.0e}; {reason}")
+        raise UserError(f"{path.name}: not written: {found} of at most {difference:.0e}; {reason}")
     print(f"checked: probabilities within {difference:.0e} of PyTorch's, and the same {len(ours)} polygons")
 
 

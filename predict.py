@@ -23,8 +23,7 @@ the upper left along the top and back along the bottom. --data reads the correct
 
 The file is written whole or not at all; until then, OUT.rankN.partial hold the results so far, and --resume detects
 again what failed, or whose image, checkpoint or settings have changed. An image that cannot be read is listed without
-polygons; if none can, the exit status is 2. A page of a PDF is an image FILE.pdf#page=NUMBER, in pixels at 200 dpi.
-"""
+polygons; if none can, the exit status is 2. A page of a PDF is an image FILE.pdf#page=NUMBER, in pixels at 200 dpi."""
 
 from __future__ import annotations
 
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from dbnet.annotations import Annotation
+    from dbnet.config import Config
     from dbnet.files import Journal
     from dbnet.inference import Detection
     from dbnet.pictures import ImagePictures
@@ -120,9 +120,9 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
         pictures.write_index(images, {name: row for name, row in rows.items() if images[name] not in unreadable})
         journal.remove()
         lines = [unreadable[path] for path in paths if path in unreadable]
-        print_summary(args, form, rows, lines, config.max_candidates)
-        if len(lines) == len(paths):
-            raise UserError(f"{args.out}: is written, but none of the {len(lines)} images could be read; {lines[0]}")
+        print_summary(args, form, rows, lines, config)
+        if not any(row.size for row in rows.values()):
+            raise UserError(f"{args.out}: is written, but none of the {len(rows)} images could be read; {lines[0]}")
 
 
 def collect(
@@ -149,25 +149,19 @@ def collect(
     return found, unreadable
 
 
-def print_summary(
-    args: Namespace, form: str, rows: dict[str, Annotation], unreadable: list[str], max_candidates: int
-) -> None:
-    """Say what was written where, and what could not be read."""
-    for line in unreadable:
+def print_summary(args: Namespace, form: str, rows: dict[str, Annotation], failures: list[str], config: Config) -> None:
+    """Say what was written where, and what failed."""
+    from dbnet.inference import print_full
+
+    for line in failures:
         print(line)
-    polygons = sum(len(annotation.polygons) for annotation in rows.values())
-    print(f"{args.out}: {len(rows)} images, {polygons} polygons, {len(unreadable)} images could not be read")
-    if full := [name for name, row in rows.items() if len(row.polygons) >= max_candidates]:
-        count = f"{len(full)} images have {max_candidates} polygons, {full[0]} first"
-        print(f"{count}: raise --max-candidates for all text")
+    polygons, unreadable = sum(len(row.polygons) for row in rows.values()), sum(not row.size for row in rows.values())
+    print(f"{args.out}: {len(rows)} images, {polygons} polygons, {unreadable} images could not be read")
+    print_full(((name, len(row.polygons), row.size) for name, row in rows.items()), config)
     if form == "icdar" and any(len(polygon) != 4 for row in rows.values() for polygon in row.polygons):
         print(f"{args.out}: has polygons of more than four points; if a website rejects them, add --use-polygon false")
     if args.sort_by == "uncertainty":
         print(f"to correct first: {', '.join(printable(name) for name in list(rows)[:10])}")
-    if args.overlays:
-        print(f"{args.overlays}: the images with their polygons")
-    if args.crops:
-        print(f"{args.crops}: the words in reading order, listed in index.csv")
 
 
 def default_checkpoint() -> Path:

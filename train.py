@@ -9,8 +9,7 @@
 
 A run writes runs/NAME/: config.json, best.pt (by validation H-Mean), last.pt (all that resuming needs; last.prev.pt is
 the save before it), log.jsonl (a line an epoch), curves.png, and events for `tensorboard --logdir runs` after
-`pip install tensorboard`. Ctrl-C, SIGTERM and a closed terminal finish the optimizer step and save.
-"""
+`pip install tensorboard`. Ctrl-C, SIGTERM and a closed terminal finish the optimizer step and save."""
 
 import argparse
 import json
@@ -58,8 +57,8 @@ with one_line_errors():  # where PyTorch is not installed, or a library that Ope
     from dbnet.loss import Losses, db_loss
     from dbnet.memory import micro_batches
     from dbnet.pictures import PICTURE_MARK, sample_sheet, show_progress, write_image
-    from dbnet.training import LastSave, NothingTwice, Training, find_run, learning_rate, lock_run, log_row, new_run
-    from dbnet.training import prepare_folder, seed_all, step_batches
+    from dbnet.training import LastSave, NothingTwice, Training, find_run, learning_rate, load_last, lock_run, log_row
+    from dbnet.training import new_run, prepare_folder, seed_all, step_batches
 
 READING_INTERVAL = 1.0  # seconds between two looks at the losses, each of which waits for the device
 
@@ -84,6 +83,7 @@ def main() -> None:
     else:
         run = run or from_first(lambda: new_run(args.run, args.preset))
         with lock_run(run):
+            last = from_first(lambda: load_last(run)) if last else None  # before the lock, another may have trained on
             train(config, run, args.init, last)
         destroy_process_group()
 
@@ -127,8 +127,7 @@ def train_epoch(training: Training, train_set: TextDataset, config: Config, save
     """One pass over the training images, or the rest of one that has begun (training.running).
 
     Returns its row of the log. Saves when `saver` is due, and ends with a save at a signal, or where a data worker has
-    died or the data folder has gone.
-    """
+    died or the data folder has gone."""
     device, plan, epoch = training.device, training.plan, training.begin_epoch(config)
     order = (config.batch_size, config.seed, plan.accumulate * world_size(), training.epoch, epoch.batches)
     loader = make_loader(Batches(train_set, *order), count_workers(config), device.type == "cuda")
@@ -167,8 +166,7 @@ def optimizer_step(training: Training, batches: list[Batch], config: Config, ima
     When memory runs out, in any process, the same samples run again under a smaller plan, from the state before the
     step. Each sample has the weight 1 / `images`, the number of samples in all processes, however they are split.
 
-    Returns the mean Losses, (4,), and the norm of the gradient before clipping, both on the device.
-    """
+    Returns the mean Losses, (4,), and the norm of the gradient before clipping, both on the device."""
     model, optimizer, scaler = training.model, training.optimizer, training.scaler
     plan, device = training.plan, training.device
     batches = [batch for batch in batches if "image" in batch]  # of the others, no image could be read

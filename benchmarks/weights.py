@@ -1,7 +1,8 @@
 """Train the shipped weights: one command for each file, hours on a CPU.
 
-    python benchmarks/weights.py lines DATA WORK        writes WORK/lite.pt
-    python benchmarks/weights.py words DATA WORK        writes WORK/lite-words.pt
+    python benchmarks/weights.py lines DATA WORK           writes WORK/lite.pt
+    python benchmarks/weights.py words DATA WORK           writes WORK/lite-words.pt
+    python benchmarks/weights.py more-words DATA WORK      writes WORK/lite-words.pt, from weights/lite-words.pt
 
 DATA has the folders sroie, doclaynet, tapus, fondue and icdar2015; weights/README.md names their sources. WORK keeps
 the data sets that are made of them, which a second call finds again, and the runs. Fonts: fonts-nanum.
@@ -29,6 +30,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FONTS = tuple(
@@ -37,7 +39,7 @@ FONTS = tuple(
 )
 TRAINING = (
     "--preset lite --batch-size 1 --accumulate 4 --freeze-batch-norm true --ema 0.996 --min-lr 5e-6 "
-    "--warmup-epochs 0.05 --lr 5e-4 --rotate 3 --rotate90-p 0.1"
+    "--warmup-epochs 0.05 --rotate 3 --rotate90-p 0.1"
 )
 
 
@@ -329,12 +331,41 @@ def lines_data(data: Path, work: Path) -> dict[Path, float]:
 def words_data(data: Path, work: Path) -> dict[Path, float]:
     """Folders of the words file, with the passes over each in an epoch."""
     cut = make(work / "cut", lambda rng: map(cut_into_words, some(rng, read(data / "sroie"), 260)), 4)
+    pages = word_pages(data, work)
+    return {cut: 1, render(work / "rendered-words", 260, 30, 11): 0.8, pages: 2, data / "icdar2015": 1.8}
+
+
+def more_words_data(data: Path, work: Path) -> dict[Path, float]:
+    """The same without receipts whose words were cut by guesses, and with other rendered ones."""
+    return {data / "icdar2015": 1.8, render(work / "rendered-words2", 500, 2, 29): 0.5, word_pages(data, work): 1}
+
+
+def word_pages(data: Path, work: Path) -> Path:
+    """DocLayNet with words as labels."""
     pages = work / "doclaynet-words"
     if not pages.exists():
         pages.mkdir(parents=True)
         (pages / "images").symlink_to((data / "doclaynet" / "images").resolve())
         (pages / "jsons").symlink_to((data / "doclaynet" / "jsons_words").resolve())
-    return {cut: 1, render(work / "rendered-words", 260, 30, 11): 0.8, pages: 2, data / "icdar2015": 1.8}
+    return pages
+
+
+class Stage(NamedTuple):
+    """A stage of the training."""
+
+    folders: Callable[[Path, Path], dict[Path, float]]
+    init: str
+    result: str
+    lr: str = "5e-4"
+    epochs: int = 6
+    kept: float = 0.0  # share of the initial weights in the result
+
+
+STAGES = {
+    "lines": Stage(lines_data, "lite.pt", "lite.pt"),
+    "words": Stage(words_data, "lite.pt", "lite-words.pt"),
+    "more-words": Stage(more_words_data, "lite-words.pt", "lite-words.pt", "2e-4", 3, kept=0.3),
+}
 
 
 def run(words: list[str], folder: Path) -> None:
@@ -348,23 +379,36 @@ def run(words: list[str], folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", choices=["lines", "words"])
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("data", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--init", type=Path, default=ROOT / "weights" / "lite.pt", help="start from this checkpoint")
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--init", type=Path, help="start from this checkpoint (weights/lite.pt, or as said above)")
+    parser.add_argument("--epochs", type=int, help="passes over the data (6, of more-words 3)")
     args = parser.parse_args()
-    data, work = args.data.resolve(), args.work.resolve()
+    stage, data, work = STAGES[args.stage], args.data.resolve(), args.work.resolve()
+    init = (args.init or ROOT / "weights" / stage.init).resolve()
     work.mkdir(parents=True, exist_ok=True)
-    folders = (lines_data if args.file == "lines" else words_data)(data, work)
+    folders = stage.folders(data, work)
     shares = ["--data", ",".join(map(str, folders)), "--data-weights", ",".join(f"{n:g}" for n in folders.values())]
-    start = ["--init", str(args.init.resolve())]
-    if (work / "runs" / args.file / "last.pt").exists():
+    start = ["--init", str(init)]
+    if (work / "runs" / args.stage / "last.pt").exists():
         start = ["--resume"]
-    length = ["--epochs", str(args.epochs)]
-    run([str(ROOT / "train.py"), "--run", args.file, *start, *TRAINING.split(), *length, *shares], work)
-    name = "lite.pt" if args.file == "lines" else "lite-words.pt"
-    run([str(ROOT / "export.py"), str(work / "runs" / args.file / "best.pt"), "--half", str(work / name)], work)
+    length = ["--epochs", str(args.epochs or stage.epochs), "--lr", stage.lr]
+    run([str(ROOT / "train.py"), "--run", args.stage, *start, *TRAINING.split(), *length, *shares], work)
+    run(
+        [str(ROOT / "export.py"), str(work / "runs" / args.stage / "best.pt"), "--half", str(work / stage.result)], work
+    )
+    if stage.kept:
+        keep(stage.kept, init, work / stage.result)
+
+
+def keep(share: float, former: Path, result: Path) -> None:
+    """Average the weights in `result` with this share of those in `former`, whose configuration stays."""
+    old, new = (torch.load(path, weights_only=True) for path in (former, result))
+    for name, tensor in old["model"].items():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.float().lerp(new["model"][name].float(), 1 - share))
+    torch.save(old, result)
 
 
 if __name__ == "__main__":

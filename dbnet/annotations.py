@@ -17,7 +17,7 @@ import shapely
 from numpy.typing import ArrayLike
 
 from dbnet.errors import UserError
-from dbnet.files import make_folder, write_whole
+from dbnet.files import check_name, make_folder, write_whole
 from dbnet.geometry import fit_outline, order_outlines, reading_order
 from dbnet.images import name_stem, read_size
 
@@ -96,8 +96,6 @@ def put_in_order(annotations: dict[str, Annotation]) -> list[str]:
     return [f"{count} of {counts[3]} outlines {kind}" for count, kind in zip(counts, kinds, strict=False) if count]
 
 
-# ---- writing
-
 HEADER = ["filename", "polygons"]
 RESULT_MARK = "detections by dbnet"  # in a file of detections whose format has room for it
 MAX_OVERLAP = 0.4  # share of the smaller of two outlines above which both can hardly be text
@@ -106,7 +104,7 @@ _FORMAT_OF_SUFFIX = {".csv": "csv", ".json": "competition", ".zip": "icdar"}
 
 def result_mark(form: str) -> str:
     """The words by which `files.check_outputs` knows an earlier result in this format."""
-    return ",".join(HEADER) if form == "csv" else RESULT_MARK
+    return ",".join(HEADER) + "\r\n" if form == "csv" else RESULT_MARK
 
 
 def choose_format(path: Path, form: str, names: list[str]) -> str:
@@ -126,7 +124,7 @@ def choose_format(path: Path, form: str, names: list[str]) -> str:
             raise UserError(f"{name}: would have the same label file as {other}; rename one of the images")
         if form == "ppocrlabel" and re.search(r"[\t\r\n]", name):
             raise UserError(f"{name!a}: a line of Label.txt cannot hold this file name; rename it")
-        if form == "labelme" and label.exists():
+        if form == "labelme" and check_name(label).exists():
             raise UserError(f"{label}: is there already, and may be corrected; move it away or name another folder")
     return form
 

@@ -24,8 +24,7 @@ FORMAT = 3
 A field that old checkpoints lack gets its default, which must mean what the program did before. A removed one goes into
 `config.REMOVED_FIELDS`. When a layer is removed or renamed, or values change their meaning: raise FORMAT, and translate
 in `load_checkpoint`; reject what can no longer be honoured. Format 2 has a batch norm more in the fusion asf. Format 3
-lacks the label format totaltext. tests/data/format-1.pt and weights/lite.pt (format 2) have to stay readable.
-"""
+lacks the label format totaltext. tests/data/format-1.pt and weights/lite.pt (format 2) have to stay readable."""
 
 
 def save_checkpoint(path: Path, config: Config, model: nn.Module, keep: Path | None = None, **state: Any) -> None:
@@ -128,7 +127,8 @@ def start_from(model: nn.Module, content: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: holds no weights; leave out --init")
     misfits = {_layer(name) for name in ours.keys() ^ theirs.keys()}
     common = ours.keys() & theirs.keys()
-    misfits |= {_layer(name) for name in common if getattr(theirs[name], "shape", None) != ours[name].shape}
+    odd = {name for name in common if getattr(theirs[name], "is_nested", True)}  # no tensor, or one without a shape
+    misfits |= {_layer(name) for name in common if name in odd or theirs[name].shape != ours[name].shape}
     taken = {name: theirs[name] for name in ours if _layer(name) not in misfits}
     if not taken:
         raise UserError(f"{path}: none of its weights fits this network; leave out --init")

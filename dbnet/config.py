@@ -206,8 +206,7 @@ class Config:
 # Fields of earlier versions. Files that still have them are read as without.
 REMOVED_FIELDS = {"sync_batch_norm", "clahe_clip", "blur_p", "noise_p", "jpeg_p", "shadow_p"}
 
-# Fields that decide the shape of the network: fixed in a checkpoint.
-NETWORK_FIELDS = ("backbone", "weights", "pyramid_channels", "fusion", "binarization_k")
+NETWORK_FIELDS = ("backbone", "weights", "pyramid_channels", "fusion", "binarization_k")  # fixed in a checkpoint
 
 # Fields that matter where a checkpoint is used: what the help of evaluate.py, predict.py and export.py shows.
 _READING_FIELDS = {

@@ -1,7 +1,6 @@
 """Samples: an image resized and padded, and for training its augmentation and target maps; and their batches.
 
-All are numpy arrays; only `make_loader`, whose batches are tensors, needs PyTorch.
-"""
+All are numpy arrays; only `make_loader`, whose batches are tensors, needs PyTorch."""
 
 from __future__ import annotations
 
@@ -34,15 +33,14 @@ from dbnet.files import stamp
 from dbnet.geometry import Letterbox, areas, inference_side, is_tangled, padded, split_polygons
 from dbnet.images import file_of, read_image, read_size
 from dbnet.splits import check_scorable, read_split
-from dbnet.targets import MAX_EFFORT, draw_targets, effort_of, make_targets, polygon_mask
+from dbnet.targets import MAX_EFFORT, draw_targets, effort_of, polygon_mask
+from dbnet.targets import make_targets as make_targets  # its home for those who import it
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
 Sample = dict[str, Any]
 Batch = dict[str, Any]  # of samples: their arrays or tensors by name, stacked
-
-__all__ = ["Batches", "ImageDataset", "TextDataset", "count_workers", "make_loader", "make_targets"]
 
 # Forked workers share the annotations. Elsewhere than on Linux forking is not safe, or there is no such thing.
 _START_METHOD = "fork" if sys.platform == "linux" and hasattr(os, "fork") else "spawn"
@@ -135,8 +133,7 @@ class ImageDataset:
     size: (2,) int64 array, width and height of the original image in pixels;
     index: its place in `paths`;
 
-    or of `index` and `error`, a line of text, for an image that cannot be read.
-    """
+    or of `index` and `error`, a line of text, for an image that cannot be read."""
 
     pad = "tight"  # or "square": all samples are image_size x image_size
 
@@ -257,8 +254,7 @@ class TextDataset(ImageDataset):
     index, or `index` and `error`: as in ImageDataset.
 
     The augmentation depends on the seed, the image, the epoch and the side alone, not on workers or order. Decoded
-    images are cached from the first epoch on. Raises UserError for a split or annotations that cannot be read.
-    """
+    images are cached from the first epoch on. Raises UserError for a split or annotations that cannot be read."""
 
     def __init__(self, config: Config, split: str, train: bool) -> None:
         images, annotations, self._folder_sizes = read_split(config.data, split, config.format)
@@ -364,8 +360,7 @@ class Batches:
     Of several processes, each has every world_size-th batch. `start` batches of all of them are left out: those that an
     interrupted epoch has had. Where the data set pads tightly, images of like shape share a batch in training. Without
     a seed only images of one padded shape do, so that what is found in an image does not depend on the others. With
-    config.train_sizes, one of them is drawn for each `accumulate` batches, those of an optimizer step.
-    """
+    config.train_sizes, one of them is drawn for each `accumulate` batches, those of an optimizer step."""
 
     dataset: ImageDataset
     batch_size: int
@@ -457,7 +452,7 @@ def load_batches(loader: Iterable[Batch]) -> Iterator[Batch]:
         text = str(error)
         if "Shared memory manager connection has timed out" in text:
             reason = "a data worker waited too long for shared memory, on a machine with too much to do; go on later"
-        elif re.search("Bus error|shared memory|torch_shm|/torch_|No space left|Read-only file system", text):
+        elif re.search(r"Bus error|shared memory|torch_shm|/torch_|No space left|Read-only|^\[Errno 2\] [^:]*$", text):
             reason = "the data workers have no shared memory left; in Docker give the container more (--shm-size 8g)"
         elif is_out_of_memory(error):
             reason = "not enough memory to read images; close other programs, lower --workers"

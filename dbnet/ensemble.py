@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from dbnet.checkpoint import load_model
 from dbnet.config import Config
 from dbnet.device import compile_model, pick_amp_dtype, pick_device
+from dbnet.errors import UserError
 from dbnet.geometry import Letterbox, in_windows, inference_side, padded
 from dbnet.memory import BatchPlan
 from dbnet.model import prepare_for_cpu
@@ -41,8 +42,9 @@ class Ensemble:
 
     `config` is the first network's: it says the size and the precision of the maps, and how they become polygons."""
 
-    def __init__(self, views: Sequence[View], config: Config, device: torch.device) -> None:
-        self.views, self.config, self.device = list(views), config, device
+    def __init__(self, views: Sequence[View], config: Config, device: torch.device, origin: str = "") -> None:
+        """With `origin`, the names of files, maps that are not finite are an error; in training, they are no text."""
+        self.views, self.config, self.device, self.origin = list(views), config, device, origin
         self.sides: tuple[int, ...] = (config.image_size, *sorted({view.side for view in views} - {config.image_size}))
         cores = torch.get_num_threads()
         self.threads = 1 if config.compile else min(MOST_THREADS, cores)
@@ -74,7 +76,7 @@ class Ensemble:
             flips = (False, True) if config.tta and own.flip_p else (False,)
             sides = [padded(round(scale * own.image_size)) for scale in (TTA_SCALES if config.tta else (1.0,))]
             views += [View(model, side, flip) for side in sides for flip in flips]
-        return cls(views, config, device)
+        return cls(views, config, device, " ".join(map(str, paths)))
 
     def __str__(self) -> str:
         """What looks at an image, for the line that a script prints: `resnet34, 1024 px`."""
@@ -100,22 +102,25 @@ class Ensemble:
         batches = {side: torch.as_tensor(batch) for side, batch in zip(self.sides, images, strict=True)}
         parts = [slice(start, start + plan.micro_batch) for start in range(0, len(sizes), plan.micro_batch)]
         mean_maps = [self._mean_map({side: batches[side][part] for side in self.sides}, sizes[part]) for part in parts]
-        prob_maps = torch.cat(mean_maps)
-        if self.device.type == "cpu":
-            return prob_maps.numpy
-        on_host = torch.empty(prob_maps.shape, dtype=torch.uint8, pin_memory=True)
-        on_host.copy_(prob_maps, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record(torch.cuda.current_stream(self.device))
+        mean_map = torch.cat(mean_maps)
+        results = [mean_map.isfinite().all(), mean_map.nan_to_num_().round_().to(torch.uint8)]
+        if self.device.type != "cpu":
+            on_host = [torch.empty(result.shape, dtype=result.dtype, pin_memory=True) for result in results]
+            results = [host.copy_(result, non_blocking=True) for host, result in zip(on_host, results, strict=True)]
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(self.device))
 
-        def prob_maps_on_host() -> np.ndarray:
-            arrived.synchronize()
-            return on_host.numpy()
+        def prob_maps() -> np.ndarray:
+            if self.device.type != "cpu":
+                arrived.synchronize()
+            if self.origin and not results[0]:
+                raise UserError(f"{self.origin}: gives no finite probabilities; try --amp off, or another checkpoint")
+            return results[1].numpy()
 
-        return prob_maps_on_host
+        return prob_maps
 
     def _mean_map(self, images: dict[int, Tensor], sizes: list[tuple[int, int]]) -> Tensor:
-        """(N, height, width) uint8 on the device: the mean over the views of images that are given at each size."""
+        """(N, height, width) float32, 0..255, on the device: the mean over the views of images given at each size."""
         amp_dtype = pick_amp_dtype(self.config, self.device)
         resized = {
             side: [Letterbox(*size, inference_side(*size, side, self.config.enlarge)).resized for size in sizes]
@@ -128,13 +133,13 @@ class Ensemble:
             if view.flip:
                 batch = mirrored(batch, resized[view.side])
             with torch.autocast(self.device.type, amp_dtype, enabled=amp_dtype is not None):
-                prob_map = in_windows(view.model, batch, view.side, torch.cat).nan_to_num_()
+                prob_map = in_windows(view.model, batch, view.side, torch.cat)
             if view.flip:
                 prob_map = mirrored(prob_map, resized[view.side])
             if view.side != first:
                 prob_map = fitted(prob_map, resized[view.side], resized[first], shape)
             total = total + prob_map
-        return total.mul_(255 / len(self.views)).round_().to(torch.uint8)
+        return total.mul_(255 / len(self.views))
 
 
 def mirrored(batch: Tensor, sizes: list[tuple[int, int]]) -> Tensor:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -16,13 +15,13 @@ import numpy as np
 from dbnet.annotations import Annotation
 from dbnet.config import Config
 from dbnet.dataset import TextDataset
-from dbnet.device import all_gather, progress
+from dbnet.device import all_gather, is_first, progress
 from dbnet.errors import ImageError, UserError, library_errors, printable
 from dbnet.files import check_regular
 from dbnet.formats import read_detections
 from dbnet.geometry import Polygons, common_areas, near_pairs
 from dbnet.images import read_size
-from dbnet.inference import Network, Pipeline
+from dbnet.inference import Network, Pipeline, print_full
 from dbnet.metric import MAX_DETECTIONS, CLEval, DatasetScore, Flags, ImageScore, Outlines, match_image
 from dbnet.splits import check_scorable, find_loss, read_split
 
@@ -112,7 +111,6 @@ class Evaluation:
     """Scores of a split, image by image."""
 
     images: dict[str, ScoredImage] = field(default_factory=dict)  # by file name, in the order of the split
-    max_candidates: float = math.inf  # detections, from which on there may be more text in an image
 
     def update(
         self, name: str, annotation: Annotation, polygons: Outlines, size: tuple[int, int] | None = None, **more: Any
@@ -171,14 +169,12 @@ class Evaluation:
         }
 
     def table(self) -> str:
-        """Text: what could not be read or was cut, totals, recall by size of text and the worst images."""
+        """Text: what could not be read or is not scored, totals, recall by size of text and the worst images."""
         score, iou, (low, high), rows = self.compute(), self.iou(), self.interval(), self.by_size()
         lines = [f"counts 0: {image.error}" for image in self.images.values() if image.error]
-        scored = f"more detections than the {MAX_DETECTIONS} that CLEval scores", "the rest count as not there"
-        allowed = "as many detections as --max-candidates allows", "text may be missing; raise it"
-        for limit, (what, then) in ((MAX_DETECTIONS + 1, scored), (self.max_candidates, allowed)):
-            if names := [printable(name) for name, image in self.images.items() if image.found >= limit]:
-                lines.append(f"{len(names)} images have {what}, {names[0]} first: {then}")
+        if names := [printable(name) for name, image in self.images.items() if image.found > MAX_DETECTIONS]:
+            more = f"{len(names)} images have more detections than the {MAX_DETECTIONS} that CLEval scores"
+            lines.append(f"{more}, {names[0]} first: the rest count as not there")
         lines += [
             f"\nprecision {score.precision:.4f}\nrecall    {score.recall:.4f}\nH-Mean    {score.hmean:.4f}",
             f"95% interval of the H-Mean, by resampling the images: {low:.4f} to {high:.4f}\n",
@@ -236,8 +232,7 @@ class Comparison:
     before, after: (images, 3) precision, recall and H-Mean of each
     better, worse: indices of the images whose H-Mean rose, or fell, the most changed first
     other_labels: names of the images whose labels have changed, or may have
-    labels_known: whether the earlier scores say which labels they were made on
-    """
+    labels_known: whether the earlier scores say which labels they were made on"""
 
     def __init__(self, path: Path, earlier: dict[str, dict[str, Any]], evaluation: Evaluation) -> None:
         self.path, self.names = path, list(earlier)
@@ -282,7 +277,7 @@ def evaluate(pipeline: Pipeline, network: Network, title: str = "", picture: Pic
     of all of them. Raises as `Pipeline.detect` does, and UserError if no image can be read."""
     dataset = pipeline.dataset
     assert isinstance(dataset, TextDataset)
-    evaluation = Evaluation(max_candidates=pipeline.config.max_candidates)
+    evaluation = Evaluation()
     for found in progress(pipeline.detect(network), title, len(dataset)):
         path, annotation = dataset.paths[found.index], dataset.annotations[found.index]
         highest = 0.0 if found.prob_map is None else int(found.prob_map.max(initial=0)) / 255
@@ -292,6 +287,9 @@ def evaluate(pipeline: Pipeline, network: Network, title: str = "", picture: Pic
     images = {name: image for share in all_gather(evaluation.images) for name, image in share.items()}
     evaluation.images = {name: images[name] for name in dataset.names}
     check_readable(dataset, [image.error for image in evaluation.images.values()])
+    if is_first():
+        counts, sizes = (image.found for image in evaluation.images.values()), map(dataset.size, range(len(dataset)))
+        print_full(zip(dataset.names, counts, sizes, strict=True), pipeline.config)
     return evaluation
 
 

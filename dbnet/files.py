@@ -22,8 +22,7 @@ def write_whole(path: Path, mode: str = "wb", keep: Path | None = None) -> Itera
 
     It is synced to the disk first: a killed process or a power failure leaves the old file, here or at `keep`, a place
     beside it, or the new one. What a symbolic link points to is replaced, not the link; a character device or a pipe
-    under /dev is written directly. Text is UTF-8 with the newlines as written. Raises UserError where it fails.
-    """
+    under /dev is written directly. Text is UTF-8 with the newlines as written. Raises UserError where it fails."""
     how: Any = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     with library_errors(f"{path}: cannot be written", "name another place or make room", of=OSError):
         if _is_written_through(path):
@@ -111,7 +110,7 @@ def write_json(path: Path, content: Any) -> None:
 def check_outputs(*outputs: tuple[Path | None, str], inputs: Iterable[Path] = ()) -> None:
     """Raise UserError unless each result can be written, overwrites nothing but an earlier result, and is not one of
     `inputs`, another output or the file that the command prints into. An output is a path, or None, and a mark: words
-    near the beginning or end of every result of its kind."""
+    near the beginning or end of every result of its kind, or the first line of every table, with its line end."""
     taken = {_identity(path): "is an input of this command; name another file for the result" for path in inputs}
     for stream in (1, 2):
         printed = _stat(stream)
@@ -121,7 +120,7 @@ def check_outputs(*outputs: tuple[Path | None, str], inputs: Iterable[Path] = ()
     for path, mark in outputs:
         if not path:
             continue
-        identity, there = _identity(path), _stat(path)
+        identity, there = _identity(check_name(path)), _stat(path)
         if identity in taken:
             raise UserError(f"{path}: {taken[identity]}")
         if there and stat.S_ISREG(there.st_mode) and there.st_size and not _has_mark(path, mark):
@@ -131,6 +130,13 @@ def check_outputs(*outputs: tuple[Path | None, str], inputs: Iterable[Path] = ()
             if there or path.parent not in folders:
                 check_writable(path)
                 folders.add(path.parent)
+
+
+def check_name(path: Path) -> Path:
+    """The path. Raises UserError for a name of more than the 255 bytes that file systems take."""
+    if len(os.fsencode(path.name)) > 255:
+        raise UserError(f"{path}: the name is too long for a file; shorten it")
+    return path
 
 
 def check_regular(path: Path, error: type[UserError] = UserError) -> None:
@@ -168,9 +174,11 @@ def _identity(path: Path | int) -> object:
 
 
 def _has_mark(path: Path, mark: str) -> bool:
-    """Whether the first or the last 64 KiB of a file have these words."""
+    """Whether the first or the last 64 KiB of a file have these words; of a table, whether its first line has them."""
     with suppress(OSError), path.open("rb") as file:
         first = file.read(_MARKED_BYTES)
+        if mark.endswith("\r\n"):
+            return first.startswith(mark.encode())
         file.seek(max(0, os.fstat(file.fileno()).st_size - _MARKED_BYTES))
         return mark.encode() in first + file.read()
     return False

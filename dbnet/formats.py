@@ -30,8 +30,6 @@ from dbnet.files import check_regular
 from dbnet.geometry import MAX_COORDINATE
 from dbnet.images import list_files, name_stem
 
-# ---- files
-
 
 class TextFile(NamedTuple):
     """A text file in a folder or in a zip."""
@@ -95,8 +93,6 @@ def parse_json(where: str, text: str) -> Any:
         raise UserError(f"{where}: not JSON in UTF-8 ({one_line(error)})") from None
 
 
-# ---- names of images
-
 _nfc = partial(unicodedata.normalize, "NFC")  # the Unicode form of most systems; macOS takes letters apart
 
 
@@ -150,9 +146,6 @@ class ImageNames:
             if len(found) == 1:
                 return found[0]
         return check_name(where, slashed.rpartition("/")[2])
-
-
-# ---- points and flags
 
 
 def to_polygon(where: str, points: object) -> np.ndarray:
@@ -503,8 +496,7 @@ _FOREIGN_LINES = (
     (r"(?i)\s*[#/;]|\s*(?!nan|inf)[a-z_]+\d*\s*,", "this is a heading or a comment; delete the line"),
     (r"\s*[\"'(]", "the numbers must be without quotes and brackets"),
     ("\ufeff|.\0", "this is UTF-16, or begins with a byte order mark; save the file as UTF-8 without it"),
-)
-"""What lines of other formats look like, and what to do."""
+)  # what lines of other formats look like, and what to do
 
 _EXPORT = "export COCO there"
 _CONVERT = 'convert it to COCO, or to {"images": {NAME: {"words": {ID: {"points": [[x, y], ...]}}}}}'
@@ -522,8 +514,7 @@ _FOREIGN_JSON = (
     ({"image_id", "bbox"}, "a list of COCO results without its images", "put both into one file"),
     ({"shapes"}, "a file of LabelMe", "put it into labels/SPLIT/ under the name of its image"),
     ({"images", "annotations"}, "COCO", "call it SPLIT.json in jsons/"),
-)
-"""Keys that JSON files of other formats have in their upper levels, what these are, and what to do."""
+)  # keys that JSON files of other formats have in their upper levels, what these are, and what to do
 
 _FOREIGN_SUFFIXES = {
     ".xml": f"XML of Pascal VOC (labelImg), CVAT or PAGE; {_EXPORT}, or save as LabelMe",
@@ -612,8 +603,6 @@ def _collect(entries: Iterable[Entry]) -> dict[str, Annotation]:
         found[name] = annotation
     return found
 
-
-# ---- detections
 
 _MAX_FIELD = 1 << 28  # characters: a row of 500 polygons with many points is longer than the csv module's default
 

@@ -1,7 +1,6 @@
 """Image files to pixels: all common formats, pages of PDF and TIFF files; upright, 8-bit RGB, within a limit of memory.
 
-A page is a path of the form FILE.pdf#page=NUMBER or FILE.tif#page=NUMBER, numbered from 1.
-"""
+A page is a path of the form FILE.pdf#page=NUMBER or FILE.tif#page=NUMBER, numbered from 1."""
 
 import errno
 import json
@@ -107,10 +106,22 @@ def list_pages(path: Path) -> list[Path]:
             print(f"{path}: says that it has {claimed} pages; {len(numbers)} can be opened")
     else:
         with _opened(path) as (image, *_), library_errors(f"{path}: broken page", kind=ImageError):
-            numbers = range(1, getattr(image, "n_frames", 1) + 1)
-        if len(numbers) == 1 or image.format != "TIFF":
+            if not isinstance(image, TiffImageFile):
+                return [path]
+            numbers = range(1, image.n_frames + 1)
+            image.seek(numbers[-1] - 1)
+            if image.tag_v2.next:
+                print(f"{path}: broken behind page {numbers[-1]}; pages that come after it are lost")
+        if len(numbers) == 1:
             return [path]
     return [path.with_name(f"{path.name}#page={number}") for number in numbers]
+
+
+def is_animated(path: Path) -> bool:
+    """Whether a file is an animation, or a TIFF of pages under another suffix; what phones add to a JPEG is no page."""
+    with suppress(ImageError, MemoryError), _opened(path) as (image, *_), library_errors("broken", kind=ImageError):
+        return image.format not in _JPEGS and getattr(image, "is_animated", False)
+    return False
 
 
 def read_image(path: Path, image_size: int | None = None, data: bytes | None = None) -> tuple[np.ndarray, Size]:
@@ -122,8 +133,7 @@ def read_image(path: Path, image_size: int | None = None, data: bytes | None = N
 
     Returns (height, width, 3) uint8 RGB pixels, upright by the EXIF orientation and possibly reduced, with transparency
     on white; and (width, height) of the full image, upright: the pixels of its annotations. Raises ImageError for a
-    file that is missing, damaged, no image, or too large to decode, and MemoryError.
-    """
+    file that is missing, damaged, no image, or too large to decode, and MemoryError."""
     if data is None and _is_pdf(path):
         answer = _ask_renderer(path, image_size or sys.maxsize)
         return answer["pixels"], tuple(answer["size"])
@@ -159,9 +169,6 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         white = Image.new("RGBA", strip.size, "white")
         pixels[top : top + _STRIP_ROWS] = np.asarray(Image.alpha_composite(white, strip).convert("RGB"))
     return pixels
-
-
-# ---- headers
 
 
 @contextmanager
@@ -263,9 +270,6 @@ def _turn(image: Image.Image, file: IO[bytes]) -> tuple[int, Size]:
     orientation = exif.get(ExifTags.Base.Orientation, 1)
     orientation = int(orientation) if orientation in range(1, 9) else 1
     return orientation, (height, width) if orientation >= 5 else (width, height)
-
-
-# ---- decoding
 
 
 def _decode(path: Path, image: Image.Image, file: IO[bytes], image_size: int | None) -> np.ndarray:

@@ -8,6 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -15,6 +16,7 @@ from importlib.util import find_spec
 from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import cv2
@@ -23,7 +25,7 @@ from PIL import Image, ImageOps
 
 from dbnet.config import MAX_IMAGE_SIZE, NETWORK_FIELDS, STRIDE, Config
 from dbnet.dataset import Batches, Draw, ImageDataset, count_cores, count_workers, load_batches, make_loader
-from dbnet.errors import ImageError, UserError, is_out_of_memory, library_errors
+from dbnet.errors import ImageError, UserError, is_out_of_memory, library_errors, printable
 from dbnet.files import check_regular, write_whole
 from dbnet.geometry import ZOOM, Letterbox, in_windows, inference_side, median_length, padded, tall_share, windows
 from dbnet.images import list_pages, read_image, read_size, to_rgb
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 OPSET = 17
 CONFIG_KEY = "dbnet_config"
 _EXPORT_ANEW = "export it with export.py"
+_SLOWEST = 60  # seconds in which the largest network loads, or sees a megapixel on a slow core
 SOME_TALL = 0.1  # share of tall words above which a page may lie on its side. Upright pages have 0.03
 SHORT = 1.75  # median length of words, in their heights, below which it may, too: bits of its lines are found
 MARGIN = 48  # pixels around the text, at least, that a closer look at small text sees
@@ -60,8 +63,7 @@ class Network(Protocol):
         """Start on the (N, height, width, 3) uint8 images of a batch, one batch for each of `sides`.
 
         `sizes` holds (width, height) of the originals. Returns a function that waits for the (N, height, width) uint8
-        maps, probability x 255, in the geometry of the first size.
-        """
+        maps, probability x 255, in the geometry of the first size."""
 
 
 class OnnxNetwork:
@@ -73,18 +75,18 @@ class OnnxNetwork:
         """Load `path`, with `changes` made to the configuration that it holds.
 
         Raises UserError where the file is not one that `export.py` wrote, where `changes` ask for what it cannot do, or
-        ONNX Runtime is not installed.
-        """
+        ONNX Runtime is not installed."""
         onnxruntime = _import("onnxruntime")
         self.path = path
-        check_graph(path)
+        content = read_graph(path)
         provider = _provider(onnxruntime, path, changes.get("device", "auto"))
         self.device = "cpu" if provider[0].startswith("CPU") else provider[0]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # fatal; errors are raised
         options.intra_op_num_threads = count_cores()  # by itself it takes those of the machine
         with library_errors(f"{path}: not an ONNX file, or a damaged one"):
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+            start = partial(onnxruntime.InferenceSession, content, options, providers=[provider])
+            self.session = _in_time(path, start)
             metadata = self.session.get_modelmeta().custom_metadata_map
         try:
             trained = Config.from_dict(json.loads(metadata[CONFIG_KEY]))
@@ -115,17 +117,38 @@ class OnnxNetwork:
         step = plan.micro_batch
         parts = [images[0][start : start + step] for start in range(0, len(sizes), step)]
         maps = [in_windows(self.probabilities, part, self.config.image_size, np.concatenate) for part in parts]
-        prob_maps = np.rint(255 * np.nan_to_num(np.concatenate(maps))).astype(np.uint8)
+        prob_maps = np.rint(255 * np.concatenate(maps)).astype(np.uint8)
         return lambda: prob_maps
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """(N, height, width) float32 of (N, height, width, 3) uint8 images of any size. Raises UserError where the file
         fails."""
         with library_errors(f"{self.path}: fails on an image", _EXPORT_ANEW):
-            [prob_maps] = self.session.run(None, {"images": np.ascontiguousarray(images)})
+            work = partial(self.session.run, None, {"images": np.ascontiguousarray(images)})
+            [prob_maps] = _in_time(self.path, work, images.size / 3e6)
         if prob_maps.shape != images.shape[:3]:
             raise UserError(f"{self.path}: gives a map of another size than the image; {_EXPORT_ANEW}")
+        if not (prob_maps.min() >= 0 and prob_maps.max() <= 1):  # nor where one is NaN
+            raise UserError(f"{self.path}: gives values that are no probabilities; {_EXPORT_ANEW}")
         return prob_maps
+
+
+def _in_time(path: Path, work: Callable[[], Any], megapixels: float = 1) -> Any:
+    """What `work` on a file gives. Raises UserError where it takes too long; its thread goes on until the process ends,
+    as nothing can stop it."""
+    seconds = _SLOWEST * max(1, megapixels)
+    future = Future[Any]()
+
+    def finish() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=finish, daemon=True).start()
+    with suppress(TimeoutError):
+        return future.result(seconds)
+    raise UserError(f"{path}: takes more than {seconds:.0f} s; {_EXPORT_ANEW}")
 
 
 def _provider(onnxruntime: Any, path: Path, device: str) -> tuple[str, dict[str, str]]:
@@ -137,8 +160,9 @@ def _provider(onnxruntime: Any, path: Path, device: str) -> tuple[str, dict[str,
     return names[name], {"device_id": number} if number else {}
 
 
-def check_graph(path: Path) -> None:
-    """Raise UserError unless a file is an ONNX model that ends: without loops, branches, functions and other files."""
+def read_graph(path: Path) -> bytes:
+    """An ONNX model. Raises UserError for a file that is none, and for one with loops, branches, functions and data in
+    other files, which may never end."""
     from google.protobuf.empty_pb2 import Empty  # ONNX Runtime needs protobuf too
     from google.protobuf.unknown_fields import UnknownFieldSet
 
@@ -158,6 +182,7 @@ def check_graph(path: Path) -> None:
     if found or is_elsewhere or fields(model, 25):
         what = f"the operation {found[0]}" if found else "functions or data in other files"
         raise UserError(f"{path}: has {what}, which no network of dbnet has; {_EXPORT_ANEW}")
+    return model
 
 
 def write_onnx(path: Path, model: DBNet, config: Config, half: bool = False) -> None:
@@ -165,8 +190,7 @@ def write_onnx(path: Path, model: DBNet, config: Config, half: bool = False) -> 
 
     It takes images of any size. With `half`, kernels are stored as 16-bit floats, to which the model's are rounded too;
     they are widened when the file is loaded. Raises UserError where the file cannot be written or the `onnx` package is
-    not installed.
-    """
+    not installed."""
     import torch
 
     from dbnet.model import AnySize
@@ -232,8 +256,7 @@ def load_network(paths: Sequence[Path], changes: dict[str, Any]) -> Network:
 
     `changes` are made to the configuration that came with it. PyTorch is imported for checkpoints alone.
 
-    Raises UserError where a file cannot be used.
-    """
+    Raises UserError where a file cannot be used."""
     if any(path.suffix.lower() == ".onnx" for path in paths):
         if len(paths) > 1:
             names = f"{paths[0]} {paths[1]}"
@@ -253,8 +276,7 @@ SHIPPED = ("lite", "lite-words")
 def find_weights(path: Path) -> Path:
     """The file of a checkpoint. `lite` and `lite-words` name the weights that come with the program.
 
-    Raises UserError where these are missing from this copy of it.
-    """
+    Raises UserError where these are missing from this copy of it."""
     if str(path) not in SHIPPED or path.exists():
         return path
     package = Path(__file__).resolve().parent
@@ -278,8 +300,7 @@ class Pipeline:
 
     While a GPU computes, loader workers read the next batches and other processes make polygons of the last ones. On a
     CPU a few threads have their share of the cores each, and an image each, from its file to its polygons: cores that
-    share one image wait for each other.
-    """
+    share one image wait for each other."""
 
     def __init__(self, dataset: ImageDataset, config: Config, device: torch.device | str) -> None:
         self.dataset, self.config = dataset, config
@@ -296,8 +317,7 @@ class Pipeline:
         torchrun has started, each has its share.
 
         When memory runs out the batch is halved for the rest of the images. Raises ImageError for an image that cannot
-        be read where config.strict is set (else its Detection has an `error`), and UserError as `load_batches` does.
-        """
+        be read where config.strict is set (else its Detection has an `error`), and UserError as `load_batches` does."""
         if self.dataset.further_sizes != network.sides[1:]:
             self.dataset.further_sizes, self.loader = network.sides[1:], None
         batches, plan = Batches(self.dataset, self.batch_size), BatchPlan(self.batch_size)
@@ -438,10 +458,20 @@ def images_of(batch: dict[str, Any], network: Network) -> list[Any]:
 
 def polygons_of(prob_map: np.ndarray, size: tuple[int, int], config: Config) -> tuple[list[np.ndarray], list[float]]:
     """Polygons in pixels of the original of this (width, height), and their scores. `prob_map` as in Detection."""
-    letterbox = resized_as(size, config)
-    looks = len(windows(padded(letterbox.side), config.image_size))  # of a long image as many candidates in each window
-    config = config.changed(max_candidates=looks * config.max_candidates) if looks > 1 else config
-    return extract_polygons(prob_map, config, tuple(1 / letterbox.scale), size)
+    config = config.changed(max_candidates=most_polygons(size, config))
+    return extract_polygons(prob_map, config, tuple(1 / resized_as(size, config).scale), size)
+
+
+def most_polygons(size: Sequence[int], config: Config) -> int:
+    """How many polygons an image of (width, height) pixels may have: of a long one, as many in each window."""
+    return config.max_candidates * len(windows(padded(resized_as(size, config).side), config.image_size))
+
+
+def print_full(counts: Iterable[tuple[str, int, Sequence[int] | None]], config: Config) -> None:
+    """Print how many images have as many polygons as they may. `counts` are names, polygons and sizes, if known."""
+    if full := [name for name, count, size in counts if size and count >= most_polygons(size, config)]:
+        first = f"{printable(full[0])} first"
+        print(f"{len(full)} images have as many polygons as --max-candidates allows, {first}: raise it for all text")
 
 
 def resized_as(size: Sequence[int], config: Config) -> Letterbox:
@@ -456,8 +486,7 @@ Picture = str | Path | bytes | bytearray | IO[bytes] | np.ndarray | Image.Image
 THRESHOLDS = (
     *("thresh", "box_thresh", "max_candidates", "min_size"),
     *("use_polygon", "growth", "box_unclip_ratio", "polygon_unclip_ratio"),
-)
-"""Fields of the configuration that a single call may change."""
+)  # fields of the configuration that a single call may change
 
 
 class Text(NamedTuple):
@@ -483,8 +512,7 @@ class Detector:
 
     An image is a file, its content as bytes or as an open file, a Pillow image of any mode, or an array of uint8
     pixels: (height, width) grey, (height, width, 3) RGB or (height, width, 4) RGBA. Files and Pillow images are turned
-    upright by their EXIF orientation, arrays are taken to stand upright. For arrays of OpenCV say `bgr=True`.
-    """
+    upright by their EXIF orientation, arrays are taken to stand upright. For arrays of OpenCV say `bgr=True`."""
 
     def __init__(self, network: Network) -> None:
         self.network = network
@@ -505,8 +533,7 @@ class Detector:
     def detect(self, image: Picture, bgr: bool = False, **thresholds: Any) -> list[Text]:
         """Text in an image, best first. Of THRESHOLDS, the call may change any: `detect(image, box_thresh=0.5)`.
 
-        Raises UserError for what cannot be read as an image, and for a threshold out of range.
-        """
+        Raises UserError for what cannot be read as an image, and for a threshold out of range."""
         return self.detect_batch([image], bgr, **thresholds)[0]
 
     def detect_batch(self, images: Sequence[Picture], bgr: bool = False, **thresholds: Any) -> list[list[Text]]:
@@ -526,8 +553,7 @@ class Detector:
         """Each image with its text, one after the other, so that memory holds one image at a time.
 
         A PDF or TIFF file gives each of its pages, with a path such as `scan.pdf#page=2`. What cannot be read goes to
-        `on_error` and is left out; without it, UserError ends the iteration.
-        """
+        `on_error` and is left out; without it, UserError ends the iteration."""
         for image in images:
             try:
                 pages = list_pages(Path(image)) if isinstance(image, str | Path) else [image]

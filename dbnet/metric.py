@@ -8,8 +8,7 @@ costs one character. This is the variant of the competition; docs/how-it-works.m
     metric = CLEval()                                       # a data set: `update` for each image, then
     print(metric.compute().hmean)
 
-Pairs of polygons are arrays, so that no code here loops over them; their geometry is in `dbnet/geometry.py`.
-"""
+Pairs of polygons are arrays, so that no code here loops over them; their geometry is in `dbnet/geometry.py`."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -124,8 +123,7 @@ def score_image(gt_polygons: Outlines, det_polygons: Outlines, dont_care: Flags 
     that crosses itself is even-odd.
 
     Raises ValueError if a polygon is not (n, 2) or has a coordinate that is not finite or beyond
-    `geometry.MAX_COORDINATE`, or if `dont_care` is not one flag for each ground truth.
-    """
+    `geometry.MAX_COORDINATE`, or if `dont_care` is not one flag for each ground truth."""
     return match_image(gt_polygons, det_polygons, dont_care).score
 
 

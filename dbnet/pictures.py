@@ -70,10 +70,12 @@ class ImagePictures:
         self._index = crops / "index.csv" if crops else None
 
     def outputs(self) -> list[tuple[Path | None, str]]:
-        """What `files.check_outputs` looks at: of the folder of crops, all pictures, as nobody knows how many come."""
+        """What `files.check_outputs` looks at: of the folder of crops, all pictures, as nobody knows how many come, and
+        the first of each image, whose name can be too long."""
         there = list_files(self._index.parent) if self._index else []
-        pictures = [*self.overlays.values(), *(path for path in there if path.suffix.lower() in readable_suffixes())]
-        return [(self._index, ",".join(INDEX_HEADER)), *((path, PICTURE_MARK) for path in pictures)]
+        crops = {*map(self._crop, self.crops), *(path for path in there if path.suffix.lower() in readable_suffixes())}
+        pictures = [*self.overlays.values(), *sorted(crops)]
+        return [(self._index, ",".join(INDEX_HEADER) + "\r\n"), *((path, PICTURE_MARK) for path in pictures)]
 
     def are_there(self, path: Path, annotation: Annotation) -> bool:
         """Whether an earlier job has written those of an image."""
@@ -104,7 +106,7 @@ class ImagePictures:
                     outline = " ".join(map(str, polygon.ravel()))
                     writer.writerow([crop, name, word["order"], word["line"], word.get("score", ""), outline])
 
-    def _crop(self, path: Path, order: int) -> Path:
+    def _crop(self, path: Path, order: int = 1) -> Path:
         return self.crops[path].with_name(f"{self.crops[path].stem}_{order:04d}.png")
 
 
@@ -149,8 +151,6 @@ def sample_sheet(dataset: TextDataset, count: int = 4, side: int = 480) -> np.nd
     return np.vstack(rows)
 
 
-# ---- the progress of a run
-
 PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("validation score (CLEval)", "score", {"precision": BLUE, "recall": ORANGE, "hmean": BLACK}),
     ("training loss, weighted sum", "log", {"total_loss": BLACK}),
@@ -158,8 +158,7 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("learning rate at the end of the epoch", "linear", {"lr": BLACK}),
     ("speed of the training, images/s", "linear", {"images_per_second": BLACK}),
     ("peak memory, GB", "linear", {"peak_memory_gb": BLACK}),
-)
-"""Title, scale, and the colour of each curve by its key in the log"""
+)  # title, scale, and the colour of each curve by its key in the log
 
 SCORES_SHOWN = 0.1  # below the best score; what is lower is off the chart
 

@@ -1,8 +1,7 @@
 """Which images and labels a command works on: the splits of a data set, or the places that a user names.
 
 An image is known by a name of its own, in rows, scores and reports: its path within its folder, with / on every system.
-Names that two folders share get the folders' names in front. Hidden files, as macOS adds them, are no images.
-"""
+Names that two folders share get the folders' names in front. Hidden files, as macOS adds them, are no images."""
 
 import glob
 import os
@@ -15,7 +14,7 @@ from typing import NamedTuple, TypeVar
 from dbnet.annotations import Annotation, check_sizes, put_in_order
 from dbnet.errors import ImageError, UserError, printable
 from dbnet.formats import IMAGE_PARSERS, find_foreign_labels, list_text_files, read_labels_at
-from dbnet.images import EXTRAS, PAGED_SUFFIXES, Size, file_of, list_files, list_pages, readable_suffixes
+from dbnet.images import EXTRAS, PAGED_SUFFIXES, Size, file_of, is_animated, list_files, list_pages, readable_suffixes
 
 _LABEL_SUFFIXES = (".json", ".txt", ".xml", ".csv", ".zip")  # that may lie beside the images of a data set
 
@@ -83,8 +82,7 @@ def find_images_at(places: list[Path]) -> dict[str, Path]:
 
     A place is a folder (with its sub-folders), a file, a page as FILE.pdf#page=NUMBER, or a pattern with *, ?, [] and
     ** (which may name other suffixes). Each page of a PDF or TIFF is an image; one that cannot be opened fails when it
-    is read. Raises UserError for a place without images, and for a PDF where pypdfium2 is missing.
-    """
+    is read. Raises UserError for a place without images, and for a PDF where pypdfium2 is missing."""
     found: dict[str, tuple[Path, str, Path]] = {}
     for place in places:
         if os.path.isdir(place):  # unlike Path's, it does not raise for a name that is too long
@@ -142,6 +140,8 @@ def _checked_names(images: dict[str, Path]) -> dict[str, Path]:
 def _pages_or_itself(path: Path) -> list[Path]:
     """The pages of a file that has several; else, or where it cannot be opened, the file."""
     if path.suffix.lower() not in PAGED_SUFFIXES:
+        if is_animated(path):
+            print(f"{path}: holds several pictures; only the first is read")
         return [path]
     try:
         return list_pages(path)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import cv2
 import numpy as np
+import pyclipper
 
 from dbnet.geometry import is_tangled, offset, offset_distances
 
@@ -90,11 +91,15 @@ def thresh_mask(prob_map: Map, thresh_levels: Map) -> Map:
 
 
 def polygon_mask(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
-    """(height, width) uint8, 1 inside any polygon, or on the outline of one without area: no loss looks there."""
+    """(height, width) uint8, 1 inside any polygon, or on the outline of one without area: no loss looks there. An
+    outline that runs round twice is filled; a tangled one is even-odd."""
     mask = np.zeros((height, width), np.uint8)
     for _, points in _stacked_by_point_count(polygons):
         for polygon in points:
             cv2.fillPoly(mask, [polygon], 1)
+            if len(polygon) > 4 and not is_tangled(polygon):
+                for piece in pyclipper.SimplifyPolygon(polygon.tolist(), pyclipper.PFT_NONZERO):
+                    cv2.fillPoly(mask, [np.array(piece, np.int32)], 1)
     return mask
 
 

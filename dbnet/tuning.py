@@ -2,8 +2,7 @@
 
 Every combination scores exactly what `extract_polygons` and `score_image` give with it, but most of the work is shared:
 contours and their scores depend on thresh alone, offset polygons and their matches on thresh and the unclip ratio, and
-box_thresh and min_size only select among the polygons.
-"""
+box_thresh and min_size only select among the polygons."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from dbnet.device import all_gather, is_first, progress
 from dbnet.errors import UserError
 from dbnet.evaluation import SCORES_MARK, check_readable
 from dbnet.files import write_json
-from dbnet.inference import Network, Pipeline
+from dbnet.inference import Network, Pipeline, most_polygons, print_full
 from dbnet.metric import score_selections
 from dbnet.postprocess import Region, find_regions, grow_regions, to_image_pixels
 
@@ -38,6 +37,7 @@ class ScoredMap(NamedTuple):
     size: tuple[int, int] | None  # width and height of the image in pixels; None only where there is no map
     annotation: Annotation
     error: str | None = None  # a line if the image could not be read
+    found: int = 0  # polygons with the configuration's own values
 
 
 Grid = dict[str, tuple[float, ...]]
@@ -170,7 +170,7 @@ def score_map(image: ScoredMap, config: Config, grid: Grid) -> np.ndarray:
 def _score_selections(image: ScoredMap, regions: list[Region], config: Config, grid: Grid) -> np.ndarray:
     """(box_thresh, min_size, 3) scores of the `regions`, best first, that each pair of values selects. They are offset
     by the unclip ratio of `config`."""
-    assert image.prob_map is not None  # `regions` come from it
+    assert image.prob_map is not None and image.size  # `regions` come from it
     grown = list(grow_regions(regions, config, max(grid["min_size"]) + 2))
     nothing = np.empty((0, 2), np.int32)  # for a region that is not one piece; it has no breadth
     whole = [nothing if polygon is None else polygon for polygon, _ in grown]
@@ -182,7 +182,7 @@ def _score_selections(image: ScoredMap, regions: list[Region], config: Config, g
     selections = []
     for box_thresh, min_size in product(grid["box_thresh"], grid["min_size"]):
         is_chosen = (measured >= (box_thresh, min_size, min_size + 2)).all(axis=1)
-        selections.append(is_chosen & (is_chosen.cumsum() <= config.max_candidates))
+        selections.append(is_chosen & (is_chosen.cumsum() <= most_polygons(image.size, config)))
     distinct, place = np.unique(selections, axis=0, return_inverse=True)
     annotation = image.annotation
     found = score_selections(annotation.polygons, polygons, annotation.dont_care, list(distinct))
@@ -199,11 +199,12 @@ def tune_checkpoint(pipeline: Pipeline, network: Network, split: str, scores: Pa
     maps = []
     for found in progress(pipeline.detect(network), total=len(dataset)):
         name, annotation = dataset.names[found.index], dataset.annotations[found.index]
-        maps.append(ScoredMap(name, found.prob_map, found.size, annotation, found.error))
+        maps.append(ScoredMap(name, found.prob_map, found.size, annotation, found.error, len(found.polygons)))
     maps = [each for share in all_gather(maps) for each in share]
     check_readable(dataset, [each.error for each in maps])
     if not is_first():
         return
+    print_full(((each.name, each.found, each.size) for each in maps), config)
     tuning = tune(maps, config, workers=count_workers(config))
     print("".join(f"counts 0: {each.error}\n" for each in maps if each.error) + tuning.table())
     if scores:

@@ -297,6 +297,7 @@ def test_batches_that_wait_hold_no_descriptors(rendered):
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible"), "--shm-size"),
         (OSError(28, "No space left on device"), "--shm-size"),
         (OSError(30, "Read-only file system"), "--shm-size"),
+        (FileNotFoundError(2, "No such file or directory"), "--shm-size"),  # of a semaphore, without /dev/shm
         (
             RuntimeError(
                 "Caught RuntimeError in DataLoader worker process 0.\n"

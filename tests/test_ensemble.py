@@ -178,3 +178,17 @@ def test_a_broken_image_fails_alone_at_several_sizes(pictures):
 def test_a_checkpoint_of_several_that_is_missing_is_named(checkpoints, tmp_path):
     with pytest.raises(UserError, match=r"absent\.pt: no such checkpoint"):
         load_network([*checkpoints, tmp_path / "absent.pt"], {})
+
+
+def test_weights_that_give_no_finite_probabilities_are_an_error_where_they_are_used(small, tmp_path):
+    torch.manual_seed(0)
+    config = small.changed(weights="none")
+    model = DBNet(config)
+    model.prob_branch[4].running_mean.fill_(-3e38)  # makes features infinite, and their sums are NaN
+    model.prob_branch[4].running_var.fill_(0)
+    save_checkpoint(tmp_path / "odd.pt", config, model)
+    dataset = TextDataset(config, "val", train=False)
+    with pytest.raises(UserError, match=r"odd\.pt: gives no finite probabilities"):
+        list(Pipeline(dataset, config, "cpu").detect(load_network([tmp_path / "odd.pt"], {})))
+    in_training = Pipeline(dataset, config, "cpu").detect(Ensemble.of(model.eval(), config, CPU))
+    assert not any(found.polygons for found in in_training)

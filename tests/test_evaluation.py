@@ -333,10 +333,3 @@ def test_detections_that_are_not_scored_are_counted_in_one_line():
     many = [box(0, 20 * i, 40, 10) for i in range(501)]
     table = evaluation_of(**{"a.jpg": ([WORD], many), "b.jpg": ([WORD], many[:500])}).table()
     assert "1 images have more detections than the 500 that CLEval scores, a.jpg first" in table
-
-
-def test_images_with_as_many_detections_as_allowed_are_named_in_one_line():
-    evaluation = evaluation_of(**{"a.jpg": ([WORD], [WORD])})
-    assert "max-candidates" not in evaluation.table()
-    evaluation.max_candidates = 1
-    assert "1 images have as many detections as --max-candidates allows, a.jpg first" in evaluation.table()

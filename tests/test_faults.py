@@ -470,3 +470,47 @@ def test_damaged_rows_of_a_log_are_left_out(tmp_path):
     path.write_text('{"epoch": "1", "lr": 1}\n' + "[" * 200_000 + '\n[1]\n{"epoch": 2}\n')
     log_row(path, {"epoch": 3})
     assert [row["epoch"] for row in map(json.loads, path.read_text().splitlines())] == [1, 2, 3]
+
+
+def test_words_that_are_too_small_at_the_image_size_end_the_training_in_one_line(rendered, tmp_path):
+    data = copies(rendered, tmp_path / "data", train=3, val=1)
+    path = data / "jsons" / "train.json"
+    content = json.loads(path.read_text())
+    for image in content["images"].values():
+        corners = [[5.6, 5.6], [6.6, 5.6], [6.6, 6.6], [5.6, 6.6]]  # within a pixel at 64 px
+        image["words"] = {"small": {"points": corners, "transcription": "small"}}
+    path.write_text(json.dumps(content))
+    still = [word for name in ("rotate", "perspective", "flip-p") for word in (f"--{name}", "0")]
+    said = run("train.py", *FLAGS, *still, "--scale", "1", "--data", data, cwd=tmp_path, status=2)
+    assert "nothing to learn in epoch 1: all text is masked, too small at --image-size" in said
+    assert "Traceback" not in said
+
+
+def test_a_run_that_another_process_has_trained_on_is_resumed_from_there(rendered, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["--preset", "lite", "--weights", "none", "--image-size", "64", "--data", rendered, "--workers", "0"]
+
+    def command(*more):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, (*words, "--run", "a", *more))])
+        train.main()
+
+    command("--epochs", "1")
+    first, lock = Path("runs/a/last.pt").read_bytes(), train.lock_run
+    command("--epochs", "2", "--resume")
+    second = Path("runs/a/last.pt").read_bytes()
+    Path("runs/a/last.pt").write_bytes(first)
+
+    def lock_later(run):
+        Path("runs/a/last.pt").write_bytes(second)  # between the first look at the run and the lock
+        return lock(run)
+
+    monkeypatch.setattr(train, "lock_run", lock_later)
+    capsys.readouterr()
+    command("--epochs", "3", "--resume")
+    said = capsys.readouterr().out
+    assert "epoch 3/3: loss" in said and "epoch 2/3: loss" not in said
+
+
+def test_a_validation_that_is_cut_says_so(rendered, tmp_path, capsys):
+    train.train(tiny(rendered, thresh=0.0, box_thresh=0.0, min_size=0.0, max_candidates=1), tmp_path / "a")
+    assert "images have as many polygons as --max-candidates allows" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import evaluate
 import export
 import predict
 import train
-from dbnet.annotations import RESULT_MARK, Annotation, write_detections
+from dbnet.annotations import RESULT_MARK, Annotation, choose_format, result_mark, write_detections
 from dbnet.checkpoint import load_checkpoint, save_checkpoint
 from dbnet.config import Config
 from dbnet.errors import UserError
@@ -25,7 +26,7 @@ from dbnet.files import Journal, check_outputs, write_json, write_whole
 from dbnet.formats import read_labels_at, read_submission
 from dbnet.images import read_image, read_size
 from dbnet.model import DBNet
-from dbnet.pictures import PICTURE_MARK, write_image
+from dbnet.pictures import PICTURE_MARK, ImagePictures, write_image
 from dbnet.report import REPORT_MARK, write_report
 
 READERS = {
@@ -159,7 +160,7 @@ WRITERS = {
     "page.html": (REPORT_MARK, lambda path: write_report(path, Evaluation(), "", {}, None, "auto")),
     "a.png": (PICTURE_MARK, lambda path: write_image(path, PIXELS)),
     "a.jpg": (PICTURE_MARK, lambda path: write_image(path, PIXELS)),
-    "a.csv": ("filename,polygons", lambda path: write_detections(path, "csv", FOUND)),
+    "a.csv": (result_mark("csv"), lambda path: write_detections(path, "csv", FOUND)),
     "a.json": (RESULT_MARK, lambda path: write_detections(path, "competition", FOUND)),
     "coco.json": (RESULT_MARK, lambda path: write_detections(path, "coco", FOUND)),
     "a.zip": (RESULT_MARK, lambda path: write_detections(path, "icdar", FOUND)),
@@ -250,3 +251,27 @@ def test_the_key_of_a_file_changes_when_another_of_its_size_and_time_takes_its_p
     time.sleep(0.02)  # the clock of file systems ticks every few milliseconds
     images[1].rename(images[0])
     assert journal.key(images[0], images[0]) != before
+
+
+def test_a_table_that_somebody_has_saved_again_or_text_about_one_is_not_overwritten(tmp_path):
+    table, pictures = tmp_path / "a.csv", ImagePictures(None, tmp_path / "crops", {})
+    pictures.write_index({}, {})
+    write_detections(table, "csv", {"a.jpg": Annotation([np.ones((4, 2), int)], [False])})
+    for path, mark in ((table, result_mark("csv")), pictures.outputs()[0]):
+        written = path.read_bytes()
+        check_outputs((path, mark))
+        for theirs in (written.replace(b"\r\n", b"\n"), b'HEADER = "' + mark.encode() + b'"', b"# a\r\n" + written):
+            path.write_bytes(theirs)
+            with pytest.raises(UserError, match="is not an earlier result of this kind"):
+                check_outputs((path, mark))
+
+
+def test_names_that_get_too_long_with_what_is_added_are_told_before_the_work(tmp_path):
+    for letters, too_long in ((250, "csv"), (246, ""), (251, "labelme csv")):
+        name = "a" * letters + ".jpg"
+        pictures = ImagePictures(None, tmp_path / "crops", {name: tmp_path / name})
+        told = pytest.raises(UserError, match="the name is too long for a file; shorten it")
+        with told if "csv" in too_long else nullcontext():
+            check_outputs((tmp_path / "a.csv", MARK), *pictures.outputs())
+        with told if "labelme" in too_long else nullcontext():
+            choose_format(tmp_path / "labels", "labelme", [f"x/{name}"])

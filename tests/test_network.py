@@ -187,6 +187,14 @@ def test_init_takes_what_fits_and_says_what_not(checkpoint, small, changes, word
         assert tensor.equal(before[name] if left else theirs[name])
 
 
+def test_init_leaves_out_what_has_no_shape(checkpoint, small, capsys):
+    content = load_checkpoint(checkpoint)
+    ragged = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(3, 3)], layout=torch.strided)
+    content["model"] |= {"prob_branch.0.weight": ragged, "thresh_branch.0.weight": "text"}
+    start_from(DBNet(small), content, checkpoint)
+    assert "342 of 344 tensors taken; left as they were: prob_branch, thresh_branch" in capsys.readouterr().out
+
+
 def test_init_takes_no_part_of_a_deeper_backbone(small, tmp_path, capsys):
     """All tensors of a ResNet-18 have namesakes of their shape in a ResNet-34, which compute something else there."""
     deeper, ours = (small.changed(backbone=name) for name in ("resnet34", "resnet18"))

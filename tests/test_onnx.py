@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -79,23 +78,19 @@ def test_a_file_of_half_the_size_computes_what_its_rounded_kernels_say(exported)
 
 
 @pytest.mark.parametrize("error", [0.01, np.nan])
-def test_a_file_that_computes_something_else_is_not_kept(exported, tmp_path, monkeypatch, error):
+def test_a_file_that_computes_something_else_is_not_written(exported, tmp_path, monkeypatch, error):
     model, config, _ = load_model(exported / "best.pt", {})
     right = OnnxNetwork.probabilities
     monkeypatch.setattr(OnnxNetwork, "probabilities", lambda self, images: right(self, images) + np.float32(error))
-    with pytest.raises(UserError, match=r"wrong\.onnx: not kept: .* with a difference"):
-        export.export_onnx(tmp_path / "wrong.onnx", model, config, half=False)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(("target", "is_kept"), [("/dev/null", True), ("wrong.onnx", False)])
-def test_behind_a_link_a_device_is_kept_and_a_wrong_file_is_not(exported, tmp_path, monkeypatch, target, is_kept):
-    model, config, _ = load_model(exported / "best.pt", {})
-    monkeypatch.setattr(OnnxNetwork, "probabilities", lambda self, images: np.full(images.shape[:3], np.nan))
-    (tmp_path / "link.onnx").symlink_to(target)
-    with nullcontext() if is_kept else pytest.raises(UserError, match=r"link\.onnx: not kept"):
-        export.export_onnx(tmp_path / "link.onnx", model, config, half=False)
-    assert (tmp_path / "link.onnx").is_symlink() and (tmp_path / "link.onnx").exists() == is_kept
+    earlier, link, device = (tmp_path / f"{name}.onnx" for name in ("earlier", "link", "device"))
+    earlier.write_bytes(b"an earlier export")
+    link.symlink_to("absent.onnx")
+    device.symlink_to("/dev/null")
+    for path in (tmp_path / "new.onnx", earlier, link, device):
+        with pytest.raises(UserError, match=rf"{path.name}: not written: .* with a difference"):
+            export.export_onnx(path, model, config, half=False)
+    assert earlier.read_bytes() == b"an earlier export" and link.is_symlink() and device.exists()
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_file_runs_on_the_provider_of_onnx_runtime_that_is_named(exported):
@@ -275,3 +270,36 @@ def test_export_half_of_a_checkpoint_with_odd_weights_is_rejected(exported, tmp_
     with pytest.raises(UserError, match=r"odd\.pt"):
         export.main()
     assert not (tmp_path / "half.pt").exists()
+
+
+def heavy(path):
+    """Write a model of a thousand products of constant matrices, which ONNX Runtime computes while it loads."""
+    from onnx import TensorProto, helper
+
+    size = helper.make_tensor("size", TensorProto.INT64, [2], [2048, 2048])
+    value = helper.make_tensor("v", TensorProto.FLOAT, [1], [1e-4])
+    nodes = [helper.make_node("ConstantOfShape", ["size"], ["x0"], value=value)]
+    nodes += [helper.make_node("MatMul", [f"x{number}", "x0"], [f"x{number + 1}"]) for number in range(1000)]
+    return model_of(path, [*nodes, helper.make_node("ReduceSum", ["x1000"], ["sum"], keepdims=0)], initializer=[size])
+
+
+def test_an_onnx_file_of_endless_work_is_rejected_in_time(tmp_path):
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from dbnet import inference
+from dbnet.errors import run_script
+inference._SLOWEST = 1
+run_script(lambda: inference.OnnxNetwork(inference.Path({str(heavy(tmp_path / "heavy.onnx"))!r}), {{}}))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and "heavy.onnx: takes more than 1 s; export it with export.py" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_an_onnx_file_that_gives_no_probabilities_is_rejected(tmp_path):
+    bright, dark = np.full((1, 32, 32, 3), 200, np.uint8), np.zeros((1, 32, 32, 3), np.uint8)
+    network = OnnxNetwork(model_of(tmp_path / "mean.onnx"), {})
+    with pytest.raises(UserError, match=r"mean\.onnx: gives values that are no probabilities"):
+        network.probabilities(bright)
+    assert network.probabilities(dark).max() == 0

@@ -280,6 +280,41 @@ def test_a_broken_page_of_a_tiff_is_named_and_the_others_are_read(tmp_path):
         read_image(page(path, 2))
 
 
+def test_pages_behind_a_broken_place_of_a_tiff_are_said_to_be_lost(tiff, capsys):
+    data, places = tiff.read_bytes(), [4]
+    while (first := int.from_bytes(data[places[-1] : places[-1] + 4], "little")) and len(places) < 9:
+        places.append(first + 2 + 12 * int.from_bytes(data[first : first + 2], "little"))
+    assert len(places) == 4 and capsys.readouterr().out == ""
+    first, beyond = data[4:8], (1 << 24).to_bytes(4, "little")
+    lost, unread = "broken behind page {}; pages that come after it are lost", "only the first page is read"
+    for index, target, pages, words in ((2, first, 2, lost), (3, first, 3, lost), (3, beyond, 1, unread)):
+        place = places[index]
+        tiff.write_bytes(data[:place] + target + data[place + 4 :])
+        images._walk_pages.cache_clear()
+        found = find_images_at([tiff.parent])
+        said = capsys.readouterr().out
+        assert len(found) == pages and words.format(pages) in said and said.count("\n") == 1
+
+
+def test_a_file_of_several_pictures_that_are_no_pages_is_said(tmp_path, capsys):
+    def save(name, kind):
+        first, *others = (Image.new("RGB", (30, 20), color) for color in ("red", "lime", "blue"))
+        first.save(tmp_path / name, kind, save_all=True, append_images=others)
+
+    kinds = {"a.gif": "GIF", "a.webp": "WEBP", "a.png": "PNG", "scan.jpg": "TIFF", "scan.PNG": "TIFF"}
+    for name, kind in kinds.items():
+        save(name, kind)
+    Image.new("RGB", (30, 20)).save(tmp_path / "one.gif")
+    Image.new("RGB", (30, 20)).save(tmp_path / "one.png")
+    save("phone.jpg", "MPO")  # as phones add a preview
+    (tmp_path / "broken.gif").write_bytes(b"GIF89a" + bytes(20))
+    assert len(find_images_at([tmp_path])) == 9
+    said = capsys.readouterr().out.splitlines()
+    assert sorted(said) == sorted(
+        f"{tmp_path / name}: holds several pictures; only the first is read" for name in kinds
+    )
+
+
 def test_pages_are_trained_on_and_scored_like_images(tmp_path, pdf, tiff):
     names = [f"{pdf.name}#page=2", f"{tiff.name}#page=2", tiff.name]
     for split in ("train", "val"):

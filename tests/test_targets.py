@@ -234,3 +234,14 @@ def test_a_tangle_of_countless_crossings_is_named_to_be_masked_in_time():
     with in_time():
         prob_map, _, lost = draw_targets([tangle], 640, 640)
     assert lost == [0] and not prob_map.any()
+
+
+def test_a_dont_care_outline_that_runs_round_twice_covers_all_that_it_surrounds():
+    square, octagon = rectangle(10, 10, 50, 40), np.array([[20, 5], [40, 5], [50, 20], [40, 50], [20, 50], [10, 20]])
+    for once in (square, octagon, square[::-1]):
+        mask = polygon_mask([once], 64, 64)
+        for times in (2, 3):
+            assert np.array_equal(polygon_mask([np.tile(once, (times, 1))], 64, 64), mask)
+            assert np.array_equal(polygon_mask([np.concatenate([once, once[:1]] * times)], 64, 64), mask)
+    bow_tie = np.array([[10, 10], [30, 30], [50, 10], [50, 50], [30, 30], [10, 50]])
+    assert polygon_mask([bow_tie], 64, 64)[30, [12, 48]].all() and not polygon_mask([bow_tie], 64, 64)[12, 30]

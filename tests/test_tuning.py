@@ -11,7 +11,7 @@ from dbnet.annotations import Annotation
 from dbnet.checkpoint import change_checkpoint, load_checkpoint, save_checkpoint
 from dbnet.config import Config
 from dbnet.errors import UserError
-from dbnet.inference import polygons_of
+from dbnet.inference import most_polygons, polygons_of, print_full
 from dbnet.metric import score_image
 from dbnet.targets import make_targets
 from dbnet.tuning import ScoredMap, Tuning, grid_of, tune
@@ -233,3 +233,21 @@ def test_a_change_that_cannot_be_written_leaves_the_checkpoint_as_it_was(tmp_pat
     with pytest.raises(UserError, match="--thresh 7"):
         change_checkpoint(path, {"thresh": 7.0})
     assert path.read_bytes() == before
+
+
+def test_a_strip_in_windows_may_have_as_many_polygons_in_each_and_says_where_they_are_cut(capsys):
+    prob_map, words = np.zeros((1190, 380), np.uint8), []
+    for place in range(5):
+        words.append(box(50, 100 + 200 * place, 250, 40))
+        prob_map[100 + 200 * place :][:40, 50:300] = 230
+    page = ScoredMap("a.png", prob_map, (380, 1190), Annotation(words, [False] * 5))
+    for most, found in ((3, 5), (2, 4)):  # 1216 px with its padding: two windows of 800
+        config = config_of(image_size=800, max_candidates=most)
+        polygons, _ = polygons_of(prob_map, page.size, config)
+        assert len(polygons) == found and most_polygons(page.size, config) == 2 * most
+        tuning = tune([page, page._replace(name="b.png")], config, grid_with((0.3,), (0.25,), (2.0,), (3.0,)))
+        expected = score_image(words, polygons)
+        assert tuning.scores[0, 0].tolist() == [expected.precision, expected.recall, expected.hmean]
+        print_full([("a.png", found, page.size), ("unreadable.png", 0, None)], config)
+        line = "1 images have as many polygons as --max-candidates allows, a.png first: raise it for all text\n"
+        assert capsys.readouterr().out == (line if most == 2 else "")

@@ -22,8 +22,6 @@ FIXED_PITCH = 0.62  # width of a letter's cell in fixed-pitch print, in font siz
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "/Library/Fonts", "C:/Windows/Fonts")
 FONT_NAMES = ("DejaVuSans", "DejaVuSerif", "Liberation", "FreeSans", "FreeMono", "Arial", "cour", "Courier New")
 
-# ---- the text of a receipt
-
 _VOCABULARIES = json.loads(Path(__file__).with_name("vocabularies.json").read_text(encoding="utf-8"))
 LATIN, KOREAN = (Vocabulary(**_VOCABULARIES[name]) for name in ("latin", "korean"))
 """Words of a language: `columns` are alternative headings of the table of items (name, quantity, unit price, amount),
@@ -204,9 +202,6 @@ def draw_logo(rng: Generator, ink: np.ndarray) -> None:
             angles = np.sort(rng.uniform(0, 2 * math.pi, rng.integers(3, 8)))
             points = centre + np.stack([np.cos(angles), np.sin(angles)], 1) * axes
             cv2.fillPoly(ink, [points.astype(np.int32)], shade, cv2.LINE_AA)
-
-
-# ---- print
 
 
 class Typeface(NamedTuple):

@@ -33,8 +33,6 @@ LabelledWord = tuple[np.ndarray, str, bool]  # polygon (4, 2), transcription, il
 Frame = tuple[int, int]  # width, height of the image
 Fonts = Sequence[str]  # paths of .ttf or .otf files
 
-# ---- paper: (height, width, 3) uint8 RGB
-
 
 def smooth_noise(rng: Generator, height: int, width: int, rows: int, columns: int) -> np.ndarray:
     """(height, width) float32, about 0 to 1: rows x columns random values, enlarged smoothly."""
@@ -121,9 +119,6 @@ def develop(rng: Generator, sheet: Sheet, flat: bool, varied: bool) -> tuple[np.
     if varied and chance(rng, 0.25):  # light print on dark paper
         paper = to_image(255 - paper * np.float32(rng.uniform(0.7, 1)))
     return paper, strength * float(white.mean() - ink.mean())
-
-
-# ---- scene: the position of the paper, and its surroundings
 
 
 def transform(homography: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -298,9 +293,6 @@ def render_receipt(
         labelled = [(np.stack([x[:, 1], image.shape[1] - x[:, 0]], 1), text, faint) for x, text, faint in labelled]
         image = np.ascontiguousarray(np.rot90(image))
     return image, labelled
-
-
-# ---- data set on disk
 
 
 def write_receipt(job: tuple[str, int], folder: Path, size: int, seed: int, **options: Any) -> tuple[str, dict]:
