@@ -94,6 +94,8 @@ def check(path: Path, model: "DBNet", config: Config) -> None:
         images = rng.integers(0, 256, shape, dtype=np.uint8)
         with torch.inference_mode():
             expected = AnySize(model)(torch.from_numpy(images)).numpy()
+        if not np.isfinite(expected).all():
+            raise UserError(f"{path.name}: not written: the checkpoint gives no finite probabilities")
         difference = np.maximum(difference, np.abs(exported.probabilities(images) - expected).max())  # keeps NaN
     receipt, _ = render_receipt(rng, config.image_size)
     networks = Ensemble.of(model, config, torch.device("cpu")), exported

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from dbnet.annotations import Annotation
-    from dbnet.config import Config
     from dbnet.files import Journal
     from dbnet.inference import Detection
     from dbnet.pictures import ImagePictures
@@ -75,7 +74,7 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
     from dbnet.device import all_gather, from_first, init_process_group, is_first, print0, progress, rank, world_size
     from dbnet.files import Journal, check_outputs, make_folder, stamp
     from dbnet.images import file_of
-    from dbnet.inference import Pipeline, find_weights, load_network
+    from dbnet.inference import Pipeline, find_weights, load_network, print_full
     from dbnet.pictures import ImagePictures
     from dbnet.splits import find_images_at, find_labels, read_images
 
@@ -120,7 +119,8 @@ def run(args: Namespace, changes: dict[str, Any]) -> None:
         pictures.write_index(images, {name: row for name, row in rows.items() if images[name] not in unreadable})
         journal.remove()
         lines = [unreadable[path] for path in paths if path in unreadable]
-        print_summary(args, form, rows, lines, config)
+        print_summary(args, form, rows, lines)
+        print_full(((name, len(row.polygons), row.size) for name, row in rows.items()), config)
         if not any(row.size for row in rows.values()):
             raise UserError(f"{args.out}: is written, but none of the {len(rows)} images could be read; {lines[0]}")
 
@@ -149,15 +149,12 @@ def collect(
     return found, unreadable
 
 
-def print_summary(args: Namespace, form: str, rows: dict[str, Annotation], failures: list[str], config: Config) -> None:
+def print_summary(args: Namespace, form: str, rows: dict[str, Annotation], failures: list[str]) -> None:
     """Say what was written where, and what failed."""
-    from dbnet.inference import print_full
-
     for line in failures:
         print(line)
     polygons, unreadable = sum(len(row.polygons) for row in rows.values()), sum(not row.size for row in rows.values())
     print(f"{args.out}: {len(rows)} images, {polygons} polygons, {unreadable} images could not be read")
-    print_full(((name, len(row.polygons), row.size) for name, row in rows.items()), config)
     if form == "icdar" and any(len(polygon) != 4 for row in rows.values() for polygon in row.polygons):
         print(f"{args.out}: has polygons of more than four points; if a website rejects them, add --use-polygon false")
     if args.sort_by == "uncertainty":

@@ -92,14 +92,14 @@ def thresh_mask(prob_map: Map, thresh_levels: Map) -> Map:
 
 def polygon_mask(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
     """(height, width) uint8, 1 inside any polygon, or on the outline of one without area: no loss looks there. An
-    outline that runs round twice is filled; a tangled one is even-odd."""
+    outline that runs round twice is filled, and so is the hull of a tangled one, which would take minutes."""
     mask = np.zeros((height, width), np.uint8)
     for _, points in _stacked_by_point_count(polygons):
         for polygon in points:
-            cv2.fillPoly(mask, [polygon], 1)
-            if len(polygon) > 4 and not is_tangled(polygon):
-                for piece in pyclipper.SimplifyPolygon(polygon.tolist(), pyclipper.PFT_NONZERO):
-                    cv2.fillPoly(mask, [np.array(piece, np.int32)], 1)
+            polygon = cv2.convexHull(polygon)[:, 0] if is_tangled(polygon) else polygon
+            loops = pyclipper.SimplifyPolygon(polygon.tolist(), pyclipper.PFT_NONZERO) if len(polygon) > 4 else []
+            for piece in (polygon, *loops):
+                cv2.fillPoly(mask, [np.array(piece, np.int32)], 1)
     return mask
 
 

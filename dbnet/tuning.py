@@ -179,13 +179,12 @@ def _score_selections(image: ScoredMap, regions: list[Region], config: Config, g
 
     measures = [(region.score, region.breadth, breadth) for region, (_, breadth) in zip(regions, grown, strict=True)]
     measured = np.array(measures).reshape(-1, 3)
-    selections = []
+    selections, most = [], most_polygons(image.size, config)
     for box_thresh, min_size in product(grid["box_thresh"], grid["min_size"]):
         is_chosen = (measured >= (box_thresh, min_size, min_size + 2)).all(axis=1)
-        selections.append(is_chosen & (is_chosen.cumsum() <= most_polygons(image.size, config)))
+        selections.append(is_chosen & (is_chosen.cumsum() <= most))
     distinct, place = np.unique(selections, axis=0, return_inverse=True)
-    annotation = image.annotation
-    found = score_selections(annotation.polygons, polygons, annotation.dont_care, list(distinct))
+    found = score_selections(image.annotation.polygons, polygons, image.annotation.dont_care, list(distinct))
     scores = np.array([(score.precision, score.recall, score.hmean) for score in found])
     return scores[place.reshape(len(grid["box_thresh"]), -1)]
 
