@@ -262,7 +262,8 @@ class Polygons:
             hole_of, hole = shapely.STRtree(top).query(shapes[below], predicate="intersects")
             for index in np.unique(hole_of):
                 holes = shapely.union_all(top[hole[hole_of == index]])
-                shapes[below[index]] = shapely.difference(shapes[below[index]], holes)
+                parts = shapely.get_parts(shapely.difference(shapes[below[index]], holes))
+                shapes[below[index]] = shapely.multipolygons(parts[shapely.get_dimensions(parts) == 2])  # no lines
         return shapes[place]
 
     def on_grid(self, index: int, low: np.ndarray, high: np.ndarray) -> np.ndarray:

@@ -375,6 +375,12 @@ def test_of_a_selection_the_first_500_are_scored():
     assert (later.detections, later.chars_tp) == (500, 4)
 
 
+def test_a_word_that_dont_care_words_cut_to_an_area_and_a_line_is_scored():
+    crossed, below = [(1, 1), (-4, 107), (12, 56), (-30, 12)], [(0, 0), (0, 20), (-9, 34), (11, 1)]
+    score = score_image([crossed, below], [[(0, 0), (0, 0), (0, 1), (1, 0)]], [False, True])
+    assert (score.words, score.detections, score.chars_tp) == (2, 1, 0)
+
+
 # ------------------------------------------------------------------------------------------------------ hostile input
 
 
