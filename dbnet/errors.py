@@ -4,12 +4,14 @@ import os
 import re
 import shlex
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
 
+ABANDONED = "abandoned"  # name of a thread that cannot be stopped
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _OUT_OF_MEMORY = re.compile(
     "out ?of ?memory|can(no|')t allocate memory|(insufficient|not enough) memory|alloc_failed|allocation_failed"
@@ -112,6 +114,8 @@ def run_script(main: Callable[[], Any]) -> None:
     if not status and screen.failure and not isinstance(screen.failure, BrokenPipeError):
         print(f"error: stdout: cannot be written ({screen.failure.strerror})", file=sys.stderr)
         status = 2
+    if any(thread.name == ABANDONED for thread in threading.enumerate()):
+        os._exit(status or 0)  # the end of the interpreter would abort the process
     if status:
         sys.exit(status)
 

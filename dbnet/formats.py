@@ -390,9 +390,6 @@ def _read_each(files: list[TextFile], form: str, names: ImageNames) -> Iterator[
         yield file.where, images[0], parse(file.where, file.read())
 
 
-# ---- files for all images
-
-
 def parse_competition(where: str, text: str, names: ImageNames) -> Iterator[Entry]:
     """`{"images": {FILENAME: {"words": {ID: {"points": [[x, y], ...]}}}}}`."""
     content = parse_json(where, text)
@@ -480,8 +477,6 @@ WHOLE_PARSERS = {"competition": parse_competition, "coco": parse_coco, "ppocrlab
 """Readers of the files that are about all images, by format."""
 
 
-# ---- formats that are only recognized
-
 _AS_LINES = "write each outline as a line x1,y1,x2,y2,x3,y3,x4,y4,text into NAME.txt"
 _FOREIGN_LINES = (
     (r"x:\s*\[\[", f"this is Total-Text's form; {_AS_LINES}"),
@@ -548,8 +543,6 @@ def find_foreign_labels(folders: list[Path]) -> str | None:
     found = next((path for path in files if path.suffix.lower() in _FOREIGN_SUFFIXES), None)
     return f"{found}: is {_FOREIGN_SUFFIXES[found.suffix.lower()]}" if found else None
 
-
-# ---- the labels of a split, in any format
 
 _SUFFIXES = {"auto": (".txt", ".json"), **dict.fromkeys(("labelme", "coco", "competition"), (".json",))}
 _PPOCRLABEL = re.compile(r"[^\t\n]+\t\s*\[.*\]\s*")

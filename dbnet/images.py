@@ -107,6 +107,7 @@ def list_pages(path: Path) -> list[Path]:
     else:
         with _opened(path) as (image, *_), library_errors(f"{path}: broken page", kind=ImageError):
             if not isinstance(image, TiffImageFile):
+                tell_pictures(path)
                 return [path]
             numbers = range(1, image.n_frames + 1)
             image.seek(numbers[-1] - 1)
@@ -117,11 +118,11 @@ def list_pages(path: Path) -> list[Path]:
     return [path.with_name(f"{path.name}#page={number}") for number in numbers]
 
 
-def is_animated(path: Path) -> bool:
-    """Whether a file is an animation, or a TIFF of pages under another suffix; what phones add to a JPEG is no page."""
+def tell_pictures(path: Path) -> None:
+    """Print a line for an animation, or a TIFF of pages under another suffix; what phones add to a JPEG is no page."""
     with suppress(ImageError, MemoryError), _opened(path) as (image, *_), library_errors("broken", kind=ImageError):
-        return image.format not in _JPEGS and getattr(image, "is_animated", False)
-    return False
+        if image.format not in _JPEGS and getattr(image, "is_animated", False):
+            print(f"{path}: holds several pictures; only the first is read")
 
 
 def read_image(path: Path, image_size: int | None = None, data: bytes | None = None) -> tuple[np.ndarray, Size]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +26,7 @@ from PIL import Image, ImageOps
 
 from dbnet.config import MAX_IMAGE_SIZE, NETWORK_FIELDS, STRIDE, Config
 from dbnet.dataset import Batches, Draw, ImageDataset, count_cores, count_workers, load_batches, make_loader
-from dbnet.errors import ImageError, UserError, is_out_of_memory, library_errors, printable
+from dbnet.errors import ABANDONED, ImageError, UserError, is_out_of_memory, library_errors, printable
 from dbnet.files import check_regular, write_whole
 from dbnet.geometry import ZOOM, Letterbox, in_windows, inference_side, median_length, padded, tall_share, windows
 from dbnet.images import list_pages, read_image, read_size, to_rgb
@@ -145,9 +146,11 @@ def _in_time(path: Path, work: Callable[[], Any], megapixels: float = 1) -> Any:
         except BaseException as error:
             future.set_exception(error)
 
-    Thread(target=finish, daemon=True).start()
-    with suppress(TimeoutError):
-        return future.result(seconds)
+    Thread(target=finish, daemon=True, name=ABANDONED).start()
+    started = time.process_time()  # of all threads; a process that is stopped for a while spends none
+    while time.process_time() - started < seconds * count_cores():
+        with suppress(TimeoutError):
+            return future.result(1)
     raise UserError(f"{path}: takes more than {seconds:.0f} s; {_EXPORT_ANEW}")
 
 

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from support import ROOT
 
 from dbnet.errors import ImageError, UserError, library_errors, one_line, printable
 
@@ -130,3 +131,17 @@ def test_an_image_that_memory_does_not_hold_is_not_called_broken(tmp_path, suffi
     )
     result = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True)
     assert result.stdout == "no memory\n", result.stderr
+
+
+def test_a_thread_that_cannot_be_stopped_does_not_abort_the_end_of_a_script():
+    code = """
+import threading, time
+from dbnet.errors import ABANDONED, UserError, run_script
+def main():
+    threading.Thread(target=time.sleep, args=(600,), name=ABANDONED).start()
+    print("printed")
+    raise UserError("too slow")
+run_script(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "printed\n", "error: too slow\n")

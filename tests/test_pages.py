@@ -373,3 +373,11 @@ def test_a_pdf_has_no_more_pages_than_bytes(tmp_path):
     path = tmp_path / "again.pdf"
     path.write_text(f"%PDF-1.4\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj\n{kids}\n{page}\ntrailer<</Root 1 0 R>>\n")
     assert 0 < len(list_pages(path)) <= path.stat().st_size
+
+
+def test_a_named_page_is_not_called_the_first_picture_and_an_animation_by_the_suffix_of_a_tiff_is(tiff, capsys):
+    assert len(find_images_at([page(tiff, 2), page(tiff, 3)])) == 2 and capsys.readouterr().out == ""
+    moving = tiff.with_name("moving.tif")
+    Image.new("RGB", (9, 9), "red").save(moving, "GIF", save_all=True, append_images=[Image.new("RGB", (9, 9))])
+    assert find_images_at([moving]) == {moving.name: moving}
+    assert capsys.readouterr().out == f"{moving}: holds several pictures; only the first is read\n"
