@@ -88,16 +88,12 @@ def file_of(path: Path) -> Path:
     return _page_of(path)[0]
 
 
-def _is_pdf(path: Path) -> bool:
-    return file_of(path).suffix.lower() == ".pdf"
-
-
 def list_pages(path: Path) -> list[Path]:
     """A path for each page of a PDF or TIFF file, in order; of a page, or of a TIFF with one, its own. Prints how many
-    pages of a PDF cannot be opened and are left out. Raises ImageError, or UserError without pypdfium2."""
+    pages of a PDF cannot be opened, or that a TIFF is cut. Raises ImageError, or UserError without pypdfium2."""
     if file_of(path) != path:
         return [path]
-    if _is_pdf(path):
+    if path.suffix.lower() == ".pdf":
         answer = _ask_renderer(path)
         numbers, claimed = answer["pages"], answer["claimed"]
         if not numbers:
@@ -105,17 +101,15 @@ def list_pages(path: Path) -> list[Path]:
         if len(numbers) < claimed:
             print(f"{path}: says that it has {claimed} pages; {len(numbers)} can be opened")
     else:
-        with _opened(path) as (image, *_), library_errors(f"{path}: broken page", kind=ImageError):
+        with _opened(path) as (image, *_):
             if not isinstance(image, TiffImageFile):
                 tell_pictures(path)
                 return [path]
-            numbers = range(1, image.n_frames + 1)
-            image.seek(numbers[-1] - 1)
-            if image.tag_v2.next:
-                print(f"{path}: broken behind page {numbers[-1]}; pages that come after it are lost")
-        if len(numbers) == 1:
-            return [path]
-    return [path.with_name(f"{path.name}#page={number}") for number in numbers]
+            count, is_cut, _ = _walk_pages(path, stamp(path))
+        if is_cut:
+            print(f"{path}: broken behind page {count}; pages that come after it are lost")
+        numbers = range(1, count + 1) if count > 1 else ()
+    return [path.with_name(f"{path.name}#page={number}") for number in numbers] or [path]
 
 
 def tell_pictures(path: Path) -> None:
@@ -135,7 +129,7 @@ def read_image(path: Path, image_size: int | None = None, data: bytes | None = N
     Returns (height, width, 3) uint8 RGB pixels, upright by the EXIF orientation and possibly reduced, with transparency
     on white; and (width, height) of the full image, upright: the pixels of its annotations. Raises ImageError for a
     file that is missing, damaged, no image, or too large to decode, and MemoryError."""
-    if data is None and _is_pdf(path):
+    if data is None and file_of(path).suffix.lower() == ".pdf":
         answer = _ask_renderer(path, image_size or sys.maxsize)
         return answer["pixels"], tuple(answer["size"])
     with _opened(path, data) as (image, orientation, size, file):
@@ -148,7 +142,7 @@ def read_image(path: Path, image_size: int | None = None, data: bytes | None = N
 
 def read_size(path: Path, data: bytes | None = None) -> Size:
     """(width, height) in pixels of an image as a viewer shows it, from its header. Raises as `read_image` does."""
-    if data is None and _is_pdf(path):
+    if data is None and file_of(path).suffix.lower() == ".pdf":
         return tuple(_ask_renderer(path, 0)["size"])
     with _opened(path, data) as (_, _, size, _):
         return size
@@ -185,7 +179,7 @@ def _opened(path: Path, data: bytes | None = None) -> Iterator[tuple[Image.Image
             if number is not None:
                 if image.format != "TIFF":
                     raise ImageError(f"{path}: a {image.format} without pages; name it without #page=")
-                count, walked = _walk_pages(source, stamp(source))
+                count, _, walked = _walk_pages(source, stamp(source))
                 if not 1 <= number <= count:
                     raise ImageError(f"{path}: no such page; the file has {count}")
                 with library_errors(f"{path}: broken page", kind=ImageError):
@@ -195,13 +189,18 @@ def _opened(path: Path, data: bytes | None = None) -> Iterator[tuple[Image.Image
 
 
 @lru_cache(maxsize=1)
-def _walk_pages(path: Path, stamped: tuple[int, int] | None) -> tuple[int, dict[str, list[int]]]:
-    """The number of pages of a TIFF file, and what Pillow then knows of their places: for each page that is opened, it
-    would walk there from the first."""
+def _walk_pages(path: Path, stamped: tuple[int, int] | None) -> tuple[int, bool, dict[str, list[int]]]:
+    """The number of pages of a TIFF file, of which some may be broken; whether the last points to more, but to no page;
+    and what Pillow then knows of their places: for each page that is opened, it would walk there from the first."""
     with path.open("rb") as file:
         image: Any = _open_image(path, file)
-        with library_errors(f"{path}: broken page", kind=ImageError):
-            return image.n_frames, {name: vars(image)[name] for name in _TIFF_PLACES if name in vars(image)}
+        count, places = 0, image._frame_pos
+        while len(places) > count and image.tag_v2 and places[count] not in places[count - 1 : count]:
+            count += 1
+            with suppress(ImageError), library_errors("", kind=ImageError):
+                image.seek(count)
+        is_cut = len(places) > count or bool(image.tag_v2.next)
+        return count, is_cut, {name: vars(image)[name] for name in _TIFF_PLACES if name in vars(image)}
 
 
 @contextmanager
@@ -246,7 +245,9 @@ def _open_image(path: Path, file: IO[bytes]) -> Image.Image:
             start = file.read(12)
             reason = f"not an image ({', '.join(_FORMATS)}, AVIF, HEIC)" if start else "the file is empty"
             if start[4:8] == b"ftyp":
-                reason = "reading HEIC files needs pillow-heif: pip install pillow-heif"
+                kind = ".avif" if start[8:11] == b"avi" else ".heic"
+                missing = f"reading {kind[1:].upper()} files needs {EXTRAS[kind]}: pip install {EXTRAS[kind]}"
+                reason = "broken or truncated image" if kind in readable_suffixes() else missing
             raise ImageError(f"{path}: {reason}") from None
         except Exception:
             np.empty(_HEADER_ROOM, np.uint8)  # MemoryError, where WebP files that are unpacked here seem broken

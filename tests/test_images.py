@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from support import CASE_SECONDS, ROOT, answered, damages, hostile
 
 from dbnet.errors import ImageError, UserError
@@ -163,6 +163,14 @@ def test_without_pillow_heif_photos_are_counted_and_the_package_is_named(tmp_pat
     assert f"{tmp_path}: passed over 2 .heic (pip install pillow-heif to read them), 1 .mp4" in out
     with pytest.raises(ImageError, match=r"b\.heic: reading HEIC files needs pillow-heif: pip install pillow-heif"):
         read_image(tmp_path / "b.heic")
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
+def test_a_cut_avif_is_called_broken(tmp_path, picture):
+    picture.save(tmp_path / "a.avif")
+    (tmp_path / "a.avif").write_bytes((tmp_path / "a.avif").read_bytes()[:40])
+    with pytest.raises(ImageError, match=r"a\.avif: broken or truncated image$"):
+        read_image(tmp_path / "a.avif")
 
 
 # ---- JPEGs of phones

@@ -286,14 +286,35 @@ def test_pages_behind_a_broken_place_of_a_tiff_are_said_to_be_lost(tiff, capsys)
         places.append(first + 2 + 12 * int.from_bytes(data[first : first + 2], "little"))
     assert len(places) == 4 and capsys.readouterr().out == ""
     first, beyond = data[4:8], (1 << 24).to_bytes(4, "little")
-    lost, unread = "broken behind page {}; pages that come after it are lost", "only the first page is read"
-    for index, target, pages, words in ((2, first, 2, lost), (3, first, 3, lost), (3, beyond, 1, unread)):
+    lost = "broken behind page {}; pages that come after it are lost"
+    for index, target, pages in ((2, first, 2), (3, first, 3), (2, beyond, 2), (3, beyond, 3), (1, beyond, 1)):
         place = places[index]
         tiff.write_bytes(data[:place] + target + data[place + 4 :])
         images._walk_pages.cache_clear()
         found = find_images_at([tiff.parent])
         said = capsys.readouterr().out
-        assert len(found) == pages and words.format(pages) in said and said.count("\n") == 1
+        assert len(found) == pages and lost.format(pages) in said and said.count("\n") == 1
+        assert read_image(page(tiff, pages))[1] == read_image(tiff)[1]
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("tag", [258, 259])  # bits of a sample, compression
+def test_a_page_of_a_tiff_of_an_unknown_kind_leaves_the_others(tiff, number, tag, capsys):
+    data, place = bytearray(tiff.read_bytes()), 4
+    for _ in range(number):
+        directory = int.from_bytes(data[place : place + 4], "little")
+        place = directory + 2 + 12 * int.from_bytes(data[directory : directory + 2], "little")
+    entry = next(at for at in range(directory + 2, place, 12) if int.from_bytes(data[at : at + 2], "little") == tag)
+    data[entry + 4 : entry + 12] = (1).to_bytes(4, "little") + (7777).to_bytes(4, "little")
+    tiff.write_bytes(data)
+    assert list_pages(tiff) == [page(tiff, each) for each in (1, 2, 3)]
+    for each in (1, 2, 3):
+        if each == number:
+            with pytest.raises(ImageError, match=rf"{tiff.name}#page={number}: broken"):
+                read_image(page(tiff, each))
+        else:
+            read_image(page(tiff, each))
+    assert capsys.readouterr().out == ""
 
 
 def test_a_file_of_several_pictures_that_are_no_pages_is_said(tmp_path, capsys):
