@@ -202,6 +202,8 @@ def write_onnx(path: Path, model: DBNet, config: Config, half: bool = False) -> 
     if half:
         for weight in model.parameters():
             weight.data = weight.data.half().float() if weight.ndim > 1 else weight.data
+        if not all(weight.isfinite().all() for weight in model.parameters()):
+            raise UserError(f"{path.name}: not written: a weight is too large for 16 bits; use --onnx")
     example = torch.zeros(2, 64, 96, 3, dtype=torch.uint8)
     axes = {0: "batch", 1: "height", 2: "width"}
     file: Any = io.BytesIO()  # the exporter takes it, though its signature names paths alone

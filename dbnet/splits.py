@@ -8,6 +8,7 @@ import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -138,16 +139,13 @@ def _checked_names(images: dict[str, Path]) -> dict[str, Path]:
 
 
 def _pages_or_itself(path: Path) -> list[Path]:
-    """The pages of a file that has several; else, or where it cannot be opened, the file."""
+    """The pages of a file that has several; else, or where it cannot be opened, as reading it will say, the file."""
     if file_of(path).suffix.lower() not in PAGED_SUFFIXES:
         tell_pictures(path)
         return [path]
-    try:
+    with suppress(ImageError):
         return list_pages(path)
-    except ImageError as error:
-        if path.suffix.lower() != ".pdf":  # a TIFF is still read, but its first page alone
-            print(f"{error}; only the first page is read")
-        return [path]
+    return [path]
 
 
 def _images_of(folder: Path, split: str) -> dict[str, Path]:

@@ -93,6 +93,15 @@ def test_a_file_that_computes_something_else_is_not_written(exported, tmp_path, 
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_weight_too_large_for_16_bits_is_the_reason_that_is_named(exported, tmp_path):
+    model, config, _ = load_model(exported / "best.pt", {})
+    with torch.no_grad():
+        next(weight for weight in model.parameters() if weight.ndim > 1).view(-1)[0] = 1e5
+    with pytest.raises(UserError, match="half.onnx: not written: a weight is too large for 16 bits; use --onnx"):
+        export.export_onnx(tmp_path / "half.onnx", model, config, half=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_runs_on_the_provider_of_onnx_runtime_that_is_named(exported):
     import onnxruntime
 
