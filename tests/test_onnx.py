@@ -97,7 +97,7 @@ def test_a_weight_too_large_for_16_bits_is_the_reason_that_is_named(exported, tm
     model, config, _ = load_model(exported / "best.pt", {})
     with torch.no_grad():
         next(weight for weight in model.parameters() if weight.ndim > 1).view(-1)[0] = 1e5
-    with pytest.raises(UserError, match="half.onnx: not written: a weight is too large for 16 bits; use --onnx"):
+    with pytest.raises(UserError, match=r"half\.onnx: not written: a weight is too large for 16 bits; use --onnx"):
         export.export_onnx(tmp_path / "half.onnx", model, config, half=True)
     assert not list(tmp_path.iterdir())
 
