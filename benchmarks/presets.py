@@ -68,6 +68,7 @@ def call(script: str, words: list[str], folder: Path) -> None:
 
 
 def score(name: str, thresh: float, data: list[str], args) -> Result:
+    """The last epoch of a training, of each seed, on the validation images."""
     scores, ious = [], []
     for seed in range(args.seeds):
         file = f"{name}-seed{seed}-{thresh}.json"

@@ -33,7 +33,7 @@ MAX_PIXELS = 100_000_000  # after reduced decoding: 300 MB of RGB
 MAX_BYTES = 1 << 30  # of a file: 100 megapixels that are not compressed are fewer
 DPI = 200  # of a page of a PDF: its points, of which an inch has 72, have no pixels
 
-PAGED_SUFFIXES = (".pdf", ".tif", ".tiff")
+_TIFF_SUFFIXES = (".tif", ".tiff")
 EXTRAS = {".pdf": "pypdfium2", ".heic": "pillow-heif", ".heif": "pillow-heif", ".avif": "'pillow>=11.3'"}  # packages
 _SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -88,12 +88,17 @@ def file_of(path: Path) -> Path:
     return _page_of(path)[0]
 
 
+def _is_pdf(path: Path) -> bool:
+    return file_of(path).suffix.lower() == ".pdf"
+
+
 def list_pages(path: Path) -> list[Path]:
-    """A path for each page of a PDF or TIFF file, in order; of a page, or of a TIFF with one, its own. Prints how many
-    pages of a PDF cannot be opened, or that a TIFF is cut. Raises ImageError, or UserError without pypdfium2."""
+    """A path for each page of a PDF or TIFF file, in order; of a page, or of any other image, its own. Prints how many
+    pages of a PDF cannot be opened, that a TIFF is cut, or that another image holds several pictures (what phones add
+    to a JPEG is none). Raises ImageError, or UserError without pypdfium2."""
     if file_of(path) != path:
         return [path]
-    if path.suffix.lower() == ".pdf":
+    if _is_pdf(path):
         answer = _ask_renderer(path)
         numbers, claimed = answer["pages"], answer["claimed"]
         if not numbers:
@@ -102,21 +107,16 @@ def list_pages(path: Path) -> list[Path]:
             print(f"{path}: says that it has {claimed} pages; {len(numbers)} can be opened")
     else:
         with _opened(path) as (image, *_):
-            if not isinstance(image, TiffImageFile):
-                tell_pictures(path)
+            if not isinstance(image, TiffImageFile) or path.suffix.lower() not in _TIFF_SUFFIXES:
+                with suppress(ImageError), library_errors("", kind=ImageError):
+                    if image.format not in _JPEGS and getattr(image, "is_animated", False):
+                        print(f"{path}: holds several pictures; only the first is read")
                 return [path]
             count, is_cut, _ = _walk_pages(path, stamp(path))
         if is_cut:
             print(f"{path}: broken behind page {count}; pages that come after it are lost")
         numbers = range(1, count + 1) if count > 1 else ()
     return [path.with_name(f"{path.name}#page={number}") for number in numbers] or [path]
-
-
-def tell_pictures(path: Path) -> None:
-    """Print a line for an animation, or a TIFF of pages under another suffix; what phones add to a JPEG is no page."""
-    with suppress(ImageError, MemoryError), _opened(path) as (image, *_), library_errors("broken", kind=ImageError):
-        if image.format not in _JPEGS and getattr(image, "is_animated", False):
-            print(f"{path}: holds several pictures; only the first is read")
 
 
 def read_image(path: Path, image_size: int | None = None, data: bytes | None = None) -> tuple[np.ndarray, Size]:
@@ -129,7 +129,7 @@ def read_image(path: Path, image_size: int | None = None, data: bytes | None = N
     Returns (height, width, 3) uint8 RGB pixels, upright by the EXIF orientation and possibly reduced, with transparency
     on white; and (width, height) of the full image, upright: the pixels of its annotations. Raises ImageError for a
     file that is missing, damaged, no image, or too large to decode, and MemoryError."""
-    if data is None and file_of(path).suffix.lower() == ".pdf":
+    if data is None and _is_pdf(path):
         answer = _ask_renderer(path, image_size or sys.maxsize)
         return answer["pixels"], tuple(answer["size"])
     with _opened(path, data) as (image, orientation, size, file):
@@ -142,7 +142,7 @@ def read_image(path: Path, image_size: int | None = None, data: bytes | None = N
 
 def read_size(path: Path, data: bytes | None = None) -> Size:
     """(width, height) in pixels of an image as a viewer shows it, from its header. Raises as `read_image` does."""
-    if data is None and file_of(path).suffix.lower() == ".pdf":
+    if data is None and _is_pdf(path):
         return tuple(_ask_renderer(path, 0)["size"])
     with _opened(path, data) as (_, _, size, _):
         return size

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 from dbnet.annotations import Annotation, check_sizes, put_in_order
 from dbnet.errors import ImageError, UserError, printable
 from dbnet.formats import IMAGE_PARSERS, find_foreign_labels, list_text_files, read_labels_at
-from dbnet.images import EXTRAS, PAGED_SUFFIXES, Size, file_of, list_files, list_pages, readable_suffixes, tell_pictures
+from dbnet.images import EXTRAS, Size, file_of, list_files, list_pages, readable_suffixes
 
 _LABEL_SUFFIXES = (".json", ".txt", ".xml", ".csv", ".zip")  # that may lie beside the images of a data set
 
@@ -140,9 +140,6 @@ def _checked_names(images: dict[str, Path]) -> dict[str, Path]:
 
 def _pages_or_itself(path: Path) -> list[Path]:
     """The pages of a file that has several; else, or where it cannot be opened, as reading it will say, the file."""
-    if file_of(path).suffix.lower() not in PAGED_SUFFIXES:
-        tell_pictures(path)
-        return [path]
     with suppress(ImageError):
         return list_pages(path)
     return [path]
