@@ -12,6 +12,8 @@ What is made, and why:
     rendered        receipts in English and Korean, with lines, or words, as labels
     dark            inverted pages, and light print on dark
     gaps            street photographs; the gaps between the words of a line are don't care, so that lines may join them
+    photos          street photographs; words that another detector sees as a line are one (`--seen`), else as `gaps`
+    scenes          those with more text printed on them, in all fonts that are installed
     street          street photographs beside a page: in the loss, an image has negative pixels in proportion to its
                     positive ones, so a photograph with little text alone would teach little
     sparse          pieces of pages on large empty paper with specks, rules and rows of asterisks
@@ -19,11 +21,14 @@ What is made, and why:
 """
 
 import argparse
+import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -31,16 +36,15 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parents[1]
 FONTS = tuple(
     f"/usr/share/fonts/truetype/nanum/{name}.ttf"  # of the package fonts-nanum
     for name in ("NanumGothic", "NanumBarunGothic", "NanumGothicCoding", "NanumMyeongjo")
 )
-TRAINING = (
-    "--preset lite --batch-size 1 --accumulate 4 --freeze-batch-norm true --ema 0.996 --min-lr 5e-6 "
-    "--warmup-epochs 0.05 --rotate 3 --rotate90-p 0.1"
-)
+TRAINING = "--preset lite --batch-size 1 --freeze-batch-norm true --min-lr 5e-6 --warmup-epochs 0.2"
+TRAINING += " --rotate 3 --rotate90-p 0.1"
 
 
 class Word(NamedTuple):
@@ -122,6 +126,24 @@ def _follows(left: np.ndarray, right: np.ndarray) -> bool:
         and 0.6 < heights[1] / heights[0] < 1.6
         and ways[1] @ along > 0.95 * lengths[1]
     )
+
+
+def as_seen(sample: Sample, seen: list[np.ndarray]) -> Sample:
+    """Joins words to the lines in which another detector sees them; the other words get `with_gaps`."""
+    found, left = [], sample.words
+    for outline in seen:
+        inside = [word for word in left if _covered(word.points, outline)]
+        if inside and not any(word.dont_care for word in inside):
+            joined = cv2.boxPoints(cv2.minAreaRect(np.vstack([word.points for word in inside]).astype(np.float32)))
+            found.append(inside[0] if len(inside) == 1 else Word(joined, False))
+            left = [word for word in left if not any(word is other for other in inside)]
+    return Sample(sample.image, found + with_gaps(sample._replace(words=left)).words)
+
+
+def _covered(points: np.ndarray, outline: np.ndarray) -> bool:
+    """Whether half of a convex polygon lies in the convex hull of an outline."""
+    hulls = [cv2.convexHull(each.astype(np.float32)) for each in (points, outline)]
+    return bool(cv2.intersectConvexConvex(*hulls)[0] > 0.5 * cv2.contourArea(hulls[0]))
 
 
 def darken(sample: Sample, rng: np.random.Generator) -> Sample:
@@ -246,6 +268,103 @@ def sparse(rng: np.random.Generator, pages: list[Sample]) -> Sample:
     return canvas
 
 
+def scene(rng: np.random.Generator, photo: Sample, texts: list[str]) -> Sample:
+    """A street photograph with more text on it: any font and colour, on signs or not, sharp or not, in perspective."""
+    canvas = Sample(photo.image.copy(), list(photo.words))
+    edges = np.abs(cv2.Laplacian(cv2.cvtColor(photo.image, cv2.COLOR_BGR2GRAY), cv2.CV_32F))
+    rough = cv2.boxFilter(edges, -1, (31, 31))
+    taken = np.zeros(photo.image.shape[:2], np.uint8)
+    for word in photo.words:
+        cv2.fillPoly(taken, [word.points.round().astype(np.int32)], 1)
+    size = float(np.exp(rng.uniform(np.log(14), np.log(60))))
+    for _ in range(int(rng.integers(4, 14))):
+        if rng.random() < 0.4:
+            size = float(np.exp(rng.uniform(np.log(12), np.log(80))))
+        ink = ink_of(rng, texts[rng.integers(len(texts))], size)
+        quad = _in_perspective(rng, *ink.shape)
+        place = _smooth_place(rng, taken, rough, *quad.max(0).astype(int) + 3)
+        if place is None:
+            continue
+        print_on(rng, canvas.image[place], ink, quad)
+        taken[place] = 1
+        corner = np.array([place[1].start, place[0].start])
+        canvas.words.append(Word(quad + corner, False))
+    return canvas
+
+
+def ink_of(rng: np.random.Generator, text: str, size: float) -> np.ndarray:
+    """A text of `size` pixels in a font drawn at random: the share of ink, (height, width) float32 in 0..1."""
+    font = ImageFont.truetype(str(rng.choice(_fonts())), round(size))
+    left, top, right, bottom = (round(side) for side in font.getbbox(text))
+    margin = max(1, round(0.05 * size))
+    image = Image.new("L", (right - left + 2 * margin, bottom - top + 2 * margin))
+    ImageDraw.Draw(image).text((margin - left, margin - top), text, 255, font)
+    return np.asarray(image, np.float32) / 255
+
+
+def _in_perspective(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """(4, 2) corners of a rectangle that is turned, sheared and bent, 2 px from the upper left."""
+    turn = rng.normal(0, 0.06 if rng.random() < 0.8 else 0.4)
+    turned = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+    sheared = np.array([[1, rng.normal(0, 0.08)], [rng.normal(0, 0.05), 1]])
+    quad = _corners(height, width) @ sheared @ turned + rng.normal(0, 0.04 * height, (4, 2))
+    return quad - quad.min(0) + 2
+
+
+def _corners(height: int, width: int, margin: float = 0) -> np.ndarray:
+    """(4, 2) corners of a rectangle that begins at (0, 0), grown by a margin."""
+    unit = np.array([[0, 0], [1, 0], [1, 1], [0, 1]], np.float32)
+    return unit * np.float32([width + 2 * margin, height + 2 * margin]) - np.float32(margin)
+
+
+def _smooth_place(
+    rng: np.random.Generator, taken: np.ndarray, rough: np.ndarray, width: int, height: int
+) -> tuple[slice, slice] | None:
+    """Rows and columns of the smoothest of twelve places where nothing is written; None if there is none."""
+    tall, wide = taken.shape
+    if width >= wide or height >= tall:
+        return None
+    corners = [(int(rng.integers(wide - width)), int(rng.integers(tall - height))) for _ in range(12)]
+    places = [(slice(y, y + height), slice(x, x + width)) for x, y in corners]
+    free = [place for place in places if not taken[place].any()]
+    return min(free, key=lambda place: rough[place].mean(), default=None)
+
+
+def print_on(rng: np.random.Generator, part: np.ndarray, ink: np.ndarray, quad: np.ndarray) -> None:
+    """Print ink, bent to a quad, on a part of a photograph, in place."""
+    size = part.shape[1::-1]
+    bend = cv2.getPerspectiveTransform(_corners(*ink.shape), quad.astype(np.float32))
+    result = part.astype(np.float32)
+    if rng.random() < 0.3:  # on a sign
+        board = cv2.perspectiveTransform(_corners(*ink.shape, rng.uniform(0.1, 0.5) * len(ink))[None], bend)[0]
+        area = cv2.fillConvexPoly(np.zeros(part.shape[:2], np.float32), board.round().astype(np.int32), 1)
+        _blend(result, area * rng.uniform(0.7, 1), rng.uniform(0, 255, 3))
+    ground, colour = result.mean((0, 1)), rng.uniform(0, 255, 3)
+    if np.abs(colour - ground).max() < 60:
+        colour = np.full(3, 255.0 if ground.mean() < 128 else 0.0)
+    share = cv2.warpPerspective(ink, bend, size, flags=cv2.INTER_LINEAR) * rng.uniform(0.6, 1)
+    if rng.random() < 0.3:  # with an outline, or a shadow
+        edge = cv2.dilate(share, np.ones((3, 3))) if rng.random() < 0.5 else np.roll(share, (1, 2), (0, 1))
+        _blend(result, edge, 255 - colour)
+    _blend(result, share, colour)
+    if rng.random() < 0.5:
+        result = cv2.GaussianBlur(result, (0, 0), rng.uniform(0.4, 0.4 + 0.03 * len(ink)))
+    noise = rng.normal(0, rng.uniform(0, 8), part.shape)
+    part[:] = np.clip(result + noise, 0, 255).astype(np.uint8)
+
+
+def _blend(image: np.ndarray, share: np.ndarray, colour: np.ndarray) -> None:
+    """Move the pixels of a float image towards a colour by a share for each, in place."""
+    image += share[..., None] * (colour - image)
+
+
+@cache
+def _fonts() -> list[str]:
+    """All installed fonts but those of symbols."""
+    files = [str(path) for path in Path("/usr/share/fonts").rglob("*.[to]tf")]
+    return sorted(file for file in files if not re.search("dseg|awesome|math|symbol|emoji", file, re.I))
+
+
 def litter(rng: np.random.Generator, paper: np.ndarray) -> None:
     """Draw specks, rules, rows of asterisks and dashes, and stains."""
     height, width = paper.shape[:2]
@@ -294,9 +413,23 @@ def some(rng: np.random.Generator, samples: Iterator[Sample], count: int) -> lis
     return [found[place] for place in sorted(rng.permutation(len(found))[:count])]
 
 
-def lines_data(data: Path, work: Path) -> dict[Path, float]:
+def _photos(folder: Path, seen: Path) -> Iterator[Sample]:
+    """Street photographs whose words are joined as another detector's submission joins them."""
+    with seen.open(newline="", encoding="utf-8") as file:
+        rows = {row["filename"]: row["polygons"] for row in csv.DictReader(file)}
+    for name, sample in zip(_names(folder), read(folder), strict=True):
+        outlines = [np.array(points.split(), float).reshape(-1, 2) for points in rows[name].split("|") if points]
+        yield as_seen(sample, outlines)
+
+
+def _names(folder: Path) -> list[str]:
+    return list(json.loads((folder / "jsons" / "train.json").read_text(encoding="utf-8"))["images"])
+
+
+def lines_data(data: Path, work: Path, seen: Path | None) -> dict[Path, float]:
     """Folders of the lines file, with the passes over each in an epoch."""
     gaps = make(work / "gaps", lambda _: map(with_gaps, read(data / "icdar2015")), 0)
+    photos = make(work / "photos", lambda _: _photos(data / "icdar2015", seen), 0) if seen else gaps
     dark = {
         name: make(
             work / f"{name}-dark",
@@ -307,35 +440,42 @@ def lines_data(data: Path, work: Path) -> dict[Path, float]:
     }
 
     def streets(rng: np.random.Generator) -> Iterator[Sample]:
-        pages, photos = list(read(data / "sroie")), list(read(gaps))
-        return (street(rng, pages, photos) for _ in range(240))
+        pages, columns = list(read(data / "sroie")), list(read(photos))
+        return (street(rng, pages, columns) for _ in range(240))
 
     def sparse_pages(rng: np.random.Generator) -> Iterator[Sample]:
         pages = [page for name in ("sroie", "tapus", "doclaynet") for page in read(data / name)]
         return (sparse(rng, pages) for _ in range(80))
 
+    def scenes(rng: np.random.Generator) -> Iterator[Sample]:
+        texts = [" ".join(word.text.split()[:3]) for page in read(data / "sroie") for word in page.words]
+        texts = [text for text in texts if len(text) > 1]
+        originals = list(read(photos))
+        return (scene(rng, originals[place % len(originals)], texts) for place in range(400))
+
     return {
-        data / "sroie": 2,
-        render(work / "rendered-lines", 400, 30, 7, "--lines"): 0.5,
-        dark["sroie"]: 1,
-        data / "doclaynet": 3,
-        dark["doclaynet"]: 1,
-        data / "tapus": 4,
-        data / "fondue": 1,
-        gaps: 2,
-        make(work / "street", streets, 2): 0.5,
+        data / "sroie": 1.2,
+        render(work / "rendered-lines", 400, 30, 7, "--lines"): 0.25,
+        dark["sroie"]: 0.5,
+        data / "doclaynet": 1,
+        dark["doclaynet"]: 0.5,
+        data / "tapus": 1.5,
+        data / "fondue": 0.5,
+        photos: 1.5,
+        make(work / "street", streets, 2): 0.4,
+        make(work / "scenes", scenes, 5): 0.5,
         make(work / "sparse", sparse_pages, 3): 0.5,
     }
 
 
-def words_data(data: Path, work: Path) -> dict[Path, float]:
+def words_data(data: Path, work: Path, _: Path | None = None) -> dict[Path, float]:
     """Folders of the words file, with the passes over each in an epoch."""
     cut = make(work / "cut", lambda rng: map(cut_into_words, some(rng, read(data / "sroie"), 260)), 4)
     pages = word_pages(data, work)
     return {cut: 1, render(work / "rendered-words", 260, 30, 11): 0.8, pages: 2, data / "icdar2015": 1.8}
 
 
-def more_words_data(data: Path, work: Path) -> dict[Path, float]:
+def more_words_data(data: Path, work: Path, _: Path | None = None) -> dict[Path, float]:
     """The same without receipts whose words were cut by guesses, and with other rendered ones."""
     return {data / "icdar2015": 1.8, render(work / "rendered-words2", 500, 2, 29): 0.5, word_pages(data, work): 1}
 
@@ -353,18 +493,19 @@ def word_pages(data: Path, work: Path) -> Path:
 class Stage(NamedTuple):
     """A stage of the training."""
 
-    folders: Callable[[Path, Path], dict[Path, float]]
+    folders: Callable[[Path, Path, Path | None], dict[Path, float]]
     init: str
     result: str
+    epochs: int
     lr: str = "5e-4"
-    epochs: int = 6
+    steps: str = "--accumulate 4 --ema 0.996"
     kept: float = 0.0  # share of the initial weights in the result
 
 
 STAGES = {
-    "lines": Stage(lines_data, "lite.pt", "lite.pt"),
-    "words": Stage(words_data, "lite.pt", "lite-words.pt"),
-    "more-words": Stage(more_words_data, "lite-words.pt", "lite-words.pt", "2e-4", 3, kept=0.3),
+    "lines": Stage(lines_data, "lite.pt", "lite.pt", 10, steps="--accumulate 2 --ema 0.999"),
+    "words": Stage(words_data, "lite.pt", "lite-words.pt", 6),
+    "more-words": Stage(more_words_data, "lite-words.pt", "lite-words.pt", 3, "2e-4", kept=0.3),
 }
 
 
@@ -383,17 +524,18 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--init", type=Path, help="start from this checkpoint (weights/lite.pt, or as said above)")
-    parser.add_argument("--epochs", type=int, help="passes over the data (6, of more-words 3)")
+    parser.add_argument("--seen", type=Path, help="submission of another detector for the training part of icdar2015")
+    parser.add_argument("--epochs", type=int, help="passes over the data (of lines 10, of words 6, of more-words 3)")
     args = parser.parse_args()
     stage, data, work = STAGES[args.stage], args.data.resolve(), args.work.resolve()
     init = (args.init or ROOT / "weights" / stage.init).resolve()
     work.mkdir(parents=True, exist_ok=True)
-    folders = stage.folders(data, work)
+    folders = stage.folders(data, work, args.seen and args.seen.resolve())
     shares = ["--data", ",".join(map(str, folders)), "--data-weights", ",".join(f"{n:g}" for n in folders.values())]
     start = ["--init", str(init)]
     if (work / "runs" / args.stage / "last.pt").exists():
         start = ["--resume"]
-    length = ["--epochs", str(args.epochs or stage.epochs), "--lr", stage.lr]
+    length = ["--epochs", str(args.epochs or stage.epochs), "--lr", stage.lr, *stage.steps.split()]
     run([str(ROOT / "train.py"), "--run", args.stage, *start, *TRAINING.split(), *length, *shares], work)
     run(
         [str(ROOT / "export.py"), str(work / "runs" / args.stage / "best.pt"), "--half", str(work / stage.result)], work
