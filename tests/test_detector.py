@@ -257,9 +257,9 @@ def test_a_page_on_its_side_is_found_as_well_as_an_upright_one(tmp_path, tta):
         assert all(map(np.array_equal, detection.polygons, [text.polygon for text in found]))
 
 
-@pytest.mark.parametrize(("seed", "image_size"), [(0, 256), (1, 512), (22, 512)])
+@pytest.mark.parametrize(("seed", "image_size"), [(0, 256), (38, 320), (80, 448)])
 def test_a_page_on_its_side_of_which_the_first_look_finds_specks_is_found(seed, image_size):
-    """With seeds 1 and 22 the specks are wide ones, as of a page that stands upright."""
+    """With seeds 38 and 80 the specks are wide ones, as of a page that stands upright."""
     page, _ = render_receipt(np.random.default_rng(seed), 640, lines=True)
     turned = np.ascontiguousarray(np.rot90(page))
     upright, first, both = (
