@@ -260,8 +260,9 @@ def test_labels_of_a_weak_network_corrected_and_learned_make_it_better_on_the_re
         assert hmean(weights, "train") >= 0.99
         if form == "labelme":
             write_labels(data / out, form, truth.annotations, truth.images)  # what a person corrects
-            words = ["--preset", "lite", "--init", weights, "--data", data, "--epochs", 5, "--lr", 1e-3, "--ema", 0.9, *size]
-            run("train.py", *words, "--batch-size", 2, "--accumulate", 1, "--run", "mine", cwd=tmp_path)
+            words = ["--preset", "lite", "--init", weights, "--data", data, "--epochs", 5, "--lr", 1e-3, *size]
+            words += ["--batch-size", 2, "--accumulate", 1, "--ema", 0.9, "--run", "mine"]
+            run("train.py", *words, cwd=tmp_path)
         shutil.rmtree(data / "labels", ignore_errors=True)
         (data / out).unlink(missing_ok=True)
     assert hmean(tmp_path / "runs" / "mine" / "best.pt", "val") > hmean(weights, "val") + 0.05
