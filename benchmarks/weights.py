@@ -43,8 +43,7 @@ FONTS = tuple(
     f"/usr/share/fonts/truetype/nanum/{name}.ttf"  # of the package fonts-nanum
     for name in ("NanumGothic", "NanumBarunGothic", "NanumGothicCoding", "NanumMyeongjo")
 )
-TRAINING = "--preset lite --batch-size 1 --freeze-batch-norm true --min-lr 5e-6 --warmup-epochs 0.2"
-TRAINING += " --rotate 3 --rotate90-p 0.1"
+TRAINING = "--preset lite --batch-size 1 --freeze-batch-norm true --min-lr 5e-6 --rotate 3 --rotate90-p 0.1"
 
 
 class Word(NamedTuple):
@@ -498,12 +497,12 @@ class Stage(NamedTuple):
     result: str
     epochs: int
     lr: str = "5e-4"
-    steps: str = "--accumulate 4 --ema 0.996"
+    steps: str = "--accumulate 4 --ema 0.996 --warmup-epochs 0.05"
     kept: float = 0.0  # share of the initial weights in the result
 
 
 STAGES = {
-    "lines": Stage(lines_data, "lite.pt", "lite.pt", 10, steps="--accumulate 2 --ema 0.999"),
+    "lines": Stage(lines_data, "lite.pt", "lite.pt", 10, steps="--accumulate 2 --ema 0.999 --warmup-epochs 0.2"),
     "words": Stage(words_data, "lite.pt", "lite-words.pt", 6),
     "more-words": Stage(more_words_data, "lite-words.pt", "lite-words.pt", 3, "2e-4", kept=0.3),
 }
