@@ -21,7 +21,6 @@ What is made, and why:
 """
 
 import argparse
-import csv
 import json
 import os
 import re
@@ -36,9 +35,11 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
+from measure import ROOT
 from PIL import Image, ImageDraw, ImageFont
 
-ROOT = Path(__file__).resolve().parents[1]
+from dbnet.formats import read_submission
+
 FONTS = tuple(
     f"/usr/share/fonts/truetype/nanum/{name}.ttf"  # of the package fonts-nanum
     for name in ("NanumGothic", "NanumBarunGothic", "NanumGothicCoding", "NanumMyeongjo")
@@ -414,11 +415,9 @@ def some(rng: np.random.Generator, samples: Iterator[Sample], count: int) -> lis
 
 def _photos(folder: Path, seen: Path) -> Iterator[Sample]:
     """Street photographs whose words are joined as another detector's submission joins them."""
-    with seen.open(newline="", encoding="utf-8") as file:
-        rows = {row["filename"]: row["polygons"] for row in csv.DictReader(file)}
+    submission = read_submission(seen)
     for name, sample in zip(_names(folder), read(folder), strict=True):
-        outlines = [np.array(points.split(), float).reshape(-1, 2) for points in rows[name].split("|") if points]
-        yield as_seen(sample, outlines)
+        yield as_seen(sample, submission[name])
 
 
 def _names(folder: Path) -> list[str]:
