@@ -2,7 +2,6 @@
 
     python benchmarks/weights.py lines DATA WORK           writes WORK/lite.pt
     python benchmarks/weights.py words DATA WORK           writes WORK/lite-words.pt
-    python benchmarks/weights.py more-words DATA WORK      writes WORK/lite-words.pt, from weights/lite-words.pt
 
 DATA has the folders sroie, doclaynet, tapus, fondue and icdar2015; weights/README.md names their sources. WORK keeps
 the data sets that are made of them, which a second call finds again, and the runs. Fonts: fonts-nanum.
@@ -17,7 +16,6 @@ What is made, and why:
     street          street photographs beside a page: in the loss, an image has negative pixels in proportion to its
                     positive ones, so a photograph with little text alone would teach little
     sparse          pieces of pages on large empty paper with specks, rules and rows of asterisks
-    cut             receipts whose lines are cut into words at their spaces
 """
 
 import argparse
@@ -28,7 +26,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +41,10 @@ FONTS = tuple(
     f"/usr/share/fonts/truetype/nanum/{name}.ttf"  # of the package fonts-nanum
     for name in ("NanumGothic", "NanumBarunGothic", "NanumGothicCoding", "NanumMyeongjo")
 )
-TRAINING = "--preset lite --batch-size 1 --freeze-batch-norm true --min-lr 5e-6 --rotate 3 --rotate90-p 0.1"
+TRAINING = (
+    "--preset lite --batch-size 1 --accumulate 2 --lr 5e-4 --min-lr 5e-6 --warmup-epochs 0.2 --ema 0.999 "
+    "--freeze-batch-norm true --rotate 3 --rotate90-p 0.1"
+)
 
 
 class Word(NamedTuple):
@@ -156,50 +156,6 @@ def darken(sample: Sample, rng: np.random.Generator) -> Sample:
     return sample._replace(image=np.clip(paper + share * (ink - paper), 0, 255).astype(np.uint8))
 
 
-def cut_into_words(sample: Sample) -> Sample:
-    """Cuts each upright line at the spaces of its text; a line whose ink shows no gaps there is don't care."""
-    words = []
-    for line in sample.words:
-        (x0, y0), (x1, y1) = line.points.min(0), line.points.max(0)
-        pieces = line.text.split()
-        edges = _word_edges(sample.image[int(y0) : int(y1) + 1, int(x0) : int(x1) + 1], pieces)
-        if line.dont_care or len(pieces) < 2 or edges is None:
-            words.append(line._replace(dont_care=line.dont_care or len(pieces) > 1))
-            continue
-        for left, right in edges:
-            a, b = int(x0) + left, int(x0) + right
-            words.append(Word(np.array([[a, y0], [b, y0], [b, y1], [a, y1]]), right - left < 3))
-    return Sample(sample.image, words)
-
-
-def _word_edges(line: np.ndarray, pieces: list[str]) -> list[tuple[float, float]] | None:
-    """Left and right edge of each word in the image of a line; None where a gap is missing.
-
-    A gap is the widest run of blank columns near the place that the characters before it give, at equal widths.
-    """
-    if min(line.shape[:2]) < 5 or len(pieces) < 2:
-        return None
-    _, ink = cv2.threshold(cv2.cvtColor(line, cv2.COLOR_BGR2GRAY), 0, 1, cv2.THRESH_BINARY_INV + cv2.THRESH_OTSU)
-    inked = np.flatnonzero(ink[1:-1].sum(0) > max(1, 0.04 * len(line)))
-    if len(inked) < 2:
-        return None
-    first, last = inked[0], inked[-1] + 1
-    pitch = (last - first) / len(" ".join(pieces))
-    blanks = [(a + 1, b) for a, b in pairwise(inked.tolist()) if b - a - 1 > 0.45 * pitch]
-    margin = 0.06 * len(line)
-    edges, characters, left = [], 0, max(0.0, first - margin)
-    for piece in pieces[:-1]:
-        characters += len(piece) + 1
-        place = first + (characters - 0.5) * pitch
-        near = [blank for blank in blanks if abs(sum(blank) / 2 - place) < 1.6 * pitch and blank[0] > left]
-        if not near:
-            return None
-        start, end = max(near, key=lambda blank: blank[1] - blank[0] - 0.4 * abs(sum(blank) / 2 - place))
-        edges.append((left, start + margin))
-        left = end - margin
-    return [*edges, (left, min(line.shape[1], last + margin))]
-
-
 # ---- compositions of several samples
 
 
@@ -268,8 +224,11 @@ def sparse(rng: np.random.Generator, pages: list[Sample]) -> Sample:
     return canvas
 
 
-def scene(rng: np.random.Generator, photo: Sample, texts: list[str]) -> Sample:
-    """A street photograph with more text on it: any font and colour, on signs or not, sharp or not, in perspective."""
+def scene(rng: np.random.Generator, photo: Sample, texts: list[str], words: bool = False) -> Sample:
+    """A street photograph with more text on it: any font and colour, on signs or not, sharp or not, in perspective.
+
+    Each text is one label, or each of its words is (`words`).
+    """
     canvas = Sample(photo.image.copy(), list(photo.words))
     edges = np.abs(cv2.Laplacian(cv2.cvtColor(photo.image, cv2.COLOR_BGR2GRAY), cv2.CV_32F))
     rough = cv2.boxFilter(edges, -1, (31, 31))
@@ -280,7 +239,7 @@ def scene(rng: np.random.Generator, photo: Sample, texts: list[str]) -> Sample:
     for _ in range(int(rng.integers(4, 14))):
         if rng.random() < 0.4:
             size = float(np.exp(rng.uniform(np.log(12), np.log(80))))
-        ink = ink_of(rng, texts[rng.integers(len(texts))], size)
+        ink, boxes = ink_of(rng, texts[rng.integers(len(texts))], size)
         quad = _in_perspective(rng, *ink.shape)
         place = _smooth_place(rng, taken, rough, *quad.max(0).astype(int) + 3)
         if place is None:
@@ -288,18 +247,32 @@ def scene(rng: np.random.Generator, photo: Sample, texts: list[str]) -> Sample:
         print_on(rng, canvas.image[place], ink, quad)
         taken[place] = 1
         corner = np.array([place[1].start, place[0].start])
-        canvas.words.append(Word(quad + corner, False))
+        labels = cv2.perspectiveTransform(boxes, _bend(ink, quad)) if words else [quad]
+        canvas.words.extend(Word(label + corner, False) for label in labels)
     return canvas
 
 
-def ink_of(rng: np.random.Generator, text: str, size: float) -> np.ndarray:
-    """A text of `size` pixels in a font drawn at random: the share of ink, (height, width) float32 in 0..1."""
+def ink_of(rng: np.random.Generator, text: str, size: float) -> tuple[np.ndarray, np.ndarray]:
+    """A text of `size` pixels in a font drawn at random.
+
+    Returns the share of ink, (height, width) float32 in 0..1, and the boxes of its words, (n, 4, 2) float32 corners.
+    """
     font = ImageFont.truetype(str(rng.choice(_fonts())), round(size))
     left, top, right, bottom = (round(side) for side in font.getbbox(text))
     margin = max(1, round(0.05 * size))
     image = Image.new("L", (right - left + 2 * margin, bottom - top + 2 * margin))
     ImageDraw.Draw(image).text((margin - left, margin - top), text, 255, font)
-    return np.asarray(image, np.float32) / 255
+    boxes = []
+    for word in re.finditer(r"\S+", text):
+        x0, y0, x1, y1 = font.getbbox(word[0])
+        x, y = font.getlength(text[: word.start()]) - left, -top
+        boxes.append(_corners(y1 - y0, x1 - x0, margin) + np.float32([x + x0 + margin, y + y0 + margin]))
+    return np.asarray(image, np.float32) / 255, np.stack(boxes)
+
+
+def _bend(ink: np.ndarray, quad: np.ndarray) -> np.ndarray:
+    """(3, 3) perspective that moves the corners of an image of ink to a quad."""
+    return cv2.getPerspectiveTransform(_corners(*ink.shape), quad.astype(np.float32))
 
 
 def _in_perspective(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -333,7 +306,7 @@ def _smooth_place(
 def print_on(rng: np.random.Generator, part: np.ndarray, ink: np.ndarray, quad: np.ndarray) -> None:
     """Print ink, bent to a quad, on a part of a photograph, in place."""
     size = part.shape[1::-1]
-    bend = cv2.getPerspectiveTransform(_corners(*ink.shape), quad.astype(np.float32))
+    bend = _bend(ink, quad)
     result = part.astype(np.float32)
     if rng.random() < 0.3:  # on a sign
         board = cv2.perspectiveTransform(_corners(*ink.shape, rng.uniform(0.1, 0.5) * len(ink))[None], bend)[0]
@@ -437,19 +410,9 @@ def lines_data(data: Path, work: Path, seen: Path | None) -> dict[Path, float]:
         for name, count in (("sroie", 120), ("doclaynet", 60))
     }
 
-    def streets(rng: np.random.Generator) -> Iterator[Sample]:
-        pages, columns = list(read(data / "sroie")), list(read(photos))
-        return (street(rng, pages, columns) for _ in range(240))
-
     def sparse_pages(rng: np.random.Generator) -> Iterator[Sample]:
         pages = [page for name in ("sroie", "tapus", "doclaynet") for page in read(data / name)]
         return (sparse(rng, pages) for _ in range(80))
-
-    def scenes(rng: np.random.Generator) -> Iterator[Sample]:
-        texts = [" ".join(word.text.split()[:3]) for page in read(data / "sroie") for word in page.words]
-        texts = [text for text in texts if len(text) > 1]
-        originals = list(read(photos))
-        return (scene(rng, originals[place % len(originals)], texts) for place in range(400))
 
     return {
         data / "sroie": 1.2,
@@ -460,22 +423,46 @@ def lines_data(data: Path, work: Path, seen: Path | None) -> dict[Path, float]:
         data / "tapus": 1.5,
         data / "fondue": 0.5,
         photos: 1.5,
-        make(work / "street", streets, 2): 0.4,
-        make(work / "scenes", scenes, 5): 0.5,
+        streets(work / "street", photos, data / "sroie"): 0.4,
+        scenes(work / "scenes", 400, photos, data / "sroie"): 0.5,
         make(work / "sparse", sparse_pages, 3): 0.5,
     }
 
 
-def words_data(data: Path, work: Path, _: Path | None = None) -> dict[Path, float]:
+def words_data(data: Path, work: Path, _: Path | None) -> dict[Path, float]:
     """Folders of the words file, with the passes over each in an epoch."""
-    cut = make(work / "cut", lambda rng: map(cut_into_words, some(rng, read(data / "sroie"), 260)), 4)
-    pages = word_pages(data, work)
-    return {cut: 1, render(work / "rendered-words", 260, 30, 11): 0.8, pages: 2, data / "icdar2015": 1.8}
+    photos, pages = data / "icdar2015", word_pages(data, work)
+    receipts = render(work / "rendered-words", 260, 30, 11)
+    return {
+        photos: 3,
+        scenes(work / "word-scenes", 800, photos, data / "sroie", words=True): 0.5,
+        streets(work / "word-street", photos, receipts, pages): 0.4,
+        pages: 1.5,
+        render(work / "rendered-words2", 500, 2, 29): 0.4,
+        receipts: 0.2,
+    }
 
 
-def more_words_data(data: Path, work: Path, _: Path | None = None) -> dict[Path, float]:
-    """The same without receipts whose words were cut by guesses, and with other rendered ones."""
-    return {data / "icdar2015": 1.8, render(work / "rendered-words2", 500, 2, 29): 0.5, word_pages(data, work): 1}
+def streets(folder: Path, photos: Path, *pages: Path) -> Path:
+    """240 pages beside street photographs."""
+
+    def samples(rng: np.random.Generator) -> Iterator[Sample]:
+        beside, columns = [page for source in pages for page in read(source)], list(read(photos))
+        return (street(rng, beside, columns) for _ in range(240))
+
+    return make(folder, samples, 2)
+
+
+def scenes(folder: Path, count: int, photos: Path, receipts: Path, words: bool = False) -> Path:
+    """Street photographs with more text printed on them: up to three words of a line of a receipt, in any case."""
+
+    def samples(rng: np.random.Generator) -> Iterator[Sample]:
+        texts = [" ".join(word.text.split()[:3]) for page in read(receipts) for word in page.words]
+        texts = [way(text) for text in texts if len(text) > 1 for way in (str, str.title, str.lower)]
+        originals = list(read(photos))
+        return (scene(rng, originals[place % len(originals)], texts, words) for place in range(count))
+
+    return make(folder, samples, 5)
 
 
 def word_pages(data: Path, work: Path) -> Path:
@@ -489,22 +476,14 @@ def word_pages(data: Path, work: Path) -> Path:
 
 
 class Stage(NamedTuple):
-    """A stage of the training."""
+    """What one file is trained on, and the share of the weights at the start in the result."""
 
     folders: Callable[[Path, Path, Path | None], dict[Path, float]]
-    init: str
-    result: str
-    epochs: int
-    lr: str = "5e-4"
-    steps: str = "--accumulate 4 --ema 0.996 --warmup-epochs 0.05"
-    kept: float = 0.0  # share of the initial weights in the result
+    file: str
+    kept: float
 
 
-STAGES = {
-    "lines": Stage(lines_data, "lite.pt", "lite.pt", 10, steps="--accumulate 2 --ema 0.999 --warmup-epochs 0.2"),
-    "words": Stage(words_data, "lite.pt", "lite-words.pt", 6),
-    "more-words": Stage(more_words_data, "lite-words.pt", "lite-words.pt", 3, "2e-4", kept=0.3),
-}
+STAGES = {"lines": Stage(lines_data, "lite.pt", 0.1), "words": Stage(words_data, "lite-words.pt", 0.0)}
 
 
 def run(words: list[str], folder: Path) -> None:
@@ -521,25 +500,22 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("data", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--init", type=Path, help="start from this checkpoint (weights/lite.pt, or as said above)")
+    parser.add_argument("--init", type=Path, help="start from this checkpoint (the shipped file)")
     parser.add_argument("--seen", type=Path, help="submission of another detector for the training part of icdar2015")
-    parser.add_argument("--epochs", type=int, help="passes over the data (of lines 10, of words 6, of more-words 3)")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the data (10)")
     args = parser.parse_args()
     stage, data, work = STAGES[args.stage], args.data.resolve(), args.work.resolve()
-    init = (args.init or ROOT / "weights" / stage.init).resolve()
+    init, result = (args.init or ROOT / "weights" / stage.file).resolve(), work / stage.file
     work.mkdir(parents=True, exist_ok=True)
     folders = stage.folders(data, work, args.seen and args.seen.resolve())
     shares = ["--data", ",".join(map(str, folders)), "--data-weights", ",".join(f"{n:g}" for n in folders.values())]
-    start = ["--init", str(init)]
-    if (work / "runs" / args.stage / "last.pt").exists():
-        start = ["--resume"]
-    length = ["--epochs", str(args.epochs or stage.epochs), "--lr", stage.lr, *stage.steps.split()]
+    resumed = (work / "runs" / args.stage / "last.pt").exists()
+    start = ["--resume"] if resumed else ["--init", str(init)]
+    length = ["--epochs", str(args.epochs)]
     run([str(ROOT / "train.py"), "--run", args.stage, *start, *TRAINING.split(), *length, *shares], work)
-    run(
-        [str(ROOT / "export.py"), str(work / "runs" / args.stage / "best.pt"), "--half", str(work / stage.result)], work
-    )
+    run([str(ROOT / "export.py"), str(work / "runs" / args.stage / "best.pt"), "--half", str(result)], work)
     if stage.kept:
-        keep(stage.kept, init, work / stage.result)
+        keep(stage.kept, init, result)
 
 
 def keep(share: float, former: Path, result: Path) -> None:

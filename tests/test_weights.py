@@ -1,12 +1,12 @@
 """benchmarks/weights.py: what the recipe of the shipped weights makes is a data set that can be learned."""
 
-from itertools import pairwise
-
 import cv2
 import numpy as np
 import pytest
+from matplotlib import font_manager
 
-from benchmarks.weights import Sample, Word, cut_into_words, darken, make, read, sparse, street, with_gaps
+from benchmarks import weights
+from benchmarks.weights import Sample, Word, darken, ink_of, make, read, scene, sparse, street, with_gaps
 from dbnet.geometry import areas
 from dbnet.splits import read_split
 from dbnet.synth.scene import render_receipt
@@ -24,7 +24,6 @@ def receipts():
 
 KINDS = {
     "gaps": lambda rng, receipts: map(with_gaps, receipts),
-    "cut": lambda rng, receipts: map(cut_into_words, receipts),
     "dark": lambda rng, receipts: (darken(each, rng) for each in receipts),
     "street": lambda rng, receipts: (street(rng, receipts, receipts) for _ in range(2)),
     "sparse": lambda rng, receipts: (sparse(rng, receipts) for _ in range(2)),
@@ -45,20 +44,29 @@ def test_each_kind_is_a_data_set_with_words_to_learn(kind, receipts, tmp_path):
         assert words.min() >= -2 and (words <= np.array([width + 2, height + 2])).all()
 
 
-def test_a_line_is_cut_at_the_spaces_of_its_text():
-    image = np.full((60, 400, 3), 255, np.uint8)
-    cv2.putText(image, "TOTAL  12.50  EUR", (20, 40), cv2.FONT_HERSHEY_SIMPLEX, 1, (0, 0, 0), 2)
-    line = np.array([[15, 12], [385, 12], [385, 48], [15, 48]], float)
-    [total, amount, currency] = cut_into_words(Sample(image, [Word(line, False, "TOTAL 12.50 EUR")])).words
-    ends = [(word.points[:, 0].min(), word.points[:, 0].max()) for word in (total, amount, currency)]
-    assert not any(word.dont_care for word in (total, amount, currency))
-    assert all(before[1] < after[0] for before, after in pairwise(ends))
-    inked = np.flatnonzero((image.min(axis=2) < 128).any(axis=0))
-    assert all(any(low <= x <= high for low, high in ends) for x in inked)
+@pytest.fixture
+def one_font(monkeypatch):
+    monkeypatch.setattr(weights, "_fonts", lambda: [font_manager.findfont("DejaVu Sans")])
 
 
-def test_a_line_whose_ink_shows_no_gap_at_a_space_is_dont_care():
-    image = np.zeros((60, 400, 3), np.uint8)
-    line = np.array([[15, 12], [385, 12], [385, 48], [15, 48]], float)
-    [word] = cut_into_words(Sample(image, [Word(line, False, "TOTAL 12.50")])).words
-    assert word.dont_care and np.array_equal(word.points, line)
+def test_the_box_of_each_printed_word_has_its_ink_and_no_other(one_font):
+    ink, boxes = ink_of(np.random.default_rng(0), "Total gst: 1,50", 40)
+    assert len(boxes) == 3
+    left = ink > 0
+    for (x0, y0), _, (x1, y1), _ in boxes.round().astype(int):
+        inside = left[y0:y1, x0:x1]
+        rows, columns = inside.any(axis=1), inside.any(axis=0)
+        assert all(side[:8].any() and side[-8:].any() for side in (rows, columns)), "the box is tight"
+        inside[:] = False
+    assert not left.any()
+
+
+@pytest.mark.parametrize("words", [False, True], ids=["lines", "words"])
+def test_each_text_that_is_printed_on_a_photograph_has_its_labels(words, one_font):
+    photo = Sample(np.full((480, 640, 3), 128, np.uint8), [])
+    printed = scene(np.random.default_rng(3), photo, ["ONE two THREE"], words)
+    marked = np.zeros((480, 640), np.uint8)
+    cv2.fillPoly(marked, [word.points.round().astype(np.int32) for word in printed.words], 1)
+    assert len(printed.words) >= 4 and (not words or len(printed.words) % 3 == 0)
+    changed = np.abs(printed.image.astype(int) - 128).max(axis=2)
+    assert changed[marked > 0].mean() > 3 * changed[marked == 0].mean()
