@@ -48,6 +48,8 @@ def main() -> None:
     args, changes = parser.parse()
     if bool(args.checkpoints) == (args.submission is not None):
         raise UserError("name either a checkpoint or --submission FILE (see --help)")
+    if args.report and args.report.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--report {args.report}: is a page of HTML; end its name in .html")
     check_tuning_flags(args, changes)
     run(args, changes)
 

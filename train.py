@@ -30,7 +30,7 @@ def parse_arguments() -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--preset", choices=PRESETS, help="configuration to start from (v1)")
     parser.add_argument("--run", metavar="NAME", help="folder of the run under runs/ (preset and time)")
     parser.add_switch("--resume", "go on with the run; without --run, the newest one")
-    parser.add_argument("--init", type=Path, metavar="CKPT", help="start from the weights of this checkpoint")
+    parser.add_argument("--init", type=Path, metavar="CKPT", help="start from this checkpoint's weights, or from lite")
     parser.add_switch("--print-config", "print the resolved configuration as JSON and exit")
     parser.add_argument("--diff", choices=PRESETS, metavar="PRESET", help="print what differs from it and exit")
     parser.add_argument("--show-samples", type=Path, metavar="FILE.png", help="picture some training samples and exit")
@@ -53,7 +53,7 @@ with one_line_errors():  # where PyTorch is not installed, or a library that Ope
     from dbnet.evaluation import Evaluation, advise_on_collapse, evaluate
     from dbnet.files import Row, check_outputs
     from dbnet.images import file_of
-    from dbnet.inference import Pipeline
+    from dbnet.inference import Pipeline, find_weights
     from dbnet.loss import Losses, db_loss
     from dbnet.memory import micro_batches
     from dbnet.pictures import PICTURE_MARK, sample_sheet, show_progress, write_image
@@ -84,7 +84,7 @@ def main() -> None:
         run = run or from_first(lambda: new_run(args.run, args.preset))
         with lock_run(run):
             last = from_first(lambda: load_last(run)) if last else None  # before the lock, another may have trained on
-            train(config, run, args.init, last)
+            train(config, run, args.init and find_weights(args.init), last)
         destroy_process_group()
 
 

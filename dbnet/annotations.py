@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from dbnet.errors import UserError
 from dbnet.files import check_name, make_folder, write_whole
 from dbnet.geometry import fit_outline, order_outlines, reading_order
-from dbnet.images import name_stem, read_size
+from dbnet.images import Size, name_stem, read_size
 
 
 @dataclass
@@ -33,9 +33,7 @@ class Annotation:
     lines: list[int] | None = None  # of each polygon, from 1; only where the polygons are in reading order
 
     @classmethod
-    def detected(
-        cls, polygons: Sequence[ArrayLike], scores: list[float] | None, size: Sequence[int] | None = None
-    ) -> Self:
+    def detected(cls, polygons: Sequence[ArrayLike], scores: list[float] | None, size: Size | None = None) -> Self:
         """What a network has found in an image of `size`; `polygons` are (n, 2) integers."""
         arrays = [np.asarray(polygon, np.int32) for polygon in polygons]
         return cls(arrays, [False] * len(arrays), scores, (size[0], size[1]) if size else None)
@@ -56,8 +54,8 @@ def check_sizes(source: Path, annotations: dict[str, Annotation], images: dict[s
     Returns a sentence that counts outlines outside of their images."""
     outside = list[str]()
     for name, annotation in annotations.items():
-        farthest = np.concatenate([np.zeros((1, 2)), *annotation.polygons]).max(axis=0)
-        if annotation.polygons and farthest.max() <= 1:
+        farthest = (points := np.concatenate([np.zeros((1, 2)), *annotation.polygons])).max(axis=0)
+        if farthest.max() <= 1 and (points % 1).any():
             raise UserError(f"{source}: {name}: coordinates are shares of the image, from 0 to 1; write them in pixels")
         stated, annotation.size = annotation.size, None
         with suppress(UserError):  # a submission can be scored without the images, or what opens them
@@ -72,7 +70,7 @@ def check_sizes(source: Path, annotations: dict[str, Annotation], images: dict[s
         if stated == size[::-1]:
             if (farthest <= np.add(size, 2)).all() and (farthest > np.add(stated, 2)).any():
                 continue
-            advice = "the tool ignored that EXIF turns the image; turn it (mogrify -auto-orient) and label that"
+            advice = "if its EXIF data turn it, turn it for good (mogrify -auto-orient); then label it as it is shown"
         labelled, upright = (f"{width} x {height} px" for width, height in (stated, size))
         raise UserError(f"{source}: {name}: was labelled at {labelled}, but the image has {upright}; {advice}")
     advice = "were they labelled at another size, or before EXIF turned the image?"
@@ -110,8 +108,11 @@ def result_mark(form: str) -> str:
 def choose_format(path: Path, form: str, names: list[str]) -> str:
     """The format of detections to be written to `path`: `form`, or what the name says for auto. Raises UserError where
     neither says one, it cannot hold images of these names, or would overwrite a file that may have been corrected."""
+    named = "ppocrlabel" if path.name == "Label.txt" else _FORMAT_OF_SUFFIX.get(path.suffix.lower(), "")
     if form == "auto":
-        form = "ppocrlabel" if path.name == "Label.txt" else _FORMAT_OF_SUFFIX.get(path.suffix.lower(), "")
+        form = named
+    elif named and (named, form) not in {(form, form), ("competition", "coco")}:
+        raise UserError(f"{path}: is the name of a file of the format {named}, not {form}; name another --out")
     if not form:
         raise UserError(f"{path}: its suffix names no format; end it in .csv, .json or .zip, or say --out-format")
     if form == "ppocrlabel" and path.is_dir():
@@ -153,9 +154,7 @@ def as_labels(annotation: Annotation) -> Annotation:
     )
 
 
-def write_detections(
-    path: Path, form: str, found: dict[str, Annotation], images: dict[str, Path] | None = None
-) -> None:
+def write_detections(path: Path, form: str, found: dict[str, Annotation], images: dict[str, Path] | None) -> None:
     """Write the words found in each image, in the formats of predict.py: as they are in a csv, else as labels. `images`
     are their files by name, to which LabelMe and PPOCRLabel refer. Prints how many overlap. Raises UserError."""
     if form != "csv":

@@ -48,7 +48,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not os.path.isfile(path):
         is_folder = ", but a folder; name the best.pt in it (images go with --images)" if path.is_dir() else ""
         raise UserError(f"{path}: no such checkpoint{is_folder}")
-    with library_errors(f"{path}: not a checkpoint, or a damaged one"), warnings.catch_warnings():
+    fix = "" if path.suffix == ".pt" else "images go with --images"
+    with library_errors(f"{path}: not a checkpoint, or a damaged one", fix), warnings.catch_warnings():
         _check_archive(path)
         warnings.simplefilter("ignore")  # about pickle protocols: what matters is whether it can be read
         content = torch.load(path, map_location="cpu", weights_only=True)

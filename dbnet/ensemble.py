@@ -16,6 +16,7 @@ from dbnet.config import Config
 from dbnet.device import compile_model, pick_amp_dtype, pick_device
 from dbnet.errors import UserError
 from dbnet.geometry import Letterbox, in_windows, inference_side, padded
+from dbnet.images import Size
 from dbnet.memory import BatchPlan
 from dbnet.model import prepare_for_cpu
 
@@ -150,9 +151,7 @@ def mirrored(batch: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
     return mirrored
 
 
-def fitted(
-    prob_maps: Tensor, sizes: list[tuple[int, int]], new_sizes: list[tuple[int, int]], shape: tuple[int, ...]
-) -> Tensor:
+def fitted(prob_maps: Tensor, sizes: list[Size], new_sizes: list[Size], shape: tuple[int, ...]) -> Tensor:
     """(N, *shape) maps: of each of the (N, height, width) `prob_maps` the (width, height) that it fills, resized."""
     fitted = prob_maps.new_zeros(len(prob_maps), *shape)
     for new, old, (width, height), (new_width, new_height) in zip(fitted, prob_maps, sizes, new_sizes, strict=True):

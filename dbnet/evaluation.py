@@ -186,9 +186,10 @@ class Evaluation:
             "recall        " + "".join(f"{row['recall']:>8.4f}" if row["chars_gt"] else f"{'-':>8}" for row in rows),
         ]
         if without_size := sum(image.words is None for image in self.images.values()):
-            lines.append(f"{without_size} images whose files are not there to tell their size are left out of these")
-        ascending = sorted(self.images, key=lambda name: (self.images[name].score.hmean, name))[:WORST]
-        width = max(len("worst images"), *(len(printable(name)) for name in ascending))
+            lines.append(f"{without_size} images whose files are missing or cannot be opened are left out of these")
+        with_text = [name for name, image in self.images.items() if image.score.words or image.found]
+        ascending = sorted(with_text, key=lambda name: (self.images[name].score.hmean, name))[:WORST]
+        width = max(map(len, ["worst images", *map(printable, ascending)]))
         lines.append(f"\n{'worst images':<{width}}  H-Mean  precision  recall  words  detections")
         for name in ascending:
             each = self.images[name].score

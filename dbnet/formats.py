@@ -84,7 +84,7 @@ def parse_json(where: str, text: str) -> Any:
         content = dict(pairs)
         if len(content) < len(pairs):
             [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
-            raise ValueError(f"{twice!r} is there twice in one object")
+            raise UserError(f"{where}: {twice!r} is there twice in one object")
         return content
 
     try:

@@ -29,7 +29,7 @@ from dbnet.dataset import Batches, Draw, ImageDataset, count_cores, count_worker
 from dbnet.errors import ABANDONED, ImageError, UserError, is_out_of_memory, library_errors, printable
 from dbnet.files import check_regular, write_whole
 from dbnet.geometry import ZOOM, Letterbox, in_windows, inference_side, median_length, padded, tall_share, windows
-from dbnet.images import list_pages, read_image, read_size, to_rgb
+from dbnet.images import Size, list_pages, read_image, read_size, to_rgb
 from dbnet.memory import BatchPlan, run_until_it_fits
 from dbnet.postprocess import corners, extract_polygons
 
@@ -111,9 +111,7 @@ class OnnxNetwork:
     def begin_thread(self) -> None:
         """As `Network` says."""
 
-    def infer(
-        self, images: Sequence[np.ndarray], sizes: list[tuple[int, int]], plan: BatchPlan
-    ) -> Callable[[], np.ndarray]:
+    def infer(self, images: Sequence[np.ndarray], sizes: list[Size], plan: BatchPlan) -> Callable[[], np.ndarray]:
         """As `Network` says; the work is done when this returns."""
         step = plan.micro_batch
         parts = [images[0][start : start + step] for start in range(0, len(sizes), step)]
@@ -122,8 +120,7 @@ class OnnxNetwork:
         return lambda: prob_maps
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
-        """(N, height, width) float32 of (N, height, width, 3) uint8 images of any size. Raises UserError where the file
-        fails."""
+        """(N, height, width) float32 of (N, height, width, 3) uint8 images of any size. UserError where it fails."""
         with library_errors(f"{self.path}: fails on an image", _EXPORT_ANEW):
             work = partial(self.session.run, None, {"images": np.ascontiguousarray(images)})
             [prob_maps] = _in_time(self.path, work, images.size / 3e6)
@@ -192,8 +189,7 @@ def write_onnx(path: Path, model: DBNet, config: Config, half: bool = False) -> 
     """Write a network in eval mode, on the CPU, with its configuration; whole or not at all.
 
     It takes images of any size. With `half`, kernels are stored as 16-bit floats, to which the model's are rounded too;
-    they are widened when the file is loaded. Raises UserError where the file cannot be written or the `onnx` package is
-    not installed."""
+    they are widened when the file is loaded. Raises UserError where it cannot be written or `onnx` is not installed."""
     import torch
 
     from dbnet.model import AnySize
@@ -205,22 +201,14 @@ def write_onnx(path: Path, model: DBNet, config: Config, half: bool = False) -> 
         if not all(weight.isfinite().all() for weight in model.parameters()):
             raise UserError(f"{path.name}: not written: a weight is too large for 16 bits; use --onnx")
     example = torch.zeros(2, 64, 96, 3, dtype=torch.uint8)
-    axes = {0: "batch", 1: "height", 2: "width"}
+    axes = {name: {0: "batch", 1: "height", 2: "width"} for name in ("images", "prob_maps")}
+    names: Any = {"input_names": ["images"], "output_names": ["prob_maps"], "dynamic_axes": axes}
     file: Any = io.BytesIO()  # the exporter takes it, though its signature names paths alone
     with warnings.catch_warnings():
         # The exporter by tracing is called deprecated, but the network is a plain graph, and its successor takes six
         # times as long, one package more, and puts the weights into a file of their own.
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            AnySize(model).eval(),
-            (example,),
-            file,
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=["prob_maps"],
-            dynamic_axes={"images": axes, "prob_maps": axes},
-        )
+        torch.onnx.export(AnySize(model).eval(), (example,), file, dynamo=False, opset_version=OPSET, **names)
     exported = onnx.load_model_from_string(file.getvalue())
     for tensor in list(exported.graph.initializer) if half else []:
         array = onnx.numpy_helper.to_array(tensor)
@@ -259,9 +247,8 @@ class Detection:
 def load_network(paths: Sequence[Path], changes: dict[str, Any]) -> Network:
     """The network of one checkpoint, the average of several, or a network that was exported to ONNX.
 
-    `changes` are made to the configuration that came with it. PyTorch is imported for checkpoints alone.
-
-    Raises UserError where a file cannot be used."""
+    `changes` are made to the configuration that came with it. PyTorch is imported for checkpoints alone. Raises
+    UserError where a file cannot be used."""
     if any(path.suffix.lower() == ".onnx" for path in paths):
         if len(paths) > 1:
             names = f"{paths[0]} {paths[1]}"
@@ -517,7 +504,8 @@ class Detector:
 
     An image is a file, its content as bytes or as an open file, a Pillow image of any mode, or an array of uint8
     pixels: (height, width) grey, (height, width, 3) RGB or (height, width, 4) RGBA. Files and Pillow images are turned
-    upright by their EXIF orientation, arrays are taken to stand upright. For arrays of OpenCV say `bgr=True`."""
+    upright by their EXIF orientation, arrays are taken to stand upright. For arrays of OpenCV say `bgr=True`. Of a TIFF
+    with several pages the first is read; `detect_each` takes all pages of a file."""
 
     def __init__(self, network: Network) -> None:
         self.network = network
@@ -557,8 +545,10 @@ class Detector:
     ) -> Iterator[tuple[Picture, list[Text]]]:
         """Each image with its text, one after the other, so that memory holds one image at a time.
 
-        A PDF or TIFF file gives each of its pages, with a path such as `scan.pdf#page=2`. What cannot be read goes to
-        `on_error` and is left out; without it, UserError ends the iteration."""
+        `images` may be a single one. A PDF or TIFF file gives each of its pages, with a path such as `scan.pdf#page=2`.
+        What cannot be read goes to `on_error` and is left out; without it, UserError ends the iteration."""
+        if isinstance(images, str | Path | bytes):
+            images = [images]
         for image in images:
             try:
                 pages = list_pages(Path(image)) if isinstance(image, str | Path) else [image]
@@ -576,6 +566,8 @@ class Detector:
         return detection.prob_map.copy()
 
     def _run(self, images: Sequence[Picture], bgr: bool, thresholds: dict[str, Any]) -> Iterator[Detection]:
+        if isinstance(images, str | Path | bytes):
+            raise UserError("takes a list of images, not a single one; `detect` takes that")
         for name in thresholds.keys() - set(THRESHOLDS):
             raise UserError(f"{name}: cannot change from call to call; these can: {', '.join(THRESHOLDS)}")
         config = self.config.changed(workers=0, strict=True, **thresholds)
@@ -594,7 +586,8 @@ class _Pictures(ImageDataset):
             if isinstance(image, str | Path):
                 continue
             if isinstance(image, bytes | bytearray) or hasattr(image, "read"):
-                self.data[place] = bytes(image) if isinstance(image, bytes | bytearray) else image.read()
+                with library_errors(f"{self.paths[place]}: cannot be read", "open it in binary mode", ImageError):
+                    self.data[place] = bytes(image if isinstance(image, bytes | bytearray) else image.read())
                 self._sizes[place] = read_size(self.paths[place], self.data[place])
             else:
                 self.pixels[place] = _pixels(image, bgr)
@@ -609,6 +602,8 @@ class _Pictures(ImageDataset):
 
 def _pixels(image: Any, bgr: bool) -> np.ndarray:
     """(height, width, 3) uint8 RGB, upright."""
+    if 0 in (shape := image.size if isinstance(image, Image.Image) else getattr(image, "shape", ())):
+        raise UserError(f"takes an image with pixels in it, not {shape}")
     if isinstance(image, Image.Image):
         with library_errors(f"{image}: cannot be decoded"):  # Pillow decodes only now
             return to_rgb(ImageOps.exif_transpose(image))
@@ -618,8 +613,6 @@ def _pixels(image: Any, bgr: bool) -> np.ndarray:
         kind = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
         pixels = "(height, width) grey, (height, width, 3) RGB or (height, width, 4) RGBA"
         raise UserError(f"takes a file, its bytes, a Pillow image, or uint8 pixels that are {pixels}, not {kind}")
-    if not image.size:
-        raise UserError(f"takes an image with pixels in it, not {image.shape}")
     if channels == 1:
         return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
     if channels == 4:

@@ -3,6 +3,7 @@
 import csv
 import gc
 import math
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
@@ -97,6 +98,7 @@ class ImagePictures:
         """Write index.csv among the crops: a row for each crop, in reading order."""
         if not self._index:
             return
+        written = set()
         with write_whole(self._index, "w") as file:
             writer = csv.writer(file)
             writer.writerow(INDEX_HEADER)
@@ -105,6 +107,10 @@ class ImagePictures:
                     crop = self._crop(images[name], word["order"]).relative_to(self._index.parent).as_posix()
                     outline = " ".join(map(str, polygon.ravel()))
                     writer.writerow([crop, name, word["order"], word["line"], word.get("score", ""), outline])
+                    written.add(self._index.parent / crop)
+        there = {path for path in list_files(self._index.parent) if re.search(r"_\d{4,}\.png$", path.name)}
+        if earlier := sorted(there - written):
+            print(f"{self._index.parent}: {len(earlier)} crops of earlier runs, {earlier[0].name} first; delete them")
 
     def _crop(self, path: Path, order: int = 1) -> Path:
         return self.crops[path].with_name(f"{self.crops[path].stem}_{order:04d}.png")

@@ -20,6 +20,7 @@ from dbnet.geometry import offset, offset_distances, regrowth_distances, split_p
 
 if TYPE_CHECKING:
     from dbnet.config import Config
+    from dbnet.images import Size
 
 SIMPLIFY_RATIO = 0.002  # distance allowed between a polygon and its contour, as a share of the contour's perimeter
 SIMPLIFY_BREADTH = 0.25
@@ -116,9 +117,7 @@ def grow_regions(regions: list[Region], config: Config, enough: float) -> Iterat
             yield polygon, least if least >= enough else max(least, min(cv2.minAreaRect(polygon)[1]))
 
 
-def to_image_pixels(
-    polygons: list[np.ndarray], scale: Sequence[float], max_size: tuple[int, int] | None
-) -> list[np.ndarray]:
+def to_image_pixels(polygons: list[np.ndarray], scale: Sequence[float], max_size: Size | None) -> list[np.ndarray]:
     """(n, 2) int32 polygons of the image from those of the map; `scale` and `max_size` as in `extract_polygons`."""
     if not polygons:
         return []

@@ -95,8 +95,10 @@ def find_images_at(places: list[Path]) -> dict[str, Path]:
             files = [place] if os.path.exists(file_of(place)) else files
             images = [(page.parent, page.name, page) for path in files for page in _pages_or_itself(path)]
         if not images:
-            nothing = f"holds no images ({', '.join(known)})"
-            raise UserError(f"{place}: {nothing if glob.has_magic(str(place)) else 'no such file or folder'}")
+            is_url = str(place).startswith(("http:", "https:"))
+            nothing = "is a URL; download it" if is_url else "no such file or folder"
+            nothing = f"holds no images ({', '.join(known)})" if glob.has_magic(str(place)) else nothing
+            raise UserError(f"{place}: {nothing}")
         for image in images:
             found.setdefault(os.path.abspath(image[2]), image)
     return _checked_names(_by_unique_name(found.values()))
@@ -160,8 +162,8 @@ def _read_folder(folder: Path, split: str, form: str, need_images: bool) -> dict
     places = _label_places(folder, split, form)
     if not places:
         kind = "annotations" if form == "auto" else f"annotations of --format {form}"
-        absent = f"{folder / 'jsons' / split}.json: no such file; the {kind} of a split belong there, or into"
-        absent += f" {folder / 'labels' / split}/ as a file for each image"
+        absent = f"{folder}: has no {kind} of {split}; they belong into jsons/{split}.json, or as a file for each image"
+        absent += f" into labels/{split}/"
         raise UserError(find_foreign_labels([folder / "labels" / split, in_place]) or absent)
     place, *others = places
     recognized, labels = read_labels_at(place, list(present), form)
@@ -173,13 +175,13 @@ def _read_folder(folder: Path, split: str, form: str, need_images: bool) -> dict
     if not labels:
         raise UserError(f"{place}: names no images")
     if missing and need_images:
-        more = f"{place.name} names it (and {len(missing) - 1} more like it)"
+        more = f"{place.relative_to(folder)} names it (and {len(missing) - 1} more like it)"
         raise UserError(f"{in_place / missing[0]}: no such image, but {more}; put it there or take it out there")
     images = {name: present.get(name, in_place / name) for name in labels}
     for sentence in put_in_order(labels) + check_sizes(place, labels, images):
         print(f"{place}: {sentence}", file=sys.stderr)
     if left_out := len(present.keys() - labels.keys()):
-        print(f"{in_place}: {left_out} images have no entry in {place.name} and are left out")
+        print(f"{in_place}: {left_out} images have no entry in {place.relative_to(folder)} and are left out")
     return {name: (images[name], annotation) for name, annotation in labels.items()}
 
 

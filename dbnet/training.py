@@ -67,9 +67,7 @@ def find_run(name: str | None) -> tuple[Path, dict[str, Any] | None]:
     if not (run or saves):
         raise UserError("runs/: holds no last.pt to resume; leave out --resume to start a run")
     if run and not saves and (run / "best.pt").exists():
-        raise UserError(
-            f"{run}: has a best.pt, but no last.pt to resume; name another --run, with --init {run}/best.pt"
-        )
+        raise UserError(f"{run}: has a best.pt, but no last.pt to resume; name another --run with --init {run}/best.pt")
     run = run or max(saves, key=lambda path: path.stat().st_mtime).parent
     if not saves:
         print(f"{run}: nothing is saved yet, so this starts anew", file=sys.stderr)
@@ -309,7 +307,7 @@ class Training:
         if saver and (stops or signals or saves_due):
             saver.save(self)
         if stops:
-            raise UserError(f"{stop or 'another process has stopped, and says why'}; then go on with --resume")
+            raise UserError(f"{stop or 'another process has stopped, and says why'}; mend it, then --resume")
         if saver and signals:
             saver.stop()
         return count, images

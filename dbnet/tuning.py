@@ -1,8 +1,8 @@
 """Search for the best post-processing settings: CLEval of a grid of them, from probability maps computed once.
 
-Every combination scores exactly what `extract_polygons` and `score_image` give with it, but most of the work is shared:
-contours and their scores depend on thresh alone, offset polygons and their matches on thresh and the unclip ratio, and
-box_thresh and min_size only select among the polygons."""
+Every combination scores exactly what `extract_polygons` and `score_image` give with it on these maps. A closer look is
+that of the configuration's own values. Most work is shared: contours and their scores depend on thresh alone, polygons
+and their matches on thresh and the unclip ratio, and box_thresh and min_size only select among the polygons."""
 
 import math
 from collections.abc import Sequence
@@ -206,6 +206,8 @@ def tune_checkpoint(pipeline: Pipeline, network: Network, split: str, scores: Pa
     print_full(((each.name, each.found, each.size) for each in maps), config)
     tuning = tune(maps, config, workers=count_workers(config))
     print("".join(f"counts 0: {each.error}\n" for each in maps if each.error) + tuning.table())
+    if config.small_text or config.sideways:  # the second look
+        print("what was looked at twice was chosen with the own values: evaluate.py says how others score in full")
     if scores:
         write_json(scores, tuning.to_dict())
         print(f"all combinations: {scores}")

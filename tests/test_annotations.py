@@ -180,10 +180,10 @@ def test_label_txt_names_the_folder_of_the_image(tmp_path):
 
 def test_labels_stand_in_reading_order_with_their_lines(tmp_path):
     found = {"a.jpg": Annotation.detected([np.add(WIDE, (0, 100)), np.add(WIDE, (300, 3)), WIDE], [0.7, 0.8, 0.9])}
-    write_detections(tmp_path / "a.json", "competition", found)
+    write_detections(tmp_path / "a.json", "competition", found, None)
     words = json.loads((tmp_path / "a.json").read_text())["images"]["a.jpg"]["words"].values()
     assert [(word["score"], word["order"], word["line"]) for word in words] == [(0.9, 1, 1), (0.8, 2, 1), (0.7, 3, 2)]
-    write_detections(tmp_path / "b.json", "coco", found)
+    write_detections(tmp_path / "b.json", "coco", found, None)
     words = json.loads((tmp_path / "b.json").read_text())["annotations"]
     assert [(word["score"], word["order"], word["line"]) for word in words] == [(0.9, 1, 1), (0.8, 2, 1), (0.7, 3, 2)]
     assert as_labels(found["a.jpg"]).lines == [1, 1, 2]
@@ -192,10 +192,10 @@ def test_labels_stand_in_reading_order_with_their_lines(tmp_path):
 def test_detections_that_cover_each_other_are_labels_for_a_person_to_decide(tmp_path, capsys):
     around = np.array([[40, 30], [260, 30], [260, 90], [40, 90]])
     found = {"a.jpg": Annotation.detected([WIDE.astype(int), around, TALL], [0.9, 0.8, 0.7])}
-    write_detections(tmp_path / "a.json", "competition", found)
+    write_detections(tmp_path / "a.json", "competition", found, None)
     assert "a.json: 2 outlines overlap others by much" in capsys.readouterr().out
     assert sorted(read_annotations(tmp_path / "a.json")["a.jpg"].dont_care) == [False, True, True]
-    write_detections(tmp_path / "a.zip", "icdar", found)
+    write_detections(tmp_path / "a.zip", "icdar", found, None)
     assert read_labels_at(tmp_path / "a.zip", ["a.jpg"])[1]["a.jpg"].dont_care == [False] * 3
 
 
@@ -328,7 +328,7 @@ def test_a_name_in_a_json_cannot_leave_the_folder(tmp_path, name):
 def test_a_name_that_is_there_twice_in_a_json_is_rejected(tmp_path):
     path = tmp_path / "train.json"
     path.write_text('{"images": {"a.png": {"words": {}}, "a.png": {"words": {}}}}')
-    with pytest.raises(UserError, match=r"'a\.png' is there twice"):
+    with pytest.raises(UserError, match=r"train\.json: 'a\.png' is there twice"):
         read_annotations(path)
 
 

@@ -171,7 +171,7 @@ def test_a_submission_is_scored_without_the_images_except_by_size(data, tmp_path
     arguments = ["--submission", tmp_path / "a.csv", "--data", data, "--json", tmp_path / "a.json"]
     assert "left out" not in evaluate(*arguments)
     shutil.rmtree(data / "images")
-    assert "2 images whose files are not there" in evaluate(*arguments)
+    assert "2 images whose files are missing" in evaluate(*arguments)
     scores = json.loads((tmp_path / "a.json").read_text())
     assert scores["iou"]["recall"] == 1 and sum(row["chars_gt"] for row in scores["by_size"]) == 0
 
@@ -301,6 +301,8 @@ def test_a_run_goes_on_where_it_stopped_and_its_weights_start_another_preset(pla
     larger = ["--image-size", "96", "--batch-size", "2", "--epochs", "1", "--workers", "0"]
     result = command("train.py", "--preset", "lite", "--init", "runs/first/best.pt", "--run", "b", *larger, cwd=work)
     assert result.returncode == 0, result.stderr
+    result = command("train.py", "--preset", "lite", "--init", "lite", "--run", "c", *larger, cwd=work)
+    assert result.returncode == 0 and "344 of 344 tensors taken" in result.stdout, result.stderr
 
 
 def test_show_samples_draws_a_picture(place, tmp_path):
@@ -489,7 +491,7 @@ def test_mistakes_of_train(place, data, tmp_path, typed):
     answer = train("--run", "nothere", "--resume", "--data", tmp_path / "absent").stderr.splitlines()
     assert answer[0] == "runs/nothere: nothing is saved yet, so this starts anew" and "absent" in answer[1]
     (data / "jsons" / "train.json").unlink()
-    rejected(train("--data", data), "train.json: no such file")
+    rejected(train("--data", data), "has no annotations of train", "jsons/train.json")
     shutil.rmtree(data / "images" / "train")
     rejected(train("--data", data), "no such f")
     assert [path.name for path in (place / "runs").iterdir()] == ["first"]
@@ -513,10 +515,15 @@ def test_mistakes_of_evaluate_and_predict(place, tmp_path, typed):
     rejected(typed("predict.py", checkpoint, "--images", tmp_path / "absent", cwd=place), "no such file or folder")
     rejected(typed("predict.py", checkpoint, "--out", tmp_path / "a.txt", cwd=place), "a.txt", "--out-format")
     rejected(typed("evaluate.py", checkpoint, "--format", "voc", cwd=place), "--format", "labelme")
-    rejected(typed("evaluate.py", checkpoint, "--format", "icdar", cwd=place), "--format icdar", "labels/val")
+    rejected(typed("evaluate.py", checkpoint, "--format", "icdar", cwd=place), "--format icdar of val", "labels/val")
+    rejected(
+        typed("evaluate.py", checkpoint, "--report", "r.jpg", cwd=place), "--report r.jpg", "end its name in .html"
+    )
+    rejected(typed("predict.py", checkpoint, "--out-format", "coco", cwd=place), "submission.csv", "not coco")
+    rejected(typed("predict.py", checkpoint, "--images", "http://x.org/a.jpg", cwd=place), "is a URL; download it")
     rejected(typed("predict.py", checkpoint, "--out", tmp_path / "absent" / "a.csv", cwd=place), "a.csv")
     rejected(typed("predict.py", checkpoint, "--overlays", tmp_path / "file", cwd=place), "file", "another folder")
-    rejected(typed("predict.py", tmp_path / "file", cwd=place), "file: not a checkpoint")
+    rejected(typed("predict.py", tmp_path / "file", cwd=place), "file: not a checkpoint", "images go with --images")
 
 
 def test_a_split_without_a_word_to_score_is_rejected_before_the_work(place, data, tmp_path, typed):
@@ -645,3 +652,11 @@ def test_crops_that_could_not_be_written_are_not_in_their_index(predict_hard, re
     predict_hard("--crops", tmp_path / "crops")
     index = (tmp_path / "crops" / "index.csv").read_text()
     assert "b_0001.png" in index and "a_0001.png" not in index
+
+
+def test_crops_of_earlier_runs_are_counted(predict_hard, tmp_path, capsys):
+    predict_hard("--crops", tmp_path / "crops", "--box-thresh", "0.1")
+    count = len(list((tmp_path / "crops").glob("b_*.png")))
+    assert count and "earlier runs" not in capsys.readouterr().out
+    predict_hard("--crops", tmp_path / "crops", "--box-thresh", "1")
+    assert f"{tmp_path / 'crops'}: {count} crops of earlier runs, b_0001.png first" in capsys.readouterr().out

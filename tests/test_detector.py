@@ -153,6 +153,16 @@ def test_many_images_and_pages_come_one_by_one(checkpoint, files, tmp_path):
     assert len(errors) == 1 and "broken.jpg" in str(errors[0])
     with pytest.raises(dbnet.UserError, match=r"broken\.jpg"):
         list(detector.detect_each([tmp_path / "broken.jpg"]))
+    assert [image.name for image, _ in detector.detect_each(tmp_path / "two.tif")] == [
+        "two.tif#page=1",
+        "two.tif#page=2",
+    ]
+    with pytest.raises(dbnet.UserError, match="a list of images"):
+        detector.detect_batch(str(files[0]))
+    with files[0].open(encoding="latin-1") as text, pytest.raises(dbnet.UserError, match="binary mode"):
+        detector.detect(text)
+    with pytest.raises(dbnet.UserError, match="image 1: cannot be read"):
+        detector.detect(text)  # closed now
 
 
 @pytest.mark.parametrize(
@@ -162,6 +172,7 @@ def test_many_images_and_pages_come_one_by_one(checkpoint, files, tmp_path):
         (np.zeros((4, 4, 3)), "float64"),
         (np.zeros((4, 4, 2), np.uint8), "grey"),
         (np.zeros((0, 4, 3), np.uint8), "pixels in it"),
+        (Image.new("RGB", (0, 5)), "pixels in it"),
         (7, "not int"),
         (b"", "the file is empty"),
         (b"abc", "not an image"),

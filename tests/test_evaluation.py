@@ -212,7 +212,7 @@ def test_an_evaluation_sums_over_images_of_known_size():
     rows = {row["from"]: row for row in evaluation.by_size()}
     assert (rows[0.0]["chars_gt"], rows[0.01]["chars_gt"], rows[0.025]["chars_gt"]) == (4, 8, 4)
     assert (rows[0.0]["recall"], rows[0.01]["recall"], rows[0.025]["recall"]) == (0, 1, 0)
-    assert "1 images whose files are not there" in evaluation.table()
+    assert "1 images whose files are missing" in evaluation.table()
     content = evaluation.to_dict()
     assert content["by_size"] == evaluation.by_size()
     assert content["iou"]["matched"] == 2 and content["per_image"]["a.jpg"]["iou"]["recall"] == 0.5
@@ -303,6 +303,12 @@ def test_names_of_files_do_not_break_the_lines_of_the_tables():
     comparison = Comparison(Path("scores.json"), {name: {"precision": 0, "recall": 0, "hmean": 0}}, evaluation)
     for table in (evaluation.table(), comparison.table()):
         assert "a\\nworst images  \\x1b[2J.jpg" in table and "\x1b" not in table
+
+
+def test_an_image_without_text_in_which_nothing_is_found_is_not_among_the_worst():
+    table = evaluation_of(blank=([], []), page=([WORD], []), false=([], [WORD])).table()
+    assert "blank" not in table and "page" in table and "false" in table
+    assert "worst images" in evaluation_of(blank=([], [])).table()
 
 
 # ------------------------------------------------------------------------------------------- evaluations of images

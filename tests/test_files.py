@@ -160,10 +160,10 @@ WRITERS = {
     "page.html": (REPORT_MARK, lambda path: write_report(path, Evaluation(), "", {}, None, "auto")),
     "a.png": (PICTURE_MARK, lambda path: write_image(path, PIXELS)),
     "a.jpg": (PICTURE_MARK, lambda path: write_image(path, PIXELS)),
-    "a.csv": (result_mark("csv"), lambda path: write_detections(path, "csv", FOUND)),
-    "a.json": (RESULT_MARK, lambda path: write_detections(path, "competition", FOUND)),
-    "coco.json": (RESULT_MARK, lambda path: write_detections(path, "coco", FOUND)),
-    "a.zip": (RESULT_MARK, lambda path: write_detections(path, "icdar", FOUND)),
+    "a.csv": (result_mark("csv"), lambda path: write_detections(path, "csv", FOUND, None)),
+    "a.json": (RESULT_MARK, lambda path: write_detections(path, "competition", FOUND, None)),
+    "coco.json": (RESULT_MARK, lambda path: write_detections(path, "coco", FOUND, None)),
+    "a.zip": (RESULT_MARK, lambda path: write_detections(path, "icdar", FOUND, None)),
 }
 PIXELS = np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8)
 FOUND = {f"{number}.jpg": Annotation([np.full((4, 2), number)], [False], [0.5]) for number in range(9999)}
@@ -191,7 +191,7 @@ def test_evaluate_overwrites_no_file_of_its_user(tmp_path, monkeypatch, flag):
     before = {path: path.read_bytes() for path in (image, labels, submission)}
     for path in before:
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "--submission", str(submission), flag, str(path)])
-        with pytest.raises(UserError, match=r"is an input|not an earlier result"):
+        with pytest.raises(UserError, match=r"is an input|not an earlier result|end its name in"):
             evaluate.main()
     assert before == {path: path.read_bytes() for path in before}
 
@@ -256,7 +256,7 @@ def test_the_key_of_a_file_changes_when_another_of_its_size_and_time_takes_its_p
 def test_a_table_that_somebody_has_saved_again_or_text_about_one_is_not_overwritten(tmp_path):
     table, pictures = tmp_path / "a.csv", ImagePictures(None, tmp_path / "crops", {})
     pictures.write_index({}, {})
-    write_detections(table, "csv", {"a.jpg": Annotation([np.ones((4, 2), int)], [False])})
+    write_detections(table, "csv", {"a.jpg": Annotation([np.ones((4, 2), int)], [False])}, None)
     for path, mark in ((table, result_mark("csv")), pictures.outputs()[0]):
         written = path.read_bytes()
         check_outputs((path, mark))

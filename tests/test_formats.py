@@ -94,7 +94,7 @@ def test_a_csv_is_read_among_the_other_formats(tmp_path_factory, images):
 
 
 def test_the_upload_form_of_icdar_is_met(tmp_path):
-    write_detections(tmp_path / "a.zip", "icdar", {"img_1.jpg": Annotation([np.array(QUAD)], [False], [0.5])})
+    write_detections(tmp_path / "a.zip", "icdar", {"img_1.jpg": Annotation([np.array(QUAD)], [False], [0.5])}, None)
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         assert archive.namelist() == ["res_img_1.txt"]
         assert archive.read("res_img_1.txt") == b"377,117,463,117,465,130,378,130\r\n"
@@ -398,7 +398,7 @@ def test_a_path_in_a_file_leads_nowhere(tmp_path):
     (tmp_path / "jsons" / "val.json").write_text(json.dumps(content))
     (tmp_path / "images" / "val").mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(tmp_path / "images" / "val" / "a.jpg")
-    with pytest.raises(UserError, match=r"images/val/passwd\.jpg: no such image, but val\.json names it"):
+    with pytest.raises(UserError, match=r"images/val/passwd\.jpg: no such image, but jsons/val\.json names it"):
         read_split(tmp_path, "val")
 
 
@@ -725,7 +725,7 @@ def test_sizes_that_labels_carry_are_compared_with_the_image_upright_and_as_stor
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (640, 480)).save(turned / "images" / "val" / "receipt 1.jpg", exif=exif)
-    with pytest.raises(UserError, match=r"640 x 480 px, but the image has 480 x 640 px; the tool ignored that EXIF"):
+    with pytest.raises(UserError, match=r"640 x 480 px, but the image has 480 x 640 px; if its EXIF data"):
         read_split(turned, "val")
 
 
@@ -780,6 +780,10 @@ def test_json_of_other_tools_is_named(tmp_path, content, kind):
 def test_coordinates_that_are_shares_of_the_image_are_named(tmp_path):
     with pytest.raises(UserError, match="shares of the image"):
         flags_of(tmp_path, {LABELS: "0.1,0.1,0.4,0.1,0.4,0.2,0.1,0.2,a"})
+
+
+def test_a_word_without_area_in_the_corner_is_no_share_of_the_image(tmp_path):
+    assert flags_of(tmp_path, {LABELS: "0,0,0,0,0,0,0,0,a"}) == [False]
 
 
 def test_ctw1500_is_told_from_polygons_of_sixteen_points():

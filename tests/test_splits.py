@@ -41,9 +41,9 @@ def make_data(folder, names, split="val", labels=None):
 def test_missing_images_and_images_without_an_entry_are_said(tmp_path, capsys):
     data = make_data(tmp_path, ["a.png", "b.png"], labels=["a.png"])
     assert list(read_split(data, "val").images) == ["a.png"]
-    assert "1 images have no entry in val.json" in capsys.readouterr().out
+    assert "1 images have no entry in jsons/val.json" in capsys.readouterr().out
     make_data(tmp_path, ["a.png"], labels=["a.png", "absent.png"])
-    with pytest.raises(UserError, match=r"absent\.png: no such image, but val\.json names it"):
+    with pytest.raises(UserError, match=r"absent\.png: no such image, but jsons/val\.json names it"):
         read_split(data, "val")
     assert read_split(data, "val", need_images=False).images["absent.png"] == data / "images" / "val" / "absent.png"
 

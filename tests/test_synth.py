@@ -217,7 +217,13 @@ def test_an_existing_data_set_is_not_overwritten(tmp_path):
 
 @pytest.mark.parametrize(
     ("request_", "named"),
-    [({"train": -1}, "--train"), ({"seed": -3}, "--seed"), ({"size": 12}, "--size"), ({"train": 0}, "at least one")],
+    [
+        ({"train": -1}, "--train"),
+        ({"seed": -3}, "--seed"),
+        ({"size": 12}, "--size"),
+        ({"size": 10**5}, "to 8192"),
+        ({"train": 0}, "at least one"),
+    ],
 )
 def test_impossible_requests_name_the_flag(tmp_path, request_, named):
     with pytest.raises(UserError, match=named):

@@ -27,7 +27,7 @@ from dbnet.synth.receipt import Sheet, chance, choose_print, enclosing_box, load
 SPLITS = ("train", "val", "test")
 SCAN_SHARE = 1 / 3  # of the images are flat scans, the others photographs
 MIN_CONTRAST = 24  # grey levels between ink and paper; fainter print is marked illegible
-MIN_SIZE = 128  # of an image's long side: below it no line of print can be read
+MIN_SIZE, MAX_SIZE = 128, 8192  # of an image's long side: below the first, no line of print can be read
 
 LabelledWord = tuple[np.ndarray, str, bool]  # polygon (4, 2), transcription, illegible
 Frame = tuple[int, int]  # width, height of the image
@@ -327,8 +327,9 @@ def write_dataset(
     are spawned: call this under `if __name__ == "__main__"` in a script. Raises UserError."""
     folder, fonts, counts = Path(folder), tuple(map(str, fonts)), {"train": train, "val": val, "test": test}
     for name, value in {**counts, "seed": seed, "size": size}.items():
-        if value < (least := MIN_SIZE if name == "size" else 0):
-            raise UserError(f"--{name} {value}: give {least} or more")
+        least, limit = (MIN_SIZE, f" to {MAX_SIZE}") if name == "size" else (0, " or more")
+        if value < least or (name == "size" and value > MAX_SIZE):
+            raise UserError(f"--{name} {value}: give {least}{limit}")
     if not any(counts.values()):
         raise UserError("--train, --val and --test are all 0: ask for at least one image")
     for path in fonts:
