@@ -139,7 +139,8 @@ def uncertainty(annotation: Annotation) -> float:
 def as_labels(annotation: Annotation) -> Annotation:
     """Detections as labels: outlines of 4 or 8 whole points (`fit_outline`), in reading order with line numbers.
     Where one covers more than MAX_OVERLAP of another, both are don't care, until a person decides which is text."""
-    outlines = [np.rint(fit_outline(polygon)).astype(np.int64) for polygon in annotation.polygons]
+    rounded = [np.rint(fit_outline(polygon)) for polygon in annotation.polygons]  # the upper left may change
+    outlines = [np.rint(fit_outline(each) if len(each) == 4 else each).astype(np.int64) for each in rounded]
     order, lines = reading_order(outlines)
     shapes = shapely.make_valid(np.array([shapely.Polygon(polygon) for polygon in annotation.polygons], object))
     some, others = shapely.STRtree(shapes).query(shapes, predicate="intersects")

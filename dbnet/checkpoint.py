@@ -120,9 +120,8 @@ def build_model(config: Config, run: Path, last: dict[str, Any] | None, init: Pa
 
 
 def start_from(model: nn.Module, content: dict[str, Any], path: Path) -> None:
-    """Copy what fits of a loaded checkpoint of any architecture into `model`, and print what is left as it was. A layer
-    is taken where all of its tensors agree in name and shape, the backbone as a whole or not at all. Raises UserError
-    where nothing fits."""
+    """Copy what fits of a checkpoint of any architecture into `model`, and print what is left as it was: of each layer
+    all tensors or none, by name and shape, and so for the whole backbone. Raises UserError where nothing fits."""
     ours, theirs = model.state_dict(), content["model"]
     if not isinstance(theirs, dict) or not all(isinstance(name, str) for name in theirs):
         raise UserError(f"{path}: holds no weights; leave out --init")

@@ -93,6 +93,20 @@ def test_a_contour_becomes_a_rectangle_from_the_upper_left_wherever_it_begins(tu
     assert score_image([outline], [contour]).hmean == 1
 
 
+@pytest.mark.parametrize(
+    "contour",
+    [
+        [[42, 202], [56, 187], [70, 173], [98, 202], [70, 230]],
+        [[196, 279], [208, 266], [221, 254], [245, 279], [221, 303]],
+        [[119, 83], [125, 63], [132, 44], [145, 49], [132, 87]],
+    ],
+)
+def test_labels_of_words_at_45_degrees_begin_at_the_upper_left_in_whole_pixels(contour):
+    labels = as_labels(Annotation([np.array(contour)], [False])).polygons
+    ordered, changed, doubtful = order_outlines(labels.copy())
+    assert (changed, doubtful) == (0, 0) and np.array_equal(ordered[0], labels[0])
+
+
 def test_a_curved_contour_becomes_four_points_along_the_top_and_four_back():
     angles = np.linspace(np.pi, 2 * np.pi, 20)
     circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
