@@ -137,7 +137,9 @@ def test_tuned_values_are_saved_if_they_are_better_and_evaluation_then_uses_them
     best = json.loads((tmp_path / "tuning.json").read_text())["combinations"][0]
     assert best["hmean"] > 0 and f"{best['hmean']:+.4f}" in shown
 
-    assert "\nsaved: " in evaluate(*tune, "--save")
+    shown = evaluate(*tune, "--save")
+    assert "\nsaved: " in shown
+    assert f"which also choose what is looked at twice: H-Mean {scores()['hmean']:.4f}" in shown
     after = load_checkpoint(checkpoint)
     values = {"thresh": best["thresh"], "box_thresh": best["box_thresh"]}
     values |= {"growth": best["growth"], "min_size": best["min_size"]}
