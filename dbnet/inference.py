@@ -132,7 +132,7 @@ class OnnxNetwork:
 
 
 def _in_time(path: Path, work: Callable[[], Any], megapixels: float = 1) -> Any:
-    """What `work` on a file gives. Raises UserError where it takes too long; its thread goes on, as nothing stops it."""
+    """What `work` on a file gives. Raises UserError if it takes too long; its thread goes on, as nothing stops it."""
     seconds = _SLOWEST * max(1, megapixels)
     future = Future[Any]()
 
