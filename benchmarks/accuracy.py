@@ -2,9 +2,9 @@
 
     python benchmarks/accuracy.py DATA WORK weights/lite.pt [--peer NAME=FOLDER ...] [--words]
 
-DATA is the folder of data sets that benchmarks/weights.py takes, and WORK keeps what is made of them: SROIE inverted
-and turned by quarters, and rendered receipts. FOLDER holds submissions of another detector as SET.csv. With `--words`
-the sets are those that label words. Each cell: H-Mean by CLEval (by IoU).
+DATA is the folder of data sets that benchmarks/weights.py takes, and WORK keeps what is made of them: SROIE inverted,
+turned by quarters and in bad light, and rendered receipts. FOLDER holds submissions of another detector as SET.csv.
+With `--words` the sets are those that label words. Each cell: H-Mean by CLEval (by IoU).
 """
 
 import argparse
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -50,12 +51,24 @@ def same(image: np.ndarray) -> np.ndarray:
     return image
 
 
+def in_bad_light(image: np.ndarray, grain: float, blur: float, contrast: float) -> np.ndarray:
+    """A photograph with little light: less contrast, blur, and grain in grey levels, as wide as at 800 px."""
+    height, width = image.shape[:2]
+    scale = 800 / max(height, width)
+    noise = np.random.default_rng(0).normal(0, grain, (round(scale * height), round(scale * width)))
+    dull = cv2.GaussianBlur(contrast * image.astype(np.float32) + 40, (0, 0), blur / scale)
+    return np.clip(dull + cv2.resize(noise, (width, height))[..., None], 0, 255).astype(np.uint8)
+
+
 def line_sets(data: Path, work: Path) -> Iterator[tuple[str, Path]]:
     """Names and folders of the sets that label lines."""
     yield from ((name, data / name) for name in LINES)
     yield "sroie, inverted", changed(work / "sroie-inverted", data / "sroie", lambda image: 255 - image)
     for turns in (1, 2, 3):
         yield f"sroie, turned by {90 * turns}", changed(work / f"sroie-{90 * turns}", data / "sroie", same, turns)
+    for name, (grain, blur, contrast) in {"dim": (6, 0.7, 0.65), "dimmer": (12, 1.2, 0.5)}.items():
+        light = partial(in_bad_light, grain=grain, blur=blur, contrast=contrast)
+        yield f"sroie, {name}", changed(work / f"sroie-{name}", data / "sroie", light)
     yield "rendered, Korean and English", render(work / "rendered-lines", 400, 30, 7, "--lines")
 
 

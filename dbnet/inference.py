@@ -544,7 +544,7 @@ class Detector:
     ) -> Iterator[tuple[Picture, list[Text]]]:
         """Each image with its text, one after the other, so that memory holds one image at a time.
 
-        `images` may be a single one. A PDF or TIFF file gives each of its pages, with a path such as `scan.pdf#page=2`.
+        `images` may be one file. A PDF or TIFF file gives each of its pages, with a path such as `scan.pdf#page=2`.
         What cannot be read goes to `on_error` and is left out; without it, UserError ends the iteration."""
         if isinstance(images, str | Path | bytes):
             images = [images]
