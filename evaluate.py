@@ -48,8 +48,6 @@ def main() -> None:
     args, changes = parser.parse()
     if bool(args.checkpoints) == (args.submission is not None):
         raise UserError("name either a checkpoint or --submission FILE (see --help)")
-    if args.report and args.report.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--report {args.report}: is a page of HTML; end its name in .html")
     check_tuning_flags(args, changes)
     run(args, changes)
 
@@ -84,6 +82,8 @@ def run(args: argparse.Namespace, changes: dict[str, Any]) -> None:
     args.checkpoints = [find_weights(path) for path in args.checkpoints]
     inputs = [path for path in (*args.checkpoints, args.submission, args.compare) if path]
     check_outputs((args.json, SCORES_MARK), (args.report, REPORT_MARK), inputs=inputs)
+    if args.report and args.report.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--report {args.report}: is a page of HTML; end its name in .html")
     picture = picture_of if args.report else None
     names = " ".join(map(str, args.checkpoints or [args.submission]))
     if args.submission:

@@ -96,9 +96,8 @@ def find_images_at(places: list[Path]) -> dict[str, Path]:
             images = [(page.parent, page.name, page) for path in files for page in _pages_or_itself(path)]
         if not images:
             is_url = str(place).startswith(("http:", "https:"))
-            nothing = "is a URL; download it" if is_url else "no such file or folder"
-            nothing = f"holds no images ({', '.join(known)})" if glob.has_magic(str(place)) else nothing
-            raise UserError(f"{place}: {nothing}")
+            fault = f"holds no images ({', '.join(known)})" if glob.has_magic(str(place)) else "no such file or folder"
+            raise UserError(f"{place}: {'is a URL; download it' if is_url else fault}")
         for image in images:
             found.setdefault(os.path.abspath(image[2]), image)
     return _checked_names(_by_unique_name(found.values()))

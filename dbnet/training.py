@@ -307,7 +307,8 @@ class Training:
         if saver and (stops or signals or saves_due):
             saver.save(self)
         if stops:
-            raise UserError(f"{stop or 'another process has stopped, and says why'}; mend it, then --resume")
+            reason = stop or "another process has stopped and says why"
+            raise UserError(f"{reason}; remove the cause and go on with --resume")
         if saver and signals:
             saver.stop()
         return count, images

@@ -522,7 +522,7 @@ def test_mistakes_of_evaluate_and_predict(place, tmp_path, typed):
         typed("evaluate.py", checkpoint, "--report", "r.jpg", cwd=place), "--report r.jpg", "end its name in .html"
     )
     rejected(typed("predict.py", checkpoint, "--out-format", "coco", cwd=place), "submission.csv", "not coco")
-    rejected(typed("predict.py", checkpoint, "--images", "http://x.org/a.jpg", cwd=place), "is a URL; download it")
+    rejected(typed("predict.py", checkpoint, "--images", "http://x.org/a.jpg?b=1", cwd=place), "is a URL; download it")
     rejected(typed("predict.py", checkpoint, "--out", tmp_path / "absent" / "a.csv", cwd=place), "a.csv")
     rejected(typed("predict.py", checkpoint, "--overlays", tmp_path / "file", cwd=place), "file", "another folder")
     rejected(typed("predict.py", tmp_path / "file", cwd=place), "file: not a checkpoint", "images go with --images")
