@@ -19,7 +19,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from weights import ROOT, Sample, read, render, write
+from weights import ROOT, Sample, in_bad_light, read, render, write
 
 LINES = ("sroie", "wildreceipt", "doclaynet", "tapus", "fondue", "icdar2015")
 
@@ -51,13 +51,8 @@ def same(image: np.ndarray) -> np.ndarray:
     return image
 
 
-def in_bad_light(image: np.ndarray, grain: float, blur: float, contrast: float) -> np.ndarray:
-    """A photograph with little light: less contrast, blur, and grain in grey levels, as wide as at 800 px."""
-    height, width = image.shape[:2]
-    scale = 800 / max(height, width)
-    noise = np.random.default_rng(0).normal(0, grain, (round(scale * height), round(scale * width)))
-    dull = cv2.GaussianBlur(contrast * image.astype(np.float32) + 40, (0, 0), blur / scale)
-    return np.clip(dull + cv2.resize(noise, (width, height))[..., None], 0, 255).astype(np.uint8)
+def _in_bad_light(image: np.ndarray, **how: float) -> np.ndarray:
+    return in_bad_light(image, np.random.default_rng(0), **how)
 
 
 def line_sets(data: Path, work: Path) -> Iterator[tuple[str, Path]]:
@@ -67,7 +62,7 @@ def line_sets(data: Path, work: Path) -> Iterator[tuple[str, Path]]:
     for turns in (1, 2, 3):
         yield f"sroie, turned by {90 * turns}", changed(work / f"sroie-{90 * turns}", data / "sroie", same, turns)
     for name, (grain, blur, contrast) in {"dim": (6, 0.7, 0.65), "dimmer": (12, 1.2, 0.5)}.items():
-        light = partial(in_bad_light, grain=grain, blur=blur, contrast=contrast)
+        light = partial(_in_bad_light, grain=grain, blur=blur, contrast=contrast)
         yield f"sroie, {name}", changed(work / f"sroie-{name}", data / "sroie", light)
     yield "rendered, Korean and English", render(work / "rendered-lines", 400, 30, 7, "--lines")
 

@@ -10,9 +10,8 @@ What is made, and why:
 
     rendered        receipts in English and Korean, with lines, or words, as labels
     dark            inverted pages, and light print on dark
-    gaps            street photographs; the gaps between the words of a line are don't care, so that lines may join them
-    photos          street photographs; words that another detector sees as a line are one (`--seen`), else as `gaps`
-    scenes          those with more text printed on them, in all fonts that are installed
+    dull            pages and photographs in bad light: less contrast and sharpness, grain
+    scenes          street photographs with more text printed on them, in all fonts that are installed
     street          street photographs beside a page: in the loss, an image has negative pixels in proportion to its
                     positive ones, so a photograph with little text alone would teach little
     sparse          pieces of pages on large empty paper with specks, rules and rows of asterisks
@@ -34,8 +33,6 @@ import numpy as np
 import torch
 from measure import ROOT
 from PIL import Image, ImageDraw, ImageFont
-
-from dbnet.formats import read_submission
 
 FONTS = tuple(
     f"/usr/share/fonts/truetype/nanum/{name}.ttf"  # of the package fonts-nanum
@@ -98,54 +95,6 @@ def write(folder: Path, samples: Iterator[Sample], split: str = "train") -> None
 # ---- changes of one sample
 
 
-def with_gaps(sample: Sample) -> Sample:
-    """Adds the gaps between neighbouring words of a line as don't care."""
-    quads = [word for word in sample.words if len(word.points) == 4]
-    gaps = [
-        Word(np.stack([left.points[1], right.points[0], right.points[3], left.points[2]]), True)
-        for left in quads
-        for right in quads
-        if left is not right and not (left.dont_care and right.dont_care) and _follows(left.points, right.points)
-    ]
-    return Sample(sample.image, sample.words + gaps)
-
-
-def _follows(left: np.ndarray, right: np.ndarray) -> bool:
-    """Whether the quad `right` goes on with the line of `left`: as high, in its direction, a short step away."""
-    heights = [np.linalg.norm(quad[3] + quad[2] - quad[0] - quad[1]) / 2 for quad in (left, right)]
-    ways = [(quad[1] + quad[2] - quad[0] - quad[3]) / 2 for quad in (left, right)]
-    lengths = [np.linalg.norm(way) for way in ways]
-    if not min(*heights, *lengths):
-        return False
-    along = ways[0] / lengths[0]
-    step = (right[0] + right[3] - left[1] - left[2]) / 2
-    aside = step @ (-along[1], along[0])
-    return bool(
-        -0.5 < step @ along / heights[0] < 0.8
-        and abs(aside) < 0.35 * heights[0]
-        and 0.6 < heights[1] / heights[0] < 1.6
-        and ways[1] @ along > 0.95 * lengths[1]
-    )
-
-
-def as_seen(sample: Sample, seen: list[np.ndarray]) -> Sample:
-    """Joins words to the lines in which another detector sees them; the other words get `with_gaps`."""
-    found, left = [], sample.words
-    for outline in seen:
-        inside = [word for word in left if _covered(word.points, outline)]
-        if inside and not any(word.dont_care for word in inside):
-            joined = cv2.boxPoints(cv2.minAreaRect(np.vstack([word.points for word in inside]).astype(np.float32)))
-            found.append(inside[0] if len(inside) == 1 else Word(joined, False))
-            left = [word for word in left if not any(word is other for other in inside)]
-    return Sample(sample.image, found + with_gaps(sample._replace(words=left)).words)
-
-
-def _covered(points: np.ndarray, outline: np.ndarray) -> bool:
-    """Whether half of a convex polygon lies in the convex hull of an outline."""
-    hulls = [cv2.convexHull(each.astype(np.float32)) for each in (points, outline)]
-    return bool(cv2.intersectConvexConvex(*hulls)[0] > 0.5 * cv2.contourArea(hulls[0]))
-
-
 def darken(sample: Sample, rng: np.random.Generator) -> Sample:
     """Inverts the image, or prints its grey levels in a light colour on a dark one."""
     if rng.random() < 0.5:
@@ -154,6 +103,37 @@ def darken(sample: Sample, rng: np.random.Generator) -> Sample:
     paper = rng.uniform(0, 110, 3)
     ink = paper + rng.uniform(80, 200) + rng.uniform(-40, 40, 3)
     return sample._replace(image=np.clip(paper + share * (ink - paper), 0, 255).astype(np.uint8))
+
+
+def in_bad_light(
+    image: np.ndarray, rng: np.random.Generator, grain: float, blur: float, contrast: float, light: float = 40
+) -> np.ndarray:
+    """A photograph with little light: less contrast, blur and grain in grey levels, as wide as at 800 px."""
+    height, width = image.shape[:2]
+    scale = 800 / max(height, width)
+    noise = rng.normal(0, grain, (round(scale * height), round(scale * width)))
+    dull = cv2.GaussianBlur(contrast * image.astype(np.float32) + light, (0, 0), blur / scale)
+    return np.clip(dull + cv2.resize(noise, (width, height))[..., None], 0, 255).astype(np.uint8)
+
+
+def dull(sample: Sample, rng: np.random.Generator) -> Sample:
+    """The image in light that is more or less bad."""
+    bad = rng.random()
+    grain, blur, contrast = 3 + 13 * bad, rng.uniform(0.3, 1.4), rng.uniform(0.35, 0.9)
+    image = in_bad_light(sample.image, rng, grain, blur, contrast, rng.uniform(0, 255 * (1 - contrast)))
+    if rng.random() < 0.3:
+        image = shaken(image, rng, max(image.shape) / 100)
+    return sample._replace(image=image)
+
+
+def shaken(image: np.ndarray, rng: np.random.Generator, longest: float) -> np.ndarray:
+    """An image of a camera that moved, by up to so many pixels in any direction."""
+    way, angle = rng.uniform(1, longest), rng.uniform(0, np.pi)
+    half = int(way / 2) + 1
+    kernel = np.zeros((2 * half + 1, 2 * half + 1), np.float32)
+    end = np.array([np.cos(angle), np.sin(angle)]) * way / 2
+    cv2.line(kernel, *(tuple((half + each).round().astype(int).tolist()) for each in (-end, end)), 1.0)
+    return cv2.filter2D(image, -1, kernel / kernel.sum(), borderType=cv2.BORDER_REPLICATE)
 
 
 # ---- compositions of several samples
@@ -224,22 +204,20 @@ def sparse(rng: np.random.Generator, pages: list[Sample]) -> Sample:
     return canvas
 
 
-def scene(rng: np.random.Generator, photo: Sample, texts: list[str], words: bool = False) -> Sample:
-    """A street photograph with more text on it: any font and colour, on signs or not, sharp or not, in perspective.
-
-    Each text is one label, or each of its words is (`words`).
-    """
+def scene(rng: np.random.Generator, photo: Sample, texts: list[str]) -> Sample:
+    """A street photograph with more text on it: any font and colour, on signs or not, sharp or not, in perspective."""
     canvas = Sample(photo.image.copy(), list(photo.words))
     edges = np.abs(cv2.Laplacian(cv2.cvtColor(photo.image, cv2.COLOR_BGR2GRAY), cv2.CV_32F))
     rough = cv2.boxFilter(edges, -1, (31, 31))
     taken = np.zeros(photo.image.shape[:2], np.uint8)
     for word in photo.words:
         cv2.fillPoly(taken, [word.points.round().astype(np.int32)], 1)
-    size = float(np.exp(rng.uniform(np.log(14), np.log(60))))
+    size = float(np.exp(rng.uniform(np.log(14), np.log(80))))
     for _ in range(int(rng.integers(4, 14))):
         if rng.random() < 0.4:
-            size = float(np.exp(rng.uniform(np.log(12), np.log(80))))
-        ink, boxes = ink_of(rng, texts[rng.integers(len(texts))], size)
+            size = float(np.exp(rng.uniform(np.log(12), np.log(240))))
+        text = texts[rng.integers(len(texts))]
+        ink, boxes = ink_of(rng, text if size < 80 else text.split()[0], size)
         quad = _in_perspective(rng, *ink.shape)
         place = _smooth_place(rng, taken, rough, *quad.max(0).astype(int) + 3)
         if place is None:
@@ -247,7 +225,7 @@ def scene(rng: np.random.Generator, photo: Sample, texts: list[str], words: bool
         print_on(rng, canvas.image[place], ink, quad)
         taken[place] = 1
         corner = np.array([place[1].start, place[0].start])
-        labels = cv2.perspectiveTransform(boxes, _bend(ink, quad)) if words else [quad]
+        labels = cv2.perspectiveTransform(boxes, _bend(ink, quad))
         canvas.words.extend(Word(label + corner, False) for label in labels)
     return canvas
 
@@ -313,7 +291,7 @@ def print_on(rng: np.random.Generator, part: np.ndarray, ink: np.ndarray, quad: 
         area = cv2.fillConvexPoly(np.zeros(part.shape[:2], np.float32), board.round().astype(np.int32), 1)
         _blend(result, area * rng.uniform(0.7, 1), rng.uniform(0, 255, 3))
     ground, colour = result.mean((0, 1)), rng.uniform(0, 255, 3)
-    if np.abs(colour - ground).max() < 60:
+    if np.abs(colour - ground).max() < rng.uniform(25, 60):
         colour = np.full(3, 255.0 if ground.mean() < 128 else 0.0)
     share = cv2.warpPerspective(ink, bend, size, flags=cv2.INTER_LINEAR) * rng.uniform(0.6, 1)
     if rng.random() < 0.3:  # with an outline, or a shadow
@@ -321,7 +299,9 @@ def print_on(rng: np.random.Generator, part: np.ndarray, ink: np.ndarray, quad: 
         _blend(result, edge, 255 - colour)
     _blend(result, share, colour)
     if rng.random() < 0.5:
-        result = cv2.GaussianBlur(result, (0, 0), rng.uniform(0.4, 0.4 + 0.03 * len(ink)))
+        result = cv2.GaussianBlur(result, (0, 0), rng.uniform(0.4, 0.4 + 0.03 * min(len(ink), 80)))
+    if rng.random() < 0.2:
+        result = shaken(result, rng, 2 + 0.25 * min(len(ink), 80))
     noise = rng.normal(0, rng.uniform(0, 8), part.shape)
     part[:] = np.clip(result + noise, 0, 255).astype(np.uint8)
 
@@ -386,56 +366,46 @@ def some(rng: np.random.Generator, samples: Iterator[Sample], count: int) -> lis
     return [found[place] for place in sorted(rng.permutation(len(found))[:count])]
 
 
-def _photos(folder: Path, seen: Path) -> Iterator[Sample]:
-    """Street photographs whose words are joined as another detector's submission joins them."""
-    submission = read_submission(seen)
-    for name, sample in zip(_names(folder), read(folder), strict=True):
-        yield as_seen(sample, submission[name])
+def lines_data(data: Path, work: Path) -> dict[Path, float]:
+    """Folders of the lines file, with the passes over each in an epoch. The labels of street photographs are words."""
+    photos, receipts = data / "icdar2015", render(work / "rendered-lines", 400, 30, 7, "--lines")
 
+    def changed(change: Callable[[Sample, np.random.Generator], Sample], source: Path, count: int) -> Path:
+        def samples(rng: np.random.Generator) -> Iterator[Sample]:
+            return (change(sample, rng) for sample in some(rng, read(source), count))
 
-def _names(folder: Path) -> list[str]:
-    return list(json.loads((folder / "jsons" / "train.json").read_text(encoding="utf-8"))["images"])
-
-
-def lines_data(data: Path, work: Path, seen: Path | None) -> dict[Path, float]:
-    """Folders of the lines file, with the passes over each in an epoch."""
-    gaps = make(work / "gaps", lambda _: map(with_gaps, read(data / "icdar2015")), 0)
-    photos = make(work / "photos", lambda _: _photos(data / "icdar2015", seen), 0) if seen else gaps
-    dark = {
-        name: make(
-            work / f"{name}-dark",
-            lambda rng, name=name, count=count: (darken(page, rng) for page in some(rng, read(data / name), count)),
-            1,
-        )
-        for name, count in (("sroie", 120), ("doclaynet", 60))
-    }
+        return make(work / f"{source.name}-{change.__name__}", samples, 1)
 
     def sparse_pages(rng: np.random.Generator) -> Iterator[Sample]:
         pages = [page for name in ("sroie", "tapus", "doclaynet") for page in read(data / name)]
         return (sparse(rng, pages) for _ in range(80))
 
     return {
-        data / "sroie": 1.2,
-        render(work / "rendered-lines", 400, 30, 7, "--lines"): 0.25,
-        dark["sroie"]: 0.5,
+        data / "sroie": 0.6,
+        changed(darken, data / "sroie", 120): 0.3,
+        changed(dull, data / "sroie", 300): 0.5,
+        receipts: 0.1,
+        changed(dull, receipts, 200): 0.4,
         data / "doclaynet": 1,
-        dark["doclaynet"]: 0.5,
-        data / "tapus": 1.5,
+        changed(darken, data / "doclaynet", 60): 0.3,
+        changed(dull, data / "doclaynet", 100): 0.3,
+        data / "tapus": 1,
         data / "fondue": 0.5,
         photos: 1.5,
-        streets(work / "street", photos, data / "sroie"): 0.4,
-        scenes(work / "scenes", 400, photos, data / "sroie"): 0.5,
+        changed(dull, photos, 200): 0.3,
+        streets(work / "street", photos, data / "sroie"): 0.3,
+        scenes(work / "word-scenes", 800, photos, data / "sroie"): 0.4,
         make(work / "sparse", sparse_pages, 3): 0.5,
     }
 
 
-def words_data(data: Path, work: Path, _: Path | None) -> dict[Path, float]:
+def words_data(data: Path, work: Path) -> dict[Path, float]:
     """Folders of the words file, with the passes over each in an epoch."""
     photos, pages = data / "icdar2015", word_pages(data, work)
     receipts = render(work / "rendered-words", 260, 30, 11)
     return {
         photos: 3,
-        scenes(work / "word-scenes", 800, photos, data / "sroie", words=True): 0.5,
+        scenes(work / "word-scenes", 800, photos, data / "sroie"): 0.5,
         streets(work / "word-street", photos, receipts, pages): 0.4,
         pages: 1.5,
         render(work / "rendered-words2", 500, 2, 29): 0.4,
@@ -453,14 +423,14 @@ def streets(folder: Path, photos: Path, *pages: Path) -> Path:
     return make(folder, samples, 2)
 
 
-def scenes(folder: Path, count: int, photos: Path, receipts: Path, words: bool = False) -> Path:
+def scenes(folder: Path, count: int, photos: Path, receipts: Path) -> Path:
     """Street photographs with more text printed on them: up to three words of a line of a receipt, in any case."""
 
     def samples(rng: np.random.Generator) -> Iterator[Sample]:
         texts = [" ".join(word.text.split()[:3]) for page in read(receipts) for word in page.words]
         texts = [way(text) for text in texts if len(text) > 1 for way in (str, str.title, str.lower)]
         originals = list(read(photos))
-        return (scene(rng, originals[place % len(originals)], texts, words) for place in range(count))
+        return (scene(rng, originals[place % len(originals)], texts) for place in range(count))
 
     return make(folder, samples, 5)
 
@@ -478,7 +448,7 @@ def word_pages(data: Path, work: Path) -> Path:
 class Stage(NamedTuple):
     """What one file is trained on, and the share of the weights at the start in the result."""
 
-    folders: Callable[[Path, Path, Path | None], dict[Path, float]]
+    folders: Callable[[Path, Path], dict[Path, float]]
     file: str
     kept: float
 
@@ -501,13 +471,12 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--init", type=Path, help="start from this checkpoint (the shipped file)")
-    parser.add_argument("--seen", type=Path, help="submission of another detector for the training part of icdar2015")
     parser.add_argument("--epochs", type=int, default=10, help="passes over the data (10)")
     args = parser.parse_args()
     stage, data, work = STAGES[args.stage], args.data.resolve(), args.work.resolve()
     init, result = (args.init or ROOT / "weights" / stage.file).resolve(), work / stage.file
     work.mkdir(parents=True, exist_ok=True)
-    folders = stage.folders(data, work, args.seen and args.seen.resolve())
+    folders = stage.folders(data, work)
     shares = ["--data", ",".join(map(str, folders)), "--data-weights", ",".join(f"{n:g}" for n in folders.values())]
     resumed = (work / "runs" / args.stage / "last.pt").exists()
     start = ["--resume"] if resumed else ["--init", str(init)]

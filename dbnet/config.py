@@ -142,8 +142,8 @@ class Config:
     sideways: bool = True
     """look again, turned by a quarter, at an image in which lines run up or down, or only short words are found"""
     small_text: Weight = 0.0
-    """height in pixels of the resized image: if most text is lower, the part of the image that has text is looked at
-    again, enlarged to that height, by a factor of 1.5 at most; not with --tta; 0 is off"""
+    """height in pixels of the resized image: if most text is lower, the part that has text is looked at again, enlarged
+    to that height, by a factor of 1.5 at most; if none is found, the whole image; not with --tta; 0 is off"""
     use_polygon: bool = False  # polygons that follow the contour; false gives minimum-area rectangles
     thresh: Fraction = 0.3  # lowest probability of a text pixel
     box_thresh: Fraction = 0.4  # lowest mean probability inside a region that is kept

@@ -375,7 +375,7 @@ class Pipeline:
         self, network: Network, plan: BatchPlan, image: _Mapped, found: tuple[list[np.ndarray], list[float]]
     ) -> Detection:
         """What is found in an image: the polygons and scores of its map or, where words are longer and surer in that,
-        of a look at the image turned by a quarter; where the text is small, of a closer look."""
+        of a look at the image turned by a quarter; where the text is small or none is found, of a closer look."""
         batch, place, size, prob_map = image
         length, turns = median_length(found[0]), 0
         if self.config.sideways and (length < SHORT or tall_share(found[0]) > SOME_TALL):
@@ -394,14 +394,14 @@ class Pipeline:
                 prob_map, found, turns = turned, (polygons, scores), 1
         index, side = int(batch["index"][place]), self._enlarged_side(prob_map, size, found[0])
         if side > self.config.image_size and len(network.sides) == 1:
-            return self._look_closer(network, index, side, np.concatenate(found[0]), turns, size)
+            return self._look_closer(network, index, side, found[0], turns, size)
         return Detection(index, *found, prob_map, None, size)
 
     def _look_closer(
-        self, network: Network, index: int, side: int, points: np.ndarray, turns: int, size: tuple[int, int]
+        self, network: Network, index: int, side: int, polygons: list[np.ndarray], turns: int, size: tuple[int, int]
     ) -> Detection:
         """What is found in an image, resized as if `side` were the image size and turned by quarters, by a look at the
-        part around these points, in pixels of the original. Elsewhere the map is 0."""
+        part around these polygons, in pixels of the original, or at all of it. Elsewhere the map is 0."""
         config = self.config.changed(image_size=side)
         [batch] = load_batches(map(self.dataset.batch, [[Draw(index, side=side)]]))
         if "image" in batch and batch["size"].tolist() != [list(size)]:
@@ -409,7 +409,7 @@ class Pipeline:
         if "image" not in batch:
             return self._unreadable(batch)[0]
         [image], letterbox = np.asarray(batch["image"]), resized_as(size, config)
-        points = letterbox.to_network(points)
+        points = letterbox.to_network(np.concatenate(polygons or [np.array([(0, 0), size])]))
         x0, y0 = np.maximum(points.min(axis=0) - MARGIN, 0).astype(int) // STRIDE * STRIDE
         x1, y1 = np.ceil((points.max(axis=0) + MARGIN) / STRIDE).astype(int) * STRIDE
         part = np.ascontiguousarray(np.rot90(image[y0:y1, x0:x1], turns))
@@ -420,12 +420,12 @@ class Pipeline:
         return Detection(index, *polygons_of(prob_map, size, config), prob_map, None, size)
 
     def _enlarged_side(self, prob_map: np.ndarray, size: tuple[int, int], polygons: list[np.ndarray]) -> int:
-        """The image size at which the text of an image is large enough; config.image_size where it is."""
+        """The image size at which the text of an image, if any, is large enough; config.image_size where it is."""
         image_size, small_text = self.config.image_size, self.config.small_text
-        if not (small_text and polygons) or max(prob_map.shape) > image_size:
+        if not small_text or max(prob_map.shape) > image_size:
             return image_size  # a long image in windows is at its best size
         breadths = [min(cv2.minAreaRect(polygon.astype(np.float32))[1]) for polygon in polygons]
-        text = float(np.median(breadths)) * max(prob_map.shape) / max(size)
+        text = float(np.median(breadths or 0)) * max(prob_map.shape) / max(size)
         largest = min(ZOOM * image_size, MAX_IMAGE_SIZE, self.config.enlarge * max(size))
         return max(image_size, int(min(small_text / max(text, 1) * image_size, largest)) // STRIDE * STRIDE)
 

@@ -311,11 +311,28 @@ def test_a_closer_look_sees_no_more_than_the_part_that_has_text(monkeypatch, qua
     scores = []
     for small_text in (0, 16):
         looks.clear()
-        detector = Detector.load("lite", device="cpu", image_size=640, small_text=small_text)
+        detector = Detector.load("lite", device="cpu", image_size=640, small_text=small_text, amp="off")
         scores.append(score_image(lines, [text.polygon for text in detector.detect(page)]).hmean)
     assert scores[1] > scores[0] and scores[1] > 0.9
     assert detector.prob_map(page).shape[1] > 640
     assert looks[-1] < looks[0] / 2
+
+
+def test_where_nothing_is_found_a_closer_look_sees_the_whole_image(monkeypatch):
+    page, words = render_receipt(np.random.default_rng(1), 640, lines=True)
+    infer = Ensemble.infer
+
+    def far(self, *arguments):  # too far to see anything at the image size
+        maps = infer(self, *arguments)()
+        return lambda: maps * (max(maps.shape[1:]) > 480)
+
+    monkeypatch.setattr(Ensemble, "infer", far)
+    once, again = (
+        Detector.load("lite", device="cpu", image_size=480, small_text=small_text).detect(page)
+        for small_text in (0, 12.5)
+    )
+    assert not once
+    assert score_image([line[0] for line in words], [text.polygon for text in again]).hmean > 0.9
 
 
 @pytest.mark.parametrize("image_size", [224, 5472])

@@ -6,7 +6,7 @@ import pytest
 from matplotlib import font_manager
 
 from benchmarks import weights
-from benchmarks.weights import Sample, Word, darken, ink_of, make, read, scene, sparse, street, with_gaps
+from benchmarks.weights import Sample, Word, darken, dull, ink_of, make, read, scene, shaken, sparse, street
 from dbnet.geometry import areas
 from dbnet.splits import read_split
 from dbnet.synth.scene import render_receipt
@@ -23,7 +23,7 @@ def receipts():
 
 
 KINDS = {
-    "gaps": lambda rng, receipts: map(with_gaps, receipts),
+    "dull": lambda rng, receipts: (dull(each, rng) for each in receipts),
     "dark": lambda rng, receipts: (darken(each, rng) for each in receipts),
     "street": lambda rng, receipts: (street(rng, receipts, receipts) for _ in range(2)),
     "sparse": lambda rng, receipts: (sparse(rng, receipts) for _ in range(2)),
@@ -61,12 +61,29 @@ def test_the_box_of_each_printed_word_has_its_ink_and_no_other(one_font):
     assert not left.any()
 
 
-@pytest.mark.parametrize("words", [False, True], ids=["lines", "words"])
-def test_each_text_that_is_printed_on_a_photograph_has_its_labels(words, one_font):
+def test_each_text_that_is_printed_on_a_photograph_has_its_labels(one_font):
     photo = Sample(np.full((480, 640, 3), 128, np.uint8), [])
-    printed = scene(np.random.default_rng(3), photo, ["ONE two THREE"], words)
+    printed = scene(np.random.default_rng(3), photo, ["ONE two THREE"])
     marked = np.zeros((480, 640), np.uint8)
     cv2.fillPoly(marked, [word.points.round().astype(np.int32) for word in printed.words], 1)
-    assert len(printed.words) >= 4 and (not words or len(printed.words) % 3 == 0)
+    assert len(printed.words) >= 6
     changed = np.abs(printed.image.astype(int) - 128).max(axis=2)
     assert changed[marked > 0].mean() > 3 * changed[marked == 0].mean()
+
+
+def test_a_page_in_bad_light_has_less_contrast_and_grain_and_keeps_its_labels(receipts):
+    page = receipts[0]
+    dim = dull(page, np.random.default_rng(4))
+    assert dim.words is page.words and dim.image.shape == page.image.shape
+    assert np.ptp(np.percentile(dim.image, (5, 95))) < np.ptp(np.percentile(page.image, (5, 95)))
+    noise = [np.median(np.abs(cv2.Laplacian(each, cv2.CV_32F))) for each in (page.image, dim.image)]
+    assert noise[1] > noise[0]
+
+
+def test_a_camera_that_moved_smears_a_dot_along_its_way_and_keeps_its_light():
+    image = np.zeros((64, 64, 3), np.float32)
+    image[32, 32] = 255
+    smeared = shaken(image, np.random.default_rng(0), 20)
+    places = np.argwhere(smeared[..., 0] > 1)
+    assert smeared.sum() == pytest.approx(image.sum(), rel=1e-4)
+    assert 1 < np.ptp(places, axis=0).max() <= 22 and np.linalg.matrix_rank(places - places.mean(0), tol=6) == 1
