@@ -77,7 +77,6 @@ def export_onnx(path: Path, model: "DBNet", config: Config, half: bool) -> None:
 
 def check(path: Path, model: "DBNet", config: Config) -> None:
     """Compare the exported file with the network: probabilities of random images, and polygons of a rendered receipt.
-
     Raises UserError where they differ: the exporter keeps the sizes of its example for some backbones (Swin)."""
     import numpy as np
     import torch

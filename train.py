@@ -124,10 +124,9 @@ def train(config: Config, run: Path, init: Path | None = None, last: dict[str, A
 
 
 def train_epoch(training: Training, train_set: TextDataset, config: Config, saver: LastSave | None = None) -> Row:
-    """One pass over the training images, or the rest of one that has begun (training.running).
-
-    Returns its row of the log. Saves when `saver` is due, and ends with a save at a signal, or where a data worker has
-    died or the data folder has gone."""
+    """One pass over the training images, or the rest of one that has begun (training.running). Returns its row of the
+    log. Saves when `saver` is due, and ends with a save at a signal, or where a data worker has died or the data folder
+    has gone."""
     device, plan, epoch = training.device, training.plan, training.begin_epoch(config)
     order = (config.batch_size, config.seed, plan.accumulate * world_size(), training.epoch, epoch.batches)
     loader = make_loader(Batches(train_set, *order), count_workers(config), device.type == "cuda")
@@ -161,12 +160,10 @@ def train_epoch(training: Training, train_set: TextDataset, config: Config, save
 
 
 def optimizer_step(training: Training, batches: list[Batch], config: Config, images: int = 0) -> tuple[Tensor, Tensor]:
-    """One optimizer step on all samples of `batches`, in micro-batches that fit into memory.
-
-    When memory runs out, in any process, the same samples run again under a smaller plan, from the state before the
-    step. Each sample has the weight 1 / `images`, the number of samples in all processes, however they are split.
-
-    Returns the mean Losses, (4,), and the norm of the gradient before clipping, both on the device."""
+    """One optimizer step on all samples of `batches`, in micro-batches that fit into memory. When memory runs out, in
+    any process, the same samples run again under a smaller plan, from the state before the step. Each sample has the
+    weight 1 / `images`, the number of samples in all processes, however they are split. Returns the mean Losses, (4,),
+    and the norm of the gradient before clipping, both on the device."""
     model, optimizer, scaler = training.model, training.optimizer, training.scaler
     plan, device = training.plan, training.device
     batches = [batch for batch in batches if "image" in batch]  # of the others, no image could be read

@@ -1,6 +1,6 @@
 """The training step: what the network, the data path and the allocator take of it.
 
-    python benchmarks/train_step.py [--preset lite] [--image-size 512] [--batch-size 4] [--data DIR]
+    python benchmarks/train_step.py [--preset lite] [--image-size 512] [--batch-size 4] [--amp bf16] [--data DIR]
 
 The time from the command to the first step is that of a run of its own.
 """
@@ -30,9 +30,10 @@ def main() -> None:
         ("--preset", {"default": "lite"}),
         ("--image-size", {"type": int, "default": 512}),
         ("--batch-size", {"type": int, "default": 4}),
+        ("--amp", {"default": "auto"}),
     ]
     args = parse_arguments(__doc__, *flags)
-    changes = {"image_size": args.image_size, "batch_size": args.batch_size, "data": str(args.data)}
+    changes = {"image_size": args.image_size, "batch_size": args.batch_size, "data": str(args.data), "amp": args.amp}
     config = Config.from_preset(args.preset, weights="none", accumulate=1, **changes)
     device = pick_device(config.device)
     print_versions()

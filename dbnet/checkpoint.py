@@ -93,8 +93,12 @@ def load_weights(model: nn.Module, content: dict[str, Any], path: Path, config: 
         raise
     except Exception:  # missing, unexpected or wrongly shaped tensors, or no state_dict at all
         names = "{0.backbone}, {0.pyramid_channels} pyramid channels, fusion {0.fusion}".format
-        what = f"holds another architecture ({names(content['config'])}) than asked for ({names(config)})"
-        raise UserError(f"{path}: {what}; set --backbone, --pyramid-channels and --fusion alike") from None
+        theirs, ours = names(content["config"]), names(config)
+        reason = f"its weights are not those of {theirs}, as it says; take another checkpoint"
+        if theirs != ours:
+            fix = "set --backbone, --pyramid-channels and --fusion alike"
+            reason = f"holds another architecture ({theirs}) than asked for ({ours}); {fix}"
+        raise UserError(f"{path}: {reason}") from None
     _check_finite(path, content["model"], model.state_dict())
 
 

@@ -39,9 +39,8 @@ class View(NamedTuple):
 
 
 class Ensemble:
-    """One view of an image, or several whose probability maps are averaged, each with the same weight.
-
-    `config` is the first network's: it says the size and the precision of the maps, and how they become polygons."""
+    """One view of an image, or several whose probability maps are averaged, each with the same weight. `config` is the
+    first network's: it says the size and the precision of the maps, and how they become polygons."""
 
     def __init__(self, views: Sequence[View], config: Config, device: torch.device, origin: str = "") -> None:
         """With `origin`, the names of files, maps that are not finite are an error; in training, they are no text."""
@@ -59,7 +58,6 @@ class Ensemble:
     @classmethod
     def load(cls, paths: Sequence[Path], changes: dict[str, Any]) -> Self:
         """The networks of these checkpoints, on the device of the first one's configuration, with `changes` to all.
-
         With `tta`, each looks at TTA_SCALES, and at mirror images too if it was trained with them. Raises UserError
         where a file is no checkpoint or the device does not exist."""
         loaded = [load_model(path, changes)[:2] for path in paths]

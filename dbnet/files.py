@@ -18,11 +18,10 @@ _KINDS = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFBLK: "disk", s
 
 @contextmanager
 def write_whole(path: Path, mode: str = "wb", keep: Path | None = None) -> Iterator[IO]:
-    """Open a temporary file beside `path` that replaces it when the block succeeds and is removed when it fails.
-
-    It is synced to the disk first: a killed process or a power failure leaves the old file, here or at `keep`, a place
-    beside it, or the new one. What a symbolic link points to is replaced, not the link; a character device or a pipe
-    under /dev is written directly. Text is UTF-8 with the newlines as written. Raises UserError where it fails."""
+    """Open a temporary file beside `path` that replaces it when the block succeeds and is removed when it fails. It is
+    synced to the disk first: a killed process or a power failure leaves the old file, here or at `keep`, a place beside
+    it, or the new one. What a symbolic link points to is replaced, not the link; a character device or a pipe under
+    /dev is written directly. Text is UTF-8 with the newlines as written. Raises UserError where it fails."""
     how: Any = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     with library_errors(f"{path}: cannot be written", "name another place or make room", of=OSError):
         if _is_written_through(path):

@@ -120,15 +120,13 @@ def list_pages(path: Path) -> list[Path]:
 
 
 def read_image(path: Path, image_size: int | None = None, data: bytes | None = None) -> tuple[np.ndarray, Size]:
-    """Read an image file, recognized by its content, or a page; of an animation or a TIFF, the first picture.
-
-    A cut file is rejected in all formats, a changed one where the format has checksums (PNG). `image_size` is the
-    longer side in pixels to which the caller resizes the image: a JPEG of at least twice that is decoded at a half, a
-    quarter or an eighth, a page of a PDF is rendered no larger. With `data`, the content, `path` only names it.
-
-    Returns (height, width, 3) uint8 RGB pixels, upright by the EXIF orientation and possibly reduced, with transparency
-    on white; and (width, height) of the full image, upright: the pixels of its annotations. Raises ImageError for a
-    file that is missing, damaged, no image, or too large to decode, and MemoryError."""
+    """Read an image file, recognized by its content, or a page; of an animation or a TIFF, the first picture. A cut
+    file is rejected in all formats, a changed one where the format has checksums (PNG). `image_size` is the longer side
+    in pixels to which the caller resizes the image: a JPEG of at least twice that is decoded at a half, a quarter or an
+    eighth, a page of a PDF is rendered no larger. With `data`, the content, `path` only names it. Returns (height,
+    width, 3) uint8 RGB pixels, upright by the EXIF orientation and possibly reduced, with transparency on white; and
+    (width, height) of the full image, upright: the pixels of its annotations. Raises ImageError for a file that is
+    missing, damaged, no image, or too large to decode, and MemoryError."""
     if data is None and _is_pdf(path):
         answer = _ask_renderer(path, image_size or sys.maxsize)
         return answer["pixels"], tuple(answer["size"])

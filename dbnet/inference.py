@@ -61,10 +61,9 @@ class Network(Protocol):
         """Prepare a thread that calls `infer` beside others."""
 
     def infer(self, images: Sequence[Any], sizes: list[tuple[int, int]], plan: BatchPlan) -> Callable[[], np.ndarray]:
-        """Start on the (N, height, width, 3) uint8 images of a batch, one batch for each of `sides`.
-
-        `sizes` holds (width, height) of the originals. Returns a function that waits for the (N, height, width) uint8
-        maps, probability x 255, in the geometry of the first size."""
+        """Start on the (N, height, width, 3) uint8 images of a batch, one batch for each of `sides`. `sizes` holds
+        (width, height) of the originals. Returns a function that waits for the (N, height, width) uint8 maps,
+        probability x 255, in the geometry of the first size."""
 
 
 class OnnxNetwork:
@@ -73,10 +72,8 @@ class OnnxNetwork:
     threads = 1  # it has threads of its own
 
     def __init__(self, path: Path, changes: dict[str, Any]) -> None:
-        """Load `path`, with `changes` made to the configuration that it holds.
-
-        Raises UserError where the file is not one that `export.py` wrote, where `changes` ask for what it cannot do, or
-        ONNX Runtime is not installed."""
+        """Load `path`, with `changes` made to the configuration that it holds. Raises UserError where the file is not
+        one that `export.py` wrote, where `changes` ask for what it cannot do, or ONNX Runtime is not installed."""
         onnxruntime = _import("onnxruntime")
         self.path = path
         content = read_graph(path)
@@ -185,10 +182,9 @@ def read_graph(path: Path) -> bytes:
 
 
 def write_onnx(path: Path, model: DBNet, config: Config, half: bool = False) -> None:
-    """Write a network in eval mode, on the CPU, with its configuration; whole or not at all.
-
-    It takes images of any size. With `half`, kernels are stored as 16-bit floats, to which the model's are rounded too;
-    they are widened when the file is loaded. Raises UserError where it cannot be written or `onnx` is not installed."""
+    """Write a network in eval mode, on the CPU, with its configuration; whole or not at all. It takes images of any
+    size. With `half`, kernels are stored as 16-bit floats, to which the model's are rounded too; they are widened when
+    the file is loaded. Raises UserError where it cannot be written or `onnx` is not installed."""
     import torch
 
     from dbnet.model import AnySize
@@ -244,10 +240,11 @@ class Detection:
 
 
 def load_network(paths: Sequence[Path], changes: dict[str, Any]) -> Network:
-    """The network of one checkpoint, the average of several, or a network that was exported to ONNX.
-
-    `changes` are made to the configuration that came with it. PyTorch is imported for checkpoints alone. Raises
-    UserError where a file cannot be used."""
+    """The network of one checkpoint, the average of several, or a network that was exported to ONNX. `changes` are made
+    to the configuration that came with it. PyTorch is imported for checkpoints alone. Raises UserError where a file
+    cannot be used."""
+    if not paths:
+        raise UserError("no checkpoint is named")
     if any(path.suffix.lower() == ".onnx" for path in paths):
         if len(paths) > 1:
             names = f"{paths[0]} {paths[1]}"
@@ -265,9 +262,8 @@ SHIPPED = ("lite", "lite-words")
 
 
 def find_weights(path: Path) -> Path:
-    """The file of a checkpoint. `lite` and `lite-words` name the weights that come with the program.
-
-    Raises UserError where these are missing from this copy of it."""
+    """The file of a checkpoint. `lite` and `lite-words` name the weights that come with the program. Raises UserError
+    where these are missing from this copy of it."""
     if str(path) not in SHIPPED or path.exists():
         return path
     package = Path(__file__).resolve().parent
@@ -287,11 +283,10 @@ class _Mapped(NamedTuple):
 
 
 class Pipeline:
-    """Detect text in the images of a data set, as often as asked: reading, network and post-processing overlap.
-
-    While a GPU computes, loader workers read the next batches and other processes make polygons of the last ones. On a
-    CPU a few threads have their share of the cores each, and an image each, from its file to its polygons: cores that
-    share one image wait for each other."""
+    """Detect text in the images of a data set, as often as asked: reading, network and post-processing overlap. While a
+    GPU computes, loader workers read the next batches and other processes make polygons of the last ones. On a CPU a
+    few threads have their share of the cores each, and an image each, from its file to its polygons: cores that share
+    one image wait for each other."""
 
     def __init__(self, dataset: ImageDataset, config: Config, device: torch.device | str) -> None:
         self.dataset, self.config = dataset, config
@@ -305,10 +300,9 @@ class Pipeline:
 
     def detect(self, network: Network) -> Iterator[Detection]:
         """Every image of the data set exactly once, in the order in which they are done; of several processes that
-        torchrun has started, each has its share.
-
-        When memory runs out the batch is halved for the rest of the images. Raises ImageError for an image that cannot
-        be read where config.strict is set (else its Detection has an `error`), and UserError as `load_batches` does."""
+        torchrun has started, each has its share. When memory runs out the batch is halved for the rest of the images.
+        Raises ImageError for an image that cannot be read where config.strict is set (else its Detection has an
+        `error`), and UserError as `load_batches` does."""
         if self.dataset.further_sizes != network.sides[1:]:
             self.dataset.further_sizes, self.loader = network.sides[1:], None
         batches, plan = Batches(self.dataset, self.batch_size), BatchPlan(self.batch_size)
@@ -523,9 +517,8 @@ class Detector:
         return cls(load_network([find_weights(Path(each)) for each in paths], changes | {"device": device or "auto"}))
 
     def detect(self, image: Picture, bgr: bool = False, **thresholds: Any) -> list[Text]:
-        """Text in an image, best first. Of THRESHOLDS, the call may change any: `detect(image, box_thresh=0.5)`.
-
-        Raises UserError for what cannot be read as an image, and for a threshold out of range."""
+        """Text in an image, best first. Of THRESHOLDS, the call may change any: `detect(image, box_thresh=0.5)`. Raises
+        UserError for what cannot be read as an image, and for a threshold out of range."""
         return self.detect_batch([image], bgr, **thresholds)[0]
 
     def detect_batch(self, images: Sequence[Picture], bgr: bool = False, **thresholds: Any) -> list[list[Text]]:
@@ -542,10 +535,9 @@ class Detector:
         on_error: Callable[[UserError], None] | None = None,
         **thresholds: Any,
     ) -> Iterator[tuple[Picture, list[Text]]]:
-        """Each image with its text, one after the other, so that memory holds one image at a time.
-
-        `images` may be one file. A PDF or TIFF file gives each of its pages, with a path such as `scan.pdf#page=2`.
-        What cannot be read goes to `on_error` and is left out; without it, UserError ends the iteration."""
+        """Each image with its text, one after the other, so that memory holds one image at a time. `images` may be one
+        file. A PDF or TIFF file gives each of its pages, with a path such as `scan.pdf#page=2`. What cannot be read
+        goes to `on_error` and is left out; without it, UserError ends the iteration."""
         if isinstance(images, str | Path | bytes):
             images = [images]
         for image in images:

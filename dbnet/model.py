@@ -44,6 +44,8 @@ class DBNet(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.BatchNorm2d):
                 layer.momentum = BATCH_NORM_MOMENTUM
+            elif type(layer) is nn.Conv2d and layer.groups == layer.in_channels > 1:
+                layer.__class__ = Depthwise
         self.register_buffer("mean", 255 * torch.tensor(self.backbone.mean), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(self.backbone.std), persistent=False)
 
@@ -59,6 +61,17 @@ class DBNet(nn.Module):
         if not self.training:
             return prob_logits.float().sigmoid()
         return Maps(prob_logits, self.thresh_branch(features).squeeze(1))
+
+
+class Depthwise(nn.Conv2d):
+    """A depthwise convolution that trains in float32 on a CPU: in bfloat16 its gradient takes five to ten times as long
+    (benchmarks/RESULTS.md)."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training or images.device.type != "cpu":
+            return super().forward(images)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(images.to(self.weight.dtype))
 
 
 class AnySize(nn.Module):

@@ -43,12 +43,10 @@ def find_loss(data: str | Path) -> str:
 
 
 def read_split(data: str | Path, split: str, form: str = "auto", need_images: bool = True) -> Split:
-    """Images and annotations of a split of one or several folders, in the order of each folder's json, or by name.
-
-    Of several folders, some may lack the split. Prints how many images have no annotations and are left out, the format
-    of the annotations, and which others are there and not read. Without `need_images`, missing images have the names
-    and paths that the annotations give them. Raises UserError where a folder, annotations or needed images are missing.
-    """
+    """Images and annotations of a split of one or several folders, in the order of each folder's json, or by name. Of
+    several folders, some may lack the split. Prints how many images have no annotations and are left out, the format of
+    the annotations, and which others are there and not read. Without `need_images`, missing images have the names and
+    paths that the annotations give them. Raises UserError where a folder, annotations or needed images are missing."""
     folders = _folders(data, split, form)
     parts = {folder: _read_folder(folder, split, form, need_images) if has else {} for folder, has in folders.items()}
     found = _by_unique_name([(folder, name, each) for folder, part in parts.items() for name, each in part.items()])
@@ -79,11 +77,10 @@ def find_labels(data: str | Path, split: str, form: str = "auto") -> list[Path]:
 
 
 def find_images_at(places: list[Path]) -> dict[str, Path]:
-    """Images at the given places, by name, in the order of the places.
-
-    A place is a folder (with its sub-folders), a file, a page as FILE.pdf#page=NUMBER, or a pattern with *, ?, [] and
-    ** (which may name other suffixes). Each page of a PDF or TIFF is an image; one that cannot be opened fails when it
-    is read. Raises UserError for a place without images, and for a PDF where pypdfium2 is missing."""
+    """Images at the given places, by name, in the order of the places. A place is a folder (with its sub-folders), a
+    file, a page as FILE.pdf#page=NUMBER, or a pattern with *, ?, [] and ** (which may name other suffixes). Each page
+    of a PDF or TIFF is an image; one that cannot be opened fails when it is read. Raises UserError for a place without
+    images, and for a PDF where pypdfium2 is missing."""
     found: dict[str, tuple[Path, str, Path]] = {}
     for place in places:
         if os.path.isdir(place):  # unlike Path's, it does not raise for a name that is too long

@@ -527,7 +527,10 @@ def load_last(run: Path) -> dict[str, Any]:
     except UserError as error:
         if not before.exists():
             raise
-        content = load_checkpoint(before)
+        try:
+            content = load_checkpoint(before)
+        except UserError:
+            raise UserError(f"{path}: damaged, as {before.name}; start another --run: --init {run}/best.pt") from None
         print(f"{error}; going on from the save before it")
     check_writable(path)
     before.replace(path)  # or the next save would keep the damaged one in its place

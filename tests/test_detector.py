@@ -318,6 +318,11 @@ def test_a_closer_look_sees_no_more_than_the_part_that_has_text(monkeypatch, qua
     assert looks[-1] < looks[0] / 2
 
 
+def test_no_checkpoint_at_all_is_an_error_in_one_line():
+    with pytest.raises(UserError, match=r"^no checkpoint is named$"):
+        Detector.load([])
+
+
 def test_where_nothing_is_found_a_closer_look_sees_the_whole_image(monkeypatch):
     page, words = render_receipt(np.random.default_rng(1), 640, lines=True)
     infer = Ensemble.infer

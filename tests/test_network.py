@@ -154,9 +154,31 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_no_code(checkpoin
     assert not (tmp_path / "bomb-went-off").exists()
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_only_in_training_on_a_cpu_depthwise_convolutions_are_left_out_of_mixed_precision(small, trains):
+    model = DBNet(small).train(trains)
+    images, types = torch.zeros(1, 64, 64, 3, dtype=torch.uint8), {}
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(
+                lambda conv, _, result: types.setdefault(conv.groups > 1, set()).add(result.dtype)
+            )
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images)
+    assert types == {True: {torch.float32 if trains else torch.bfloat16}, False: {torch.bfloat16}}
+
+
 def test_another_architecture_is_named(checkpoint):
     with pytest.raises(UserError, match=r"mobilenet_v3_large, 96 .*resnet18, 96 .*--fusion"):
         load_model(checkpoint, {"backbone": "resnet18"})
+
+
+def test_weights_that_are_not_of_the_network_that_the_file_names_are_not_called_another_architecture(checkpoint):
+    content = load_checkpoint(checkpoint)
+    content["model"].popitem()
+    torch.save(content | {"config": content["config"].to_dict()}, checkpoint)
+    with pytest.raises(UserError, match=r"its weights are not those of mobilenet_v3_large.*take another checkpoint"):
+        load_model(checkpoint, {})
 
 
 @pytest.mark.parametrize(

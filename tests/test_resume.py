@@ -118,6 +118,14 @@ def test_a_damaged_save_falls_back_to_the_one_before_and_says_so(small, tmp_path
         load_last(tmp_path)
 
 
+def test_where_both_saves_are_damaged_the_way_out_is_named(small, tmp_path):
+    save_some(tmp_path, small, [1, 2])
+    for name in ("last.pt", "last.prev.pt"):
+        (tmp_path / name).write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"last\.pt: damaged, as last\.prev\.pt; .*--init .*best\.pt"):
+        load_last(tmp_path)
+
+
 def test_the_save_before_stays_until_the_new_one_is_whole(small, tmp_path, monkeypatch):
     save_some(tmp_path, small, [1, 2, 3])
     assert load_checkpoint(tmp_path / "last.prev.pt")["epoch"] == 2
