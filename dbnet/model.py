@@ -64,8 +64,7 @@ class DBNet(nn.Module):
 
 
 class Depthwise(nn.Conv2d):
-    """A depthwise convolution that trains in float32 on a CPU: in bfloat16 its gradient takes five to ten times as long
-    (benchmarks/RESULTS.md)."""
+    """A depthwise convolution. On a CPU it trains in float32: in bfloat16 its gradient takes up to ten times as long."""
 
     def forward(self, images: Tensor) -> Tensor:
         if not self.training or images.device.type != "cpu":
@@ -318,8 +317,9 @@ def prepare_for_cpu(model: DBNet, dtype: torch.dtype | None) -> None:
     activations = {nn.ReLU: "relu", nn.Hardswish: "hardswish"}
     for parent in list(model.modules()):
         layers = [(name, child) for name, child in parent.named_children() if not isinstance(child, nn.Identity)]
-        for (name, layer), (next_name, follower) in pairwise([*layers, ("", nn.Identity())]):
-            if type(layer) is nn.Conv2d and not isinstance(layer.padding, str) and layer.padding_mode == "zeros":
+        for (name, layer), (next_name, follower) in pairwise(list[Any]([*layers, ("", nn.Identity())])):
+            plain = type(layer) in (nn.Conv2d, Depthwise) and layer.padding_mode == "zeros"
+            if plain and not isinstance(layer.padding, str):
                 activation = activations.get(type(follower)) if isinstance(parent, nn.Sequential) else None
                 parent.set_submodule(name, FusedConvolution(layer, activation or "none"))
                 if activation:

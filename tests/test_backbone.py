@@ -100,6 +100,8 @@ def test_a_folded_network_computes_the_same_up_to_the_borders(fusion):
         torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=0)
         assert expected.std() > 0.01  # it says something
         prepare_for_cpu(model, torch.bfloat16)
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            assert not any(isinstance(layer, nn.Conv2d) for layer in model.backbone.modules()), "all are fused"
         with torch.autocast("cpu", torch.bfloat16):  # as in inference; not every processor has it in hardware
             torch.testing.assert_close(model(images), expected, atol=0.1, rtol=0)
 
