@@ -64,7 +64,7 @@ class DBNet(nn.Module):
 
 
 class Depthwise(nn.Conv2d):
-    """A depthwise convolution. On a CPU it trains in float32: in bfloat16 its gradient takes up to ten times as long."""
+    """A depthwise convolution. On a CPU it trains in float32: its gradient in bfloat16 takes ten times as long."""
 
     def forward(self, images: Tensor) -> Tensor:
         if not self.training or images.device.type != "cpu":
