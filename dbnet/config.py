@@ -272,7 +272,7 @@ V3 = V1.changed(backbone="resnet50", batch_size=4, accumulate=4, thresh=0.22, bo
 SLIM = V1.changed(backbone="mobilenet_v3_large", pyramid_channels=96, pad="tight", batch_size=4, accumulate=1)
 SLIM = SLIM.changed(rotate90_p=0.0)
 LITE = SLIM.changed(image_size=800, flip_p=0.0, scale=2.0, rotate=2.0, perspective=0.03, ema=0.998)
-LITE = LITE.changed(thresh=0.18, box_thresh=0.36, growth=0.85, small_text=12.5)
+LITE = LITE.changed(thresh=0.2, box_thresh=0.42, growth=0.85, small_text=12.5)
 DEMO = SLIM.changed(data="demo/data", weights="none", image_size=640, epochs=2, lr=5e-4, flip_p=0.0, box_thresh=0.4)
 BEST = V3.changed(backbone="timm:hrnet_w44", fusion="asf", lr=1.3e-3, epochs=30, ema=0.999, tta=True)
 BEST = BEST.changed(scale=2.0, rotate=2.0, perspective=0.03, brightness_contrast_p=0.4, brightness=0.33, contrast=0.28)
