@@ -453,7 +453,7 @@ class Stage(NamedTuple):
     kept: float
 
 
-STAGES = {"lines": Stage(lines_data, "lite.pt", 0.1), "words": Stage(words_data, "lite-words.pt", 0.0)}
+STAGES = {"lines": Stage(lines_data, "lite.pt", 0.5), "words": Stage(words_data, "lite-words.pt", 0.0)}
 
 
 def run(words: list[str], folder: Path) -> None:
