@@ -51,10 +51,6 @@ def same(image: np.ndarray) -> np.ndarray:
     return image
 
 
-def _in_bad_light(image: np.ndarray, **how: float) -> np.ndarray:
-    return in_bad_light(image, np.random.default_rng(0), **how)
-
-
 def line_sets(data: Path, work: Path) -> Iterator[tuple[str, Path]]:
     """Names and folders of the sets that label lines."""
     yield from ((name, data / name) for name in LINES)
@@ -62,7 +58,7 @@ def line_sets(data: Path, work: Path) -> Iterator[tuple[str, Path]]:
     for turns in (1, 2, 3):
         yield f"sroie, turned by {90 * turns}", changed(work / f"sroie-{90 * turns}", data / "sroie", same, turns)
     for name, (grain, blur, contrast) in {"dim": (6, 0.7, 0.65), "dimmer": (12, 1.2, 0.5)}.items():
-        light = partial(_in_bad_light, grain=grain, blur=blur, contrast=contrast)
+        light = partial(in_bad_light, seed=0, grain=grain, blur=blur, contrast=contrast)
         yield f"sroie, {name}", changed(work / f"sroie-{name}", data / "sroie", light)
     yield "rendered, Korean and English", render(work / "rendered-lines", 400, 30, 7, "--lines")
 

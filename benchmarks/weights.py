@@ -106,14 +106,14 @@ def darken(sample: Sample, rng: np.random.Generator) -> Sample:
 
 
 def in_bad_light(
-    image: np.ndarray, rng: np.random.Generator, grain: float, blur: float, contrast: float, light: float = 40
+    image: np.ndarray, seed: int | np.random.Generator, grain: float, blur: float, contrast: float, light: float = 40
 ) -> np.ndarray:
     """A photograph with little light: less contrast, blur and grain in grey levels, as wide as at 800 px."""
     height, width = image.shape[:2]
     scale = 800 / max(height, width)
-    noise = rng.normal(0, grain, (round(scale * height), round(scale * width)))
-    dull = cv2.GaussianBlur(contrast * image.astype(np.float32) + light, (0, 0), blur / scale)
-    return np.clip(dull + cv2.resize(noise, (width, height))[..., None], 0, 255).astype(np.uint8)
+    noise = np.random.default_rng(seed).normal(0, grain, (round(scale * height), round(scale * width)))
+    blurred = cv2.GaussianBlur(contrast * image.astype(np.float32) + light, (0, 0), blur / scale)
+    return np.clip(blurred + cv2.resize(noise, (width, height))[..., None], 0, 255).astype(np.uint8)
 
 
 def dull(sample: Sample, rng: np.random.Generator) -> Sample:

@@ -66,7 +66,7 @@ def test_each_text_that_is_printed_on_a_photograph_has_its_labels(one_font):
     printed = scene(np.random.default_rng(3), photo, ["ONE two THREE"])
     marked = np.zeros((480, 640), np.uint8)
     cv2.fillPoly(marked, [word.points.round().astype(np.int32) for word in printed.words], 1)
-    assert len(printed.words) >= 6
+    assert len(printed.words) >= 6 and len(printed.words) % 3 == 0
     changed = np.abs(printed.image.astype(int) - 128).max(axis=2)
     assert changed[marked > 0].mean() > 3 * changed[marked == 0].mean()
 
